@@ -1,0 +1,3 @@
+"""Bandsplit: train image classifiers on the spectral sub-bands of JPEG pictures."""
+
+__version__ = "0.1.0"
