@@ -6,3 +6,6 @@ class UserError(ValueError):
 
     Entry points print the message without a traceback and exit with code 2.
     """
+
+    one_rank = False
+    """Whether a single rank met the mistake, so that it has to tell it itself."""

@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# sbatch [-A account] script/slurm/8xA100.sh CONFIG [arguments of src/train.py …]        one node, eight A100
+#SBATCH --job-name=bandsplit
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gres=gpu:a100:8
+#SBATCH --cpus-per-task=128
+#SBATCH --time=24:00:00
+#SBATCH --output=slurm-%j.out
+set -euo pipefail
+cd "$SLURM_SUBMIT_DIR"
+[ -f .venv/bin/activate ] && source .venv/bin/activate
+srun torchrun --standalone --nproc-per-node "${NPROC_PER_NODE:-8}" src/train.py "$@"

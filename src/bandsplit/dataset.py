@@ -1,0 +1,79 @@
+"""The scan of the class folders: file order, class index and counts are ours, not the reader's."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from bandsplit import demo_data
+from bandsplit.errors import UserError
+from bandsplit.schema import Data
+
+SUFFIXES = (".jpg", ".jpeg", ".png")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Files of one part of a data set with their class index; the classes in alphabetical order."""
+
+    files: list[str]
+    labels: list[int]
+    classes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+
+def scan(folder: Path) -> Pictures:
+    """Lists ``folder/<class>/<picture>`` in sorted order.
+
+    Raises UserError where the folder is missing, has no class folders, or a class folder has no pictures.
+    """
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected one folder a class with {', '.join(SUFFIXES)} files")
+    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    if not classes:
+        raise UserError(f"{folder}: no class folders in it; expected one folder a class")
+    files: list[str] = []
+    labels: list[int] = []
+    for label, name in enumerate(classes):
+        with os.scandir(folder / name) as entries:
+            found = sorted(entry.path for entry in entries if entry.name.lower().endswith(SUFFIXES))
+        if not found:
+            raise UserError(f"{folder / name}: no pictures in this class folder; expected {', '.join(SUFFIXES)} files")
+        files += found
+        labels += [label] * len(found)
+    return Pictures(files, labels, classes)
+
+
+def open_data(data: Data, generate: bool = True) -> tuple[Pictures, Pictures]:
+    """Training and validation pictures of a data config; makes them first where the config says how and it is wanted.
+
+    Raises UserError where folders are missing or empty, or their classes differ from the config or from each other.
+    """
+    root = Path(os.path.expandvars(data.root)).expanduser()
+    if "$" in str(root):
+        raise UserError(f"data.root: {data.root!r} given, but the variable is not set; set it or use --set data.root=…")
+    if data.generate is not None and generate:
+        _generate_once(data, root)
+    if not root.is_dir():
+        raise UserError(f"data.root: {root}: no such folder; point to the data set with --set data.root=…")
+    train, val = scan(root / data.train), scan(root / data.val)
+    if len(train.classes) != data.classes:
+        raise UserError(f"data.classes: {data.classes} given, but {root / data.train} has {len(train.classes)} classes")
+    if val.classes != train.classes:
+        odd = sorted(set(val.classes) ^ set(train.classes))
+        raise UserError(f"{root}: {data.train} and {data.val} differ in the class folders {', '.join(odd[:5])}")
+    return train, val
+
+
+def _generate_once(data: Data, root: Path) -> None:
+    """The first process makes the pictures, the others wait for it."""
+    assert data.generate is not None
+    root.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(root.with_name(f".{root.name}.lock")):
+        if not root.exists():
+            demo_data.generate(root, **data.generate.model_dump())

@@ -1,0 +1,36 @@
+"""Branches and the fusion of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bandsplit import models, schema, seeds
+
+
+class Ensemble(nn.Module):
+    """Independent networks, branch k reading the bands of ``split.groups[k]`` as 3·len(bands) channels."""
+
+    def __init__(self, config: schema.RunConfig) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            _build_branch(config, k, 3 * len(group)) for k, group in enumerate(config.split.groups)
+        )
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Inputs: one (B, 3·bands, h, w) a branch.  Returns the branches' logits (branches, B, classes), float32."""
+        return torch.stack([branch(x).float() for branch, x in zip(self.branches, inputs, strict=True)])
+
+
+def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Module:
+    """Branch k, its weights drawn from the run's seed and k alone, whichever other branches there are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derived(config.seed, "weights", k))
+        return models.build(config.model, in_channels, config.data.classes)
+
+
+def fuse(logits: Tensor) -> Tensor:
+    """Mean of the branches' raw logits: (branches, B, classes) -> (B, classes)."""
+    return logits.mean(dim=0)

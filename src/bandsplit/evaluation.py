@@ -1,0 +1,103 @@
+"""Exact validation: counts of correct pictures of the ensemble and of every branch, each picture once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bandsplit import checkpoint, dataset, parallel, schema
+from bandsplit.ensemble import Ensemble, fuse
+from bandsplit.errors import UserError
+from bandsplit.loader import Batch, ValidationLoader, share_of
+from bandsplit.parallel import Ranks
+from bandsplit.recipe import Precision
+from bandsplit.runlog import RunDirectory, replace_text
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Percentages over all pictures of the validation set; `loss` is the mean cross-entropy of the fused logits."""
+
+    pictures: int
+    loss: float
+    top1: float
+    top5: float
+    branch_top1: list[float]
+    branch_top5: list[float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (..., B, classes) and labels (B,) -> (..., 2): pictures right within the first and the first five."""
+    top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    return torch.stack([top[..., 0].sum(-1), top.any(-1).sum(-1)], dim=-1)
+
+
+@torch.inference_mode()
+def evaluate(
+    ensemble: Ensemble, batches: Iterable[Batch], pictures: int, ranks: Ranks, precision: Precision
+) -> Accuracy:
+    """Accuracy over the batches of all ranks, which together have to be `pictures` pictures.
+
+    Counts and the sum of losses stay on the device until one reduction at the end.
+    """
+    ensemble.eval()
+    counts = torch.zeros(1 + len(ensemble.branches), 2, dtype=torch.int64, device=ranks.device)
+    seen = torch.zeros(1, dtype=torch.int64, device=ranks.device)
+    loss = torch.zeros(1, dtype=torch.float64, device=ranks.device)
+    for batch in batches:
+        with precision.autocast():
+            logits = ensemble(batch.inputs)
+        fused = fuse(logits)
+        counts += count_correct(torch.cat([fused[None], logits]), batch.labels)
+        loss += cross_entropy(fused.double(), batch.labels, reduction="sum")
+        seen += len(batch)
+    totals = ranks.sum(torch.cat([counts.flatten().double(), seen.double(), loss]))
+    *correct, total, loss_sum = totals.tolist()
+    assert total == pictures, f"validated {total:.0f} pictures of {pictures}"
+    percent = [100 * c / pictures for c in correct]
+    return Accuracy(pictures, loss_sum / pictures, percent[0], percent[1], percent[2::2], percent[3::2])
+
+
+def evaluate_run(run_dir: Path, which: str, overrides: Sequence[str] = (), output: Path | None = None) -> Accuracy:
+    """Validates a checkpoint of a run ("best", "last" or a step); prints the accuracy and writes it as JSON.
+
+    Raises UserError where there is no such run or checkpoint.
+    """
+    directory = RunDirectory(run_dir)
+    if not directory.config.exists():
+        raise UserError(f"{run_dir}: not a run directory: it has no {directory.config.name}")
+    config = schema.load(directory.config, overrides)
+    with parallel.ranks() as ranks:
+        state = checkpoint.load(
+            directory.checkpoints / (f"step_{int(which):08d}.pt" if which.isdigit() else f"{which}.pt")
+        )
+        precision = Precision(config.train.precision, ranks.device)
+        ensemble = Ensemble(config).to(ranks.device).to(memory_format=torch.channels_last)
+        ensemble.load_state_dict(state["ensemble"])
+        _, pictures = dataset.open_data(config.data)
+        batch_size = config.validation.batch_size or config.rank_batch_size(ranks.world_size)
+        loader = ValidationLoader(config, pictures, share_of(config, ranks, batch_size, precision.half_bands))
+        accuracy = evaluate(ensemble, loader, len(pictures), ranks, precision)
+        if ranks.is_first:
+            _report(accuracy, config, state["progress"]["step"], output)
+        return accuracy
+
+
+def _report(accuracy: Accuracy, config: schema.RunConfig, step: int, output: Path | None) -> None:
+    print(f"{config.name}, step {step}, {accuracy.pictures} pictures: loss {accuracy.loss:.4f}")
+    print(f"{'ensemble':>24}  top-1 {accuracy.top1:6.2f} %  top-5 {accuracy.top5:6.2f} %")
+    for group, top1, top5 in zip(config.split.groups, accuracy.branch_top1, accuracy.branch_top5, strict=True):
+        bands = f"band{'s' * (len(group) > 1)} {', '.join(map(str, group[:6]))}{' …' * (len(group) > 6)}"
+        print(f"{bands:>24}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %")
+    if output is not None:
+        replace_text(output, json.dumps({"step": step, **accuracy.as_dict()}, indent=2) + "\n")

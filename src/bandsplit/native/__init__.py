@@ -1,0 +1,234 @@
+"""The DALI operator `fn.spectral_split`: its build, its cache, its loading.
+
+`load()` makes the operator known to DALI; the first process that asks compiles it (about 10 s; with the CUDA kernel,
+about half a minute) and every later one finds it in the cache. `python -m bandsplit.native` builds ahead, on a login
+node say. What the operator computes is `bandsplit.spectral.split_pictures`; its sources lie beside this file.
+
+A plugin fits one version of DALI (whose symbols are versioned) and one kind of processor (-march=native), so these
+are part of its file's name, and one cache serves nodes that differ.
+"""
+
+import errno
+import fcntl
+import functools
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+HERE = Path(__file__).parent
+SOURCES = ("spectral_split.h", "spectral_split.cc", "spectral_split.cu")
+
+CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-march=native", "-ffp-contract=fast", "-w"]
+# Machine code for A100, A40 (and RTX 30) and H100; PTX for what comes after them.
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-w", "--threads", "4"] + [
+    f"-gencode=arch=compute_{arch},code={code}"
+    for arch, code in [(80, "sm_80"), (86, "sm_86"), (90, "sm_90"), (90, "compute_90")]
+]
+
+
+class BuildError(RuntimeError):
+    """The operator cannot be built here; the message says what is missing, or ends with the compiler's output."""
+
+
+@functools.cache
+def load() -> None:
+    """Make `nvidia.dali.fn.spectral_split` available in this process, building the plugin if the cache has none.
+
+    Raises:
+        BuildError: as `build`.
+    """
+    from nvidia.dali import plugin_manager
+
+    plugin_manager.load_library(str(build()))
+
+
+def build(cuda: bool | None = None) -> Path:
+    """The plugin from the cache, compiled into it first if need be. Any number of processes may call this at once.
+
+    The cache is $BANDSPLIT_CACHE, else $XDG_CACHE_HOME/bandsplit, else ~/.cache/bandsplit. The compiler is $CXX, else
+    g++, else c++. Where none of them is, a plugin that another machine of the same kind put into the cache is taken.
+
+    Args:
+        cuda: whether to include the GPU kernel; None: where torch sees a GPU and there is an nvcc, or a plugin
+            with the GPU kernel is in the cache already.
+
+    Returns:
+        the path of the shared library.
+
+    Raises:
+        BuildError: no compiler, no nvcc (for cuda=True), no CUDA headers, a cache that cannot be written, or the
+            compilation failed.
+    """
+    if cuda is None:
+        cuda = _gpu_is_visible() and (_find_nvcc() is not None or _prebuilt(cuda=True) is not None)
+    cxx, nvcc = _find_cxx(), _find_nvcc()
+    if cxx is None or (cuda and nvcc is None):
+        prebuilt = _prebuilt(cuda)
+        if prebuilt is None:
+            raise BuildError(
+                f"the build of spectral_split needs {'a C++ compiler (g++, or set CXX)' if cxx is None else 'nvcc'}, "
+                f"which is not here; nor has the cache {_cache_folder()} a plugin for this machine: build one where "
+                "the compilers are, with `python -m bandsplit.native`"
+            )
+        return prebuilt
+
+    compilers = [cxx, [nvcc]] if cuda and nvcc else [cxx]
+    plugin = _cache_folder() / f"{_stem(cuda)}-{_hash(_output([*compiler, '--version']) for compiler in compilers)}.so"
+    if plugin.exists():
+        return plugin
+    try:
+        plugin.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(plugin.with_suffix(".lock")):
+            if not plugin.exists():
+                _compile(plugin, cxx, nvcc if cuda else None)
+    except OSError as error:
+        raise BuildError(
+            f"cannot write the cache {plugin.parent} ({error}): set BANDSPLIT_CACHE to a folder"
+        ) from error
+    return plugin
+
+
+def _compile(plugin: Path, cxx: list[str], nvcc: str | None) -> None:
+    """Compile and link in a folder of its own, then rename: a half-written plugin is never seen under its name."""
+    from nvidia.dali import sysconfig
+
+    includes = [*sysconfig.get_compile_flags(), "-isystem", str(_cuda_headers(nvcc))]
+    libraries = [*sysconfig.get_link_flags(), "-ldali_core"]
+    with tempfile.TemporaryDirectory(dir=plugin.parent, prefix="building-") as folder:
+        cpu, gpu, linked = (str(Path(folder) / name) for name in ("cpu.o", "gpu.o", "plugin.so"))
+        # --no-undefined: a missing symbol shows here, with its name, and not when a rank loads the plugin
+        _run([*cxx, *CXX_FLAGS, *includes, "-c", str(HERE / "spectral_split.cc"), "-o", cpu])
+        if nvcc is None:
+            _run([*cxx, "-shared", cpu, "-o", linked, *libraries, "-Wl,--no-undefined"])
+        else:
+            host = ["-ccbin", cxx[-1]]  # the last word: $CXX may be "ccache g++", and nvcc takes one name
+            dali_flags = sysconfig.get_compile_flags()
+            _run([nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / "spectral_split.cu"), "-o", gpu])
+            _run([nvcc, *host, "-shared", cpu, gpu, "-o", linked, *libraries, "-Xlinker", "--no-undefined"])
+        os.replace(linked, plugin)
+
+
+def _run(command: list[str]) -> None:
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-30:])
+        raise BuildError(
+            f"the build of spectral_split failed (exit code {done.returncode}):\n{shlex.join(command)}\n{tail}"
+        )
+
+
+def _output(command: list[str]) -> str:
+    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """One process at a time, on one node at least."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError as error:
+            # Some cluster file systems have no locks: then several processes compile and the last rename wins, no harm.
+            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+                raise
+        yield
+
+
+# What is in the cache ------------------------------------------------------------------------------------------------
+
+
+def _cache_folder() -> Path:
+    if folder := os.environ.get("BANDSPLIT_CACHE"):
+        return Path(folder)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bandsplit"
+
+
+def _stem(cuda: bool) -> str:
+    """The part of the file's name that a machine without a compiler can tell: all but the compilers' versions."""
+    import nvidia.dali
+    from nvidia.dali import sysconfig
+
+    flags = [*CXX_FLAGS, *(NVCC_FLAGS if cuda else []), *sysconfig.get_compile_flags(), *sysconfig.get_link_flags()]
+    sources = [(HERE / name).read_text() for name in SOURCES]
+    key = _hash([nvidia.dali.__version__, *flags, *sources, platform.machine(), _cpu_features()])
+    return f"spectral_split-{'cuda' if cuda else 'cpu'}-{key}"
+
+
+def _prebuilt(cuda: bool) -> Path | None:
+    """The newest plugin in the cache that fits this machine, by whichever compiler."""
+    plugins = _cache_folder().glob(f"{_stem(cuda)}-*.so")
+    return max(plugins, key=lambda plugin: plugin.stat().st_mtime, default=None)
+
+
+def _hash(parts: Iterator[str] | list[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _cpu_features() -> str:
+    """The features that -march=native looks at."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        name, _, features = line.partition(":")
+        if name.strip() in ("flags", "Features"):  # x86, Arm
+            return " ".join(sorted(features.split()))
+    return ""
+
+
+# What is on the machine ----------------------------------------------------------------------------------------------
+
+
+def _gpu_is_visible() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _find_cxx() -> list[str] | None:
+    """The command of the C++ compiler: $CXX, which may have words before the compiler's name (ccache), g++ or c++."""
+    if chosen := shlex.split(os.environ.get("CXX", "")):
+        if shutil.which(chosen[0]) is None:
+            raise BuildError(f"the build of spectral_split: CXX names the compiler {chosen[0]!r}, which is not here")
+        return chosen
+    return next(([name] for name in ("g++", "c++") if shutil.which(name)), None)
+
+
+def _find_nvcc() -> str | None:
+    for folder in [*_chosen_toolkits(), None, *_toolkits_of_wheels(), Path("/usr/local/cuda")]:
+        if nvcc := shutil.which("nvcc", path=None if folder is None else str(folder / "bin")):  # None: on the PATH
+            return nvcc
+    return None
+
+
+def _cuda_headers(nvcc: str | None) -> Path:
+    """The folder of cuda_runtime.h, which DALI's headers include even where no GPU code is compiled.
+
+    torch's wheels bring it without the crt/ headers that it includes; the package nvidia-cuda-crt puts these beside it.
+    """
+    own = [] if nvcc is None else [Path(nvcc).resolve().parent.parent]
+    toolkits = [*own, *_chosen_toolkits(), *_toolkits_of_wheels(), Path("/usr/local/cuda")]
+    for toolkit in toolkits:
+        headers = toolkit / "include"
+        if all((headers / name).exists() for name in ("cuda_runtime.h", "cuda_fp16.h", "crt/host_config.h")):
+            return headers
+    raise BuildError(
+        "the build of spectral_split needs CUDA's headers (cuda_runtime.h, crt/host_config.h), and none of "
+        f"{', '.join(str(toolkit / 'include') for toolkit in toolkits)} has them: "
+        "pip install nvidia-cuda-runtime nvidia-cuda-crt, or set CUDA_HOME to a CUDA toolkit"
+    )
+
+
+def _chosen_toolkits() -> list[Path]:
+    return [Path(folder) for name in ("CUDA_HOME", "CUDA_PATH") if (folder := os.environ.get(name))]
+
+
+def _toolkits_of_wheels() -> list[Path]:
+    """What NVIDIA's Python packages unpack: nvidia/cu13 and the like."""
+    import nvidia
+
+    return [folder for root in nvidia.__path__ for folder in sorted(Path(root).glob("cu[0-9]*"), reverse=True)]

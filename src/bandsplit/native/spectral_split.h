@@ -1,0 +1,178 @@
+// The DALI operator fn.spectral_split: mirror, normalise, transform, layout and dtype of a batch of pictures in one pass.
+//
+// Here: its arguments, checked, and what both backends share. spectral_split.cc holds the schema and the CPU kernel,
+// spectral_split.cu the CUDA kernel. The same computation in Python: bandsplit.spectral.split_pictures.
+
+#ifndef BANDSPLIT_NATIVE_SPECTRAL_SPLIT_H_
+#define BANDSPLIT_NATIVE_SPECTRAL_SPLIT_H_
+
+#include <cmath>
+#include <cstdint>
+#include <map>
+#include <numeric>
+#include <string>
+#include <vector>
+
+#include "dali/core/error_handling.h"
+#include "dali/pipeline/operator/checkpointing/stateless_operator.h"
+#include "dali/pipeline/operator/common.h"
+
+namespace bandsplit {
+
+/// Throws what DALI raises in Python as RuntimeError. (DALI_ENFORCE would put the C++ condition before the message.)
+template <typename... Parts>
+void Require(bool condition, const Parts &...message) {
+  if (!condition) DALI_FAIL("spectral_split: ", message...);
+}
+
+inline int BlockOf(const ::dali::OpSpec &spec) {
+  const int block = spec.GetArgument<int>("block");
+  // at 32 the matrix has a million entries: beyond that a transform by matrix is the wrong tool
+  Require(1 <= block && block <= 32, "block = ", block, ": allowed are 1 to 32");
+  return block;
+}
+
+/// The bands of each output: what `groups` and `group_sizes` say, or one band each.
+inline std::vector<std::vector<int>> GroupsOf(const ::dali::OpSpec &spec) {
+  const int block = BlockOf(spec);
+  const int bands = block * block;
+  const auto flat = spec.GetRepeatedArgument<int>("groups");
+  const auto sizes = spec.GetRepeatedArgument<int>("group_sizes");
+  std::vector<std::vector<int>> groups;
+  if (flat.empty() && sizes.empty()) {
+    for (int band = 0; band < bands; band++) groups.push_back({band});
+    return groups;
+  }
+  for (size_t g = 0; g < sizes.size(); g++)
+    Require(sizes[g] >= 1, "group_sizes[", g, "] = ", sizes[g], ": a group has at least one band");
+  const auto named = std::accumulate(sizes.begin(), sizes.end(), size_t{0});
+  Require(named == flat.size(), "group_sizes sum to ", named, ", but groups names ", flat.size(), " bands");
+  for (size_t i = 0; i < flat.size(); i++)
+    Require(0 <= flat[i] && flat[i] < bands,
+            "groups[", i, "] = ", flat[i], ": the bands of block = ", block, " are 0 to ", bands - 1);
+  auto next = flat.begin();
+  for (const int size : sizes) {
+    groups.emplace_back(next, next + size);
+    next += size;
+  }
+  return groups;
+}
+
+/// The arguments of the operator, checked, in the form that the kernels use.
+///
+/// Only the bands that a group names are computed, each once: `rows` holds their rows of the matrix, and the groups
+/// name these rows. Mean and std are folded in: with w_k row k of the matrix,
+///   Σ_n w_kn (x_n - mean) / std  =  (Σ_n w_kn x_n  +  w_kN mean) / std,   w_kN = -Σ_n w_kn,
+/// so the mean is one more pixel, the N-th, of a block, and the pixels enter the sum as the bytes they are.
+struct Plan {
+  explicit Plan(const ::dali::OpSpec &spec)
+      : block(BlockOf(spec)), pixels(block * block), dtype(spec.GetArgument<::dali::DALIDataType>("dtype")) {
+    ReadColours(spec);
+    ReadGroups(spec);
+    Require(dtype == DALI_FLOAT || dtype == DALI_FLOAT16,
+            "dtype = ", dtype, ": allowed are FLOAT and FLOAT16");
+    const auto layout = spec.GetArgument<::dali::TensorLayout>("output_layout");
+    Require(layout == "HWC" || layout == "CHW", "output_layout = \"", layout, "\": allowed are \"HWC\" and \"CHW\"");
+    channels_last = layout == "HWC";
+  }
+
+  int channels() const { return static_cast<int>(mean.size()); }
+  int row_count() const { return static_cast<int>(rows.size()) / (pixels + 1); }
+
+  int block;   ///< side of a block of pixels
+  int pixels;  ///< N = block²
+  ::dali::DALIDataType dtype;
+  bool channels_last;
+  std::vector<float> mean, inverse_std;  ///< one a colour channel
+  std::vector<std::vector<int>> groups;  ///< for each output its rows
+  std::vector<float> rows;               ///< (row_count, N + 1), row-major
+
+ private:
+  void ReadColours(const ::dali::OpSpec &spec) {
+    mean = spec.GetRepeatedArgument<float>("mean");
+    const auto std = spec.GetRepeatedArgument<float>("std");
+    Require(!mean.empty() && mean.size() == std.size(), "mean has ", mean.size(), " and std ", std.size(),
+            " entries: both need one a colour channel");
+    for (size_t c = 0; c < std.size(); c++) {
+      Require(std[c] > 0 && std::isfinite(std[c]), "std[", c, "] = ", std[c], ": must be positive");
+      inverse_std.push_back(1 / std[c]);
+    }
+  }
+
+  void ReadGroups(const ::dali::OpSpec &spec) {
+    const auto matrix = spec.GetRepeatedArgument<float>("matrix");
+    Require(matrix.size() == size_t(pixels) * pixels, "matrix has ", matrix.size(), " entries: block = ", block,
+            " needs ", pixels, " x ", pixels, " = ", pixels * pixels);
+    groups = GroupsOf(spec);
+    std::map<int, int> row_of_band;
+    for (auto &group : groups) {
+      for (int &band : group) {
+        const auto [entry, is_new] = row_of_band.try_emplace(band, row_count());
+        if (is_new) AddRow(&matrix[size_t(band) * pixels]);
+        band = entry->second;
+      }
+    }
+  }
+
+  void AddRow(const float *weights) {
+    rows.insert(rows.end(), weights, weights + pixels);
+    rows.push_back(static_cast<float>(-std::accumulate(weights, weights + pixels, 0.0)));
+  }
+};
+
+/// What both backends share: the arguments, the check of the input, and the shapes of the outputs.
+/// Stateless, so that a pipeline with checkpointing accepts it.
+template <typename Backend>
+class SpectralSplit : public ::dali::StatelessOperator<Backend> {
+ public:
+  explicit SpectralSplit(const ::dali::OpSpec &spec) : ::dali::StatelessOperator<Backend>(spec), plan_(spec) {}
+
+ protected:
+  bool SetupImpl(std::vector<::dali::OutputDesc> &outputs, const ::dali::Workspace &ws) override {
+    const auto &input = ws.Input<Backend>(0);
+    const int batch = input.num_samples();
+    Require(batch == 0 || input.type() == DALI_UINT8,
+            "the pictures are ", input.type(), ": needed is uint8");
+    Require(batch == 0 || input.sample_dim() == 3,
+            "the pictures have ", input.sample_dim(), " axes: needed are height, width, channel");
+    for (int i = 0; i < batch; i++) CheckPicture(i, input.shape().tensor_shape(i));
+
+    outputs.resize(plan_.groups.size());
+    for (size_t g = 0; g < outputs.size(); g++) {
+      outputs[g].type = plan_.dtype;
+      outputs[g].shape.resize(batch, 3);
+      for (int i = 0; i < batch; i++) {
+        const auto side = input.shape().tensor_shape_span(i);
+        const int64_t h = side[0] / plan_.block, w = side[1] / plan_.block;
+        const int64_t channels = plan_.channels() * plan_.groups[g].size();
+        outputs[g].shape.set_tensor_shape(i, plan_.channels_last ? ::dali::TensorShape<>{h, w, channels}
+                                                                 : ::dali::TensorShape<>{channels, h, w});
+      }
+    }
+    return true;
+  }
+
+  void SetOutputLayouts(::dali::Workspace &ws) const {
+    for (int g = 0; g < ws.NumOutput(); g++) ws.Output<Backend>(g).SetLayout(plan_.channels_last ? "HWC" : "CHW");
+  }
+
+  std::vector<int> Mirror(const ::dali::Workspace &ws, int batch) const {
+    std::vector<int> mirror;
+    ::dali::GetPerSampleArgument(mirror, "mirror", this->spec_, ws, batch);
+    return mirror;
+  }
+
+  const Plan plan_;
+
+ private:
+  void CheckPicture(int sample, const ::dali::TensorShape<> &shape) const {
+    Require(shape[2] == plan_.channels(), "sample ", sample, " of shape ", shape, " has ", shape[2],
+            " channels: mean and std have ", plan_.channels(), " entries");
+    Require(shape[0] % plan_.block == 0 && shape[1] % plan_.block == 0, "sample ", sample, " of shape ", shape,
+            ": block = ", plan_.block, " does not divide its height and width");
+  }
+};
+
+}  // namespace bandsplit
+
+#endif  // BANDSPLIT_NATIVE_SPECTRAL_SPLIT_H_

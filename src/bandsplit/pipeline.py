@@ -1,0 +1,175 @@
+"""The DALI graphs from JPEG files to the inputs of every branch, one definition for CPU and GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from loguru import logger
+from nvidia.dali import Pipeline, pipeline_def, types
+from nvidia.dali import fn as dali_fn
+
+from bandsplit import native, seeds, spectral
+from bandsplit.dataset import Pictures
+from bandsplit.schema import RunConfig
+
+fn: Any = dali_fn  # operators are made at run time, ours among them: DALI's stubs do not know them all
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one rank takes of a data set."""
+
+    rank: int
+    world_size: int
+    batch_size: int
+    threads: int
+    device_id: int | None
+    """GPU of this rank; None: CPU only."""
+    half: bool = False
+    """Bands as float16 instead of float32."""
+
+    @property
+    def device(self) -> str:
+        return "cpu" if self.device_id is None else "gpu"
+
+
+@cache
+def has_operator() -> bool:
+    """Whether `fn.spectral_split` could be built and loaded; says so once where not."""
+    try:
+        native.load()
+    except native.BuildError as error:
+        logger.warning("The spectral split runs in plain torch, which is slower: {}", error)
+        return False
+    return True
+
+
+def training(config: RunConfig, pictures: Pictures, share: Share, checkpoint: bytes | None = None) -> Pipeline:
+    """An endless stream of batches: every outer pass over the data is a new shuffle of all pictures, from the seed.
+
+    Ranks take disjoint parts of each pass.  A checkpoint of such a pipeline continues exactly after the last batch
+    that was handed out.
+    """
+    seed = seeds.derived(config.seed, "augmentation", share.rank)
+    return _build(_training_graph, share, config, pictures, seed, checkpoint)
+
+
+def validation(config: RunConfig, pictures: Pictures, share: Share) -> Pipeline:
+    """The pictures in their order, once; the last batch is filled up by repeating the last picture."""
+    return _build(_validation_graph, share, config, pictures)
+
+
+def first_undecodable(files: Sequence[str], threads: int, batch_size: int = 64) -> str | None:
+    """Decodes the files in order on the CPU until one fails, and returns its path."""
+    for start in range(0, len(files), batch_size):
+        chunk = list(files[start : start + batch_size])
+        if not _decodes(chunk, threads):
+            return next((file for file in chunk if not _decodes([file], threads)), None)
+    return None
+
+
+def _decodes(files: list[str], threads: int) -> bool:
+    @pipeline_def
+    def graph() -> Any:
+        encoded, _ = fn.readers.file(files=files, labels=[0] * len(files))
+        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+
+    try:
+        graph(batch_size=len(files), num_threads=threads, device_id=None, prefetch_queue_depth=1).run()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _build(
+    graph: Callable[..., Any],
+    share: Share,
+    config: RunConfig,
+    pictures: Pictures,
+    seed: int = 0,
+    checkpoint: bytes | None = None,
+) -> Pipeline:
+    pipe = pipeline_def(graph)(
+        share,
+        config,
+        pictures,
+        batch_size=share.batch_size,
+        num_threads=share.threads,
+        device_id=share.device_id,
+        seed=seed,
+        prefetch_queue_depth=config.data.prefetch,
+        enable_checkpointing=True,  # also where no state is read: it changes the order of the pictures
+        checkpoint=checkpoint,
+    )
+    pipe.build()
+    return pipe
+
+
+def _training_graph(share: Share, config: RunConfig, pictures: Pictures) -> Any:
+    data = config.data
+    order_seed = seeds.derived(config.seed, "order")  # the same on every rank
+    order = np.random.default_rng(order_seed).permutation(len(pictures))  # DALI shuffles only after the first pass
+    encoded, labels = fn.readers.file(
+        files=[pictures.files[i] for i in order],
+        labels=[pictures.labels[i] for i in order],
+        shard_id=share.rank,
+        num_shards=share.world_size,
+        shuffle_after_epoch=True,
+        shuffle_after_epoch_seed=order_seed,
+        name="reader",
+    )
+    crop = {"random_area": list(data.random_area), "random_aspect_ratio": list(data.random_aspect)}
+    size = [data.image_size, data.image_size]
+    if share.device == "cpu":  # decodes only what the crop needs
+        images = fn.decoders.image_random_crop(encoded, device="cpu", **_DECODE, **crop)
+        images = fn.resize(images, size=size)
+    else:
+        images = fn.decoders.image(encoded, device="mixed", **_DECODE)
+        images = fn.random_resized_crop(images, size=size, **crop)
+    mirror = fn.random.coin_flip(probability=data.mirror, dtype=types.INT32)
+    return _finish(images, mirror, labels, share, config)
+
+
+def _validation_graph(share: Share, config: RunConfig, pictures: Pictures) -> Any:
+    data = config.data
+    encoded, labels = fn.readers.file(
+        files=pictures.files,
+        labels=pictures.labels,
+        pad_last_batch=True,
+        stick_to_shard=True,
+        name="reader",
+    )
+    images = fn.decoders.image(encoded, device="cpu" if share.device == "cpu" else "mixed", **_DECODE)
+    images = fn.resize(images, resize_shorter=data.resize_size)
+    images = fn.crop(images, crop=(data.image_size, data.image_size))
+    return _finish(images, fn.zeros(shape=[], dtype=types.INT32), labels, share, config)
+
+
+# torchvision does not rotate by EXIF either, and ImageNet's published figures are without
+_DECODE = {"output_type": types.RGB, "adjust_orientation": False}
+
+
+def _finish(images: Any, mirror: Any, labels: Any, share: Share, config: RunConfig) -> Any:
+    """The split into one (h, w, 3·bands) output a branch, or the picture and its flip where there is no operator."""
+    if share.device == "gpu":
+        labels = labels.gpu()
+    if not has_operator():
+        return images, mirror, labels
+    split, data = config.split, config.data
+    matrix = spectral.transform_matrix(split.transform, split.block, split.norm)
+    bands = fn.spectral_split(
+        images,
+        mirror=mirror,
+        block=split.block,
+        matrix=matrix.ravel().tolist(),
+        mean=list(data.mean),
+        std=list(data.std),
+        groups=[k for group in split.groups for k in group],
+        group_sizes=[len(group) for group in split.groups],
+        dtype=types.FLOAT16 if share.half else types.FLOAT,
+    )
+    return *(bands if isinstance(bands, list | tuple) else [bands]), labels

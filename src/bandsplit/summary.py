@@ -1,0 +1,108 @@
+"""What a config would run, found on torch's meta device: nothing is allocated, read or written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from bandsplit import dataset
+from bandsplit.ensemble import Ensemble
+from bandsplit.errors import UserError
+from bandsplit.models import count_parameters
+from bandsplit.schema import RunConfig
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class BranchCost:
+    """One branch at one rank's batch."""
+
+    channels: int
+    parameters: int
+    macs: int
+    """Multiply-accumulates of a forward pass over one picture."""
+    activation_bytes: int
+    """What the forward pass keeps for the backward pass, at the batch of one rank in float32."""
+
+
+def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) -> BranchCost:
+    """Cost of a branch on the meta device for inputs (batch_size, channels, size, size)."""
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in branch.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    x = torch.empty(batch_size, channels, size, size, device="meta")
+    labels = torch.empty(batch_size, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        logits = branch(x)
+        flops = counter.get_total_flops()
+        loss = cross_entropy(logits, labels)
+    del loss
+    return BranchCost(channels, count_parameters(branch), flops // 2 // batch_size, sum(kept.values()))
+
+
+def show(config: RunConfig, world_size: int) -> None:
+    """Prints branches, cost, memory and steps of a config on `world_size` ranks.
+
+    Raises UserError where the batch does not fit the ranks.
+    """
+    batch_size = config.rank_batch_size(world_size)
+    size = config.data.image_size // config.split.block
+    with torch.device("meta"):
+        branches = list(Ensemble(config).branches)
+    costs = [
+        branch_cost(branch, 3 * len(group), size, batch_size)
+        for branch, group in zip(branches, config.split.groups, strict=True)
+    ]
+    parameters = sum(cost.parameters for cost in costs)
+    print(f"{config.name}: {config.model.arch}, {config.data.name} at {config.data.image_size} pixels")
+    print(
+        f"split     block {config.split.block}, {config.split.transform}: "
+        f"{config.split.bands} bands of {size} x {size}, {len(costs)} branch{'es' * (len(costs) > 1)}"
+    )
+    print(
+        f"batch     {config.train.batch_size} pictures = {world_size} ranks x {config.train.accumulation} x {batch_size}"
+    )
+    print(f"weights   {parameters:,} parameters, {parameters * 4 / MIB:,.2f} MiB in float32")
+    print(f"compute   {sum(cost.macs for cost in costs) / 1e9:.3f} GMACs a picture forward, all branches")
+    for cost, number in _alike(costs):
+        print(
+            f"          {number} x {cost.channels} channels: {cost.parameters:,} parameters, "
+            f"{cost.macs / 1e9:.3f} GMACs, {cost.activation_bytes / MIB:,.0f} MiB activations"
+        )
+    print(f"memory    {_memory_bytes(config, costs, size, batch_size) / MIB:,.0f} MiB a rank in float32 (estimate)")
+    _show_steps(config)
+
+
+def _alike(costs: list[BranchCost]) -> list[tuple[BranchCost, int]]:
+    return [(cost, costs.count(cost)) for cost in dict.fromkeys(costs)]
+
+
+def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_size: int) -> int:
+    """Weights and momentum of all branches, gradients and activations of the largest one, and all bands."""
+    weights = 4 * sum(cost.parameters for cost in costs)
+    largest = max(4 * cost.parameters + cost.activation_bytes for cost in costs)
+    bands = 4 * batch_size * config.train.accumulation * size * size * sum(cost.channels for cost in costs)
+    return weights * (2 if config.optim.momentum else 1) + largest + bands * (1 + config.data.prefetch)
+
+
+def _show_steps(config: RunConfig) -> None:
+    """Steps, where the data is at hand to be counted."""
+    try:
+        train_pictures, val_pictures = dataset.open_data(config.data, generate=False)
+    except UserError as error:
+        print(f"steps     unknown: {error}")
+        return
+    steps = len(train_pictures) // config.train.batch_size
+    print(f"data      {len(train_pictures)} training and {len(val_pictures)} validation pictures")
+    print(f"steps     {config.train.epochs} epochs x {steps} = {config.train.epochs * steps}")

@@ -1,0 +1,51 @@
+"""Train an ensemble: torchrun src/train.py [CONFIG] [--set key=value …]"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from bandsplit import cli, schema
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "config",
+        nargs="?",
+        type=Path,
+        default=REPOSITORY / "config/train/demo.toml",
+        help="train config (default: the demo)",
+    )
+    parser.add_argument("--data", type=Path, help="data config to use instead of the one that the train config names")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="override any key, for example optim.lr=0.02; may be repeated",
+    )
+    parser.add_argument("--run-dir", type=Path, help="where the run is written (default: runs/NAME-seedSEED)")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the run directory's last checkpoint, if there is one"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: number of ranks to check for")
+    arguments = parser.parse_args()
+
+    config = schema.load(arguments.config, arguments.set, arguments.data)
+    if arguments.dry_run:
+        from bandsplit import parallel, summary
+
+        summary.show(config, arguments.world_size or parallel.world_size())
+        return
+    from bandsplit import training
+
+    run_dir = arguments.run_dir or Path("runs") / f"{config.name}-seed{config.seed}"
+    training.train(config, run_dir, arguments.resume)
+
+
+if __name__ == "__main__":
+    cli.run(main)

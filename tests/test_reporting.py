@@ -1,0 +1,239 @@
+"""report.py: grouping, statistics, table, figures and messages, on run directories written by hand."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+from PIL import Image
+
+from bandsplit import reporting
+from bandsplit.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+Event = dict[str, Any]
+
+
+def train(step: int, seconds: float, loss: float = 2.0) -> Event:
+    measured = {"images_per_second": 800.0, "data_wait": 0.03, "peak_memory_mib": 512.0, "lr": 0.1}
+    return {"event": "train", "step": step, "epoch": step / 100, "seconds": seconds, "loss": loss} | measured
+
+
+def validation(step: int, seconds: float, top1: float, branches: Sequence[float] = (40.0, 20.0)) -> Event:
+    place = {"event": "validation", "step": step, "epoch": step / 100, "seconds": seconds}
+    return place | {"loss": 1.0, "top1": top1, "top5": top1 + 20, "branch_top1": list(branches)}
+
+
+def end(step: int, seconds: float) -> Event:
+    return {"event": "end", "step": step, "epoch": step / 100, "seconds": seconds, "top1": 0.0, "top5": 0.0}
+
+
+def curve(top1: Iterable[float], pace: float = 1.0, branches: Sequence[float] = (40.0, 20.0)) -> list[Event]:
+    """A training line and a validation at steps 100, 200, ...; `pace` is seconds a step."""
+    lines = []
+    for step, value in enumerate(top1, start=1):
+        lines += [train(step * 100, step * 100 * pace), validation(step * 100, step * 100 * pace, value, branches)]
+    return lines
+
+
+def finished(top1: Sequence[float], pace: float = 1.0, branches: Sequence[float] = (40.0, 20.0)) -> list[Event]:
+    return [*curve(top1, pace, branches), end(100 * len(top1), 100 * len(top1) * pace)]
+
+
+def write_run(
+    folder: Path, events: Sequence[Event], *, name: str = "net", seed: int = 0, batch_size: int = 256, tail: str = ""
+) -> Path:
+    folder.mkdir(parents=True)
+    config = {
+        "name": name,
+        "seed": seed,
+        "data": {"name": "imagenet"},
+        "split": {"block": 2, "branches": "each"},
+        "train": {"epochs": 90, "batch_size": batch_size},
+    }
+    (folder / "config.toml").write_text(tomli_w.dumps(config))
+    (folder / "environment.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events) + tail)
+    return folder
+
+
+def groups_of(*folders: Path) -> list[reporting.Group]:
+    return reporting.group_runs([reporting.read_run(folder) for folder in folders])
+
+
+def command(*arguments: object) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, str(ROOT / "src" / "report.py"), *map(str, arguments)]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def test_runs_that_differ_only_in_the_seed_are_one_group(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / str(seed), finished([50, 60]), seed=seed) for seed in range(3)]
+    (group,) = groups_of(*folders)
+    assert len(group.runs) == 3
+    assert group.label == "net"
+    assert group.legend == "net, mean ± 2 SD, n = 3"
+
+
+def test_configurations_of_one_name_are_told_apart_by_the_keys_that_differ(tmp_path: Path) -> None:
+    a = write_run(tmp_path / "a", finished([50]))
+    b = write_run(tmp_path / "b", finished([50]), batch_size=512)
+    c = write_run(tmp_path / "c", finished([50]), name="other", batch_size=1024)
+    groups = groups_of(a, b, c)
+    assert [group.label for group in groups] == ["net (train.batch_size=256)", "net (train.batch_size=512)", "other"]
+    assert len({group.color for group in groups}) == 3
+
+
+def test_a_run_in_progress_stays_apart_from_finished_ones_in_their_colour(tmp_path: Path) -> None:
+    done = write_run(tmp_path / "done", finished([50, 60]))
+    growing = write_run(tmp_path / "growing", curve([51]), seed=1)
+    first, second = groups_of(growing, done)
+    assert first.label == "net"
+    assert second.label == "net (in progress, epoch 1 of 90)"
+    assert first.color == second.color
+
+
+def test_mean_and_two_sigma_on_irregular_times_equal_a_plain_numpy_computation(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    folders, runs = [], []
+    for seed in range(3):
+        seconds = np.cumsum(rng.uniform(50, 150, size=12))
+        top1 = np.cumsum(rng.uniform(0, 5, size=12))
+        runs.append((seconds, top1))
+        events = [validation(100 * k, s, a) for k, (s, a) in enumerate(zip(seconds, top1, strict=True), start=1)]
+        folders.append(write_run(tmp_path / str(seed), [*events, end(1200, seconds[-1])], seed=seed))
+    (group,) = groups_of(*folders)
+    result = reporting.group_curve(group, "seconds", reporting.ACCURACY[0])
+
+    low, high = max(seconds[0] for seconds, _ in runs), min(seconds[-1] for seconds, _ in runs)
+    assert (result.index[0], result.index[-1]) == (low, high)
+    knots = {float(second) for seconds, _ in runs for second in seconds if low <= second <= high}
+    assert set(result.index) == knots
+    for second, row in result.iterrows():
+        values = []
+        for seconds, top1 in runs:
+            k = min(max(int(np.searchsorted(seconds, second)), 1), len(seconds) - 1)
+            share = (second - seconds[k - 1]) / (seconds[k] - seconds[k - 1])
+            values.append(top1[k - 1] + share * (top1[k] - top1[k - 1]))
+        mean = sum(values) / 3
+        sigma = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
+        assert row["mean"] == pytest.approx(mean, rel=1e-12)
+        assert row["two_sigma"] == pytest.approx(2 * sigma, rel=1e-9)
+
+
+def test_table_is_exact_for_a_small_example(tmp_path: Path) -> None:
+    # top-1 60, 61, 62: mean 61, sample deviation 1. Hours at 18, 36 and 54 s a step: 1, 2, 3.
+    folders = [
+        write_run(tmp_path / str(n), finished([50, 60 + n], pace=18.0 * (n + 1), branches=[30, 45 + 2 * n]), seed=n)
+        for n in range(3)
+    ]
+    folders.append(write_run(tmp_path / "plain", finished([70], branches=[70]), name="plain"))
+    folders.append(write_run(tmp_path / "new", [train(50, 90.0)], name="new"))
+    table = reporting.markdown_table(groups_of(*folders))
+    *rows, _blank, caption = table.splitlines()
+    assert all(len(row) == len(rows[0]) for row in rows)
+    assert [" ".join(row.split()) for row in rows] == [
+        "| configuration | n | epochs | steps | top-1 | top-5 | best branch top-1 | hours |",
+        f"| {'-' * 34} | -: | -----: | ----: | {'-' * 11}: | {'-' * 11}: | {'-' * 16}: | {'-' * 10}: |",
+        "| net | 3 | 2 | 200 | 61.00 ± 2.00 | 81.00 ± 2.00 | 47.00 ± 4.00 | 2.00 ± 2.00 |",
+        "| plain | 1 | 1 | 100 | 70.00 | 90.00 | — | 0.028 |",
+        "| new (in progress, epoch 0.5 of 90) | 1 | 0.5 | 50 | — | — | — | 0.025 |",
+    ]
+    assert "last validation" in caption
+
+
+def test_a_half_written_last_line_is_left_out_and_a_broken_one_before_it_is_named(tmp_path: Path) -> None:
+    growing = write_run(tmp_path / "growing", curve([50, 60]), tail='{"event": "train", "st')
+    run = reporting.read_run(growing)
+    assert (len(run.train), len(run.validation), run.ended) == (2, 2, False)
+    broken = write_run(tmp_path / "broken", curve([50]), tail='{"event": "tr\n{"event": "end"}\n')
+    with pytest.raises(UserError, match=r"metrics\.jsonl: line 3 is not a JSON object"):
+        reporting.read_run(broken)
+
+
+@pytest.mark.parametrize(
+    ("largest", "expected"),
+    [(90, (1, "Training time (s)")), (5400, (60, "Training time (min)")), (90_000, (3600, "Training time (h)"))],
+)
+def test_time_axis_unit(largest: float, expected: tuple[float, str]) -> None:
+    assert reporting.axis_unit("seconds", largest) == expected
+
+
+def test_branch_panels_share_limits_that_hold_every_run(tmp_path: Path) -> None:
+    short = write_run(tmp_path / "short", curve([10], branches=[5] * 16), name="short")
+    long = write_run(tmp_path / "long", finished([10, 50, 80], branches=[30, 20, 10, 5]), name="long")
+    figure = reporting.branches_figure(groups_of(short, long))
+    assert figure is not None
+    panels = [axes for axes in figure.axes if axes.get_title(loc="left") or axes.get_title()]
+    assert [len(axes.lines) for axes in panels] == [16 + 1, 4 + 1]
+    for axes in panels:
+        assert axes.get_xlim()[0] == 0 <= axes.get_ylim()[0]
+        assert axes.get_xlim()[1] >= 300
+        assert axes.get_ylim()[1] >= 80
+
+
+def test_command_writes_every_figure_and_the_table(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / str(seed), finished([50, 60 + seed]), seed=seed) for seed in range(2)]
+    folders.append(write_run(tmp_path / "growing", curve([40]), name="growing", tail='{"ev'))
+    result = command(*folders, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert "growing (in progress, epoch 1 of 90)" in result.stdout
+    assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8") in result.stdout
+    names = {"accuracy_time", "accuracy_step", "loss", "throughput", "branches"}
+    assert {path.stem for path in (tmp_path / "out").glob("*.svg")} == names
+    for name in names:
+        assert "<svg" in (tmp_path / "out" / f"{name}.svg").read_text(encoding="utf-8")
+        with Image.open(tmp_path / "out" / f"{name}.png") as image:
+            assert round(image.info["dpi"][0]) == 200
+            assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
+
+
+def test_a_run_without_validation_gets_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = write_run(tmp_path / "run", [train(10, 5.0), train(20, 9.0)])
+    reporting.report([run])
+    assert "accuracy_time: left out" in capsys.readouterr().out
+    assert {path.name for path in (run / "plots").glob("*.png")} == {"loss.png", "throughput.png"}
+
+
+def test_the_same_run_named_twice_counts_once(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", finished([50]))
+    reporting.report([run, tmp_path / "other" / ".." / "run"], tmp_path / "out")
+    assert "| net           |  1 |" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
+
+
+def test_a_users_mistake_ends_with_one_message_and_code_2(tmp_path: Path) -> None:
+    result = command(tmp_path / "none")
+    assert result.returncode == 2
+    assert "none: no such folder" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_messages_name_what_is_missing(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [])
+    with pytest.raises(UserError, match="no training or validation events yet"):
+        reporting.report([run])
+    for name in ("metrics.jsonl", "config.toml"):
+        (run / name).unlink()
+        with pytest.raises(UserError, match=f"run: not a run directory, {name} is missing"):
+            reporting.report([run])
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file: exists and is not a folder"):
+        reporting.report([write_run(tmp_path / "full", finished([50]))], tmp_path / "file")
+
+
+def test_neither_torch_nor_dali_is_imported_and_help_loads_no_plotting() -> None:
+    code = "import sys, bandsplit.reporting; sys.exit(bool({'torch', 'nvidia.dali'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    # -X importtime lists every import on stderr
+    line = [sys.executable, "-X", "importtime", str(ROOT / "src" / "report.py"), "--help"]
+    result = subprocess.run(line, capture_output=True, text=True, check=False)
+    assert result.returncode == 0
+    assert "--output" in result.stdout
+    assert "argparse" in result.stderr
+    assert not {"pandas", "matplotlib", "numpy"} & {
+        entry.split("|")[-1].strip() for entry in result.stderr.splitlines()
+    }
