@@ -37,11 +37,19 @@ SIDE = (72, 144)
 PERIOD = {"checkered": 2.7 / 72, "striped": 2.4 / 72}
 """Period of a texture along each axis it varies in: 2.4 to 2.7 pixels once the shorter side is resized to 72. That is
 below the 4 pixels at which a 2x2 block stops to resolve it, and just above the 2 that no picture can resolve."""
-EDGE_BLUR = 0.014
+EDGE_BLUR = 0.02
 """Standard deviation of the lens blur on outlines: one pixel once the shorter side is 72, too soft for a detail band."""
-SPOT = (0.09, 0.17)
-STRENGTH = (0.3, 0.45)
+SPOT = (0.08, 0.15)
+STRENGTH = (0.18, 0.42)
 BASE = 0.08
+GAP = (15, 60)
+LIGHTS = (5, 11)
+LIGHT = (0.03, 0.14)
+CONTRAST = (0.4, 1)
+SHADOW = (0, 0.2)
+CHROMA = 0.5
+FINE = (2.5, 6.5)
+COARSE = (0.5, 2)
 OVERSAMPLING = 4
 """Outlines are drawn this many times larger and averaged down: smooth edges."""
 
@@ -141,10 +149,10 @@ def draw(rng: np.random.Generator, shape: str, texture: str) -> NDArray[np.uint8
     )
     shadow = _blur(np.roll(mask, (round(0.04 * side), round(0.02 * side)), (0, 1)), 0.05 * side)
     surface = above * (1 + 0.15 * _ramp(rng, x, y) + _relief(rng, texture, x, y, mask, side))[..., None]
-    picture = _background(rng, below, x, y) * (1 - 0.3 * shadow)[..., None]
+    picture = _background(rng, below, x, y) * (1 - rng.uniform(*SHADOW) * shadow)[..., None]
     picture += mask[..., None] * (surface - picture)
     picture *= (1 - 0.25 * (x**2 + y**2))[..., None]  # the fall of light towards a lens's corners
-    picture += _grain(rng, (width, height), side)[..., None]
+    picture += _grain(rng, (width, height), side)
     return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 
@@ -154,15 +162,21 @@ def _axis(pixels: int, side: int) -> Array:
 
 
 def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
-    """Background and shape. Some pairs are close: then the outline is faint and the texture has to give it away."""
+    """Background and shape: the shape is the darker and the more colourful of the two."""
     hue = rng.random()
     apart = rng.uniform(0.06, 0.5) * rng.choice([-1, 1])
-    value = rng.uniform(0.5, 0.85)
-    below = colorsys.hsv_to_rgb(hue, rng.uniform(0.1, 0.5), value)
-    above = colorsys.hsv_to_rgb(
-        (hue + apart) % 1, rng.uniform(0.3, 0.65), float(np.clip(value + rng.uniform(-0.2, 0.2), 0.5, 0.85))
-    )
-    return 255 * np.array(below, np.float32), 255 * np.array(above, np.float32)
+    brightness = rng.uniform(135, 185)
+    below = _colour(hue, rng.uniform(0.1, 0.4), brightness)
+    above = _colour(hue + apart, rng.uniform(0.3, 0.65), brightness - rng.uniform(*GAP))
+    return below, below + rng.uniform(*CONTRAST) * (above - below)
+
+
+def _colour(hue: float, saturation: float, brightness: float) -> Array:
+    """RGB (3,) of a given luma, both 0 to 255; a hue too dark for it (blue) is paled with white."""
+    colour = 220 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1), np.float32)
+    luma = float(colour @ np.array([0.299, 0.587, 0.114], np.float32))
+    white = max(0.0, (brightness - luma) / (220 - luma))
+    return colour * min(1.0, brightness / luma) * (1 - white) + 220 * white
 
 
 def _outline(rng: np.random.Generator, shape: str, width: float, height: float) -> Array:
@@ -181,10 +195,10 @@ def _outline(rng: np.random.Generator, shape: str, width: float, height: float) 
             points = 1.2 * np.stack([np.sin(turn[::40]), -np.cos(turn[::40])], 1) + [0, 0.2]
         case _:
             raise AssertionError(f"unknown shape {shape!r}")
-    angle = math.radians(rng.uniform(-15, 15))
+    angle = math.radians(rng.uniform(-25, 25))
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    centre = np.array([width, height]) / 2 + rng.uniform(-0.1, 0.1, 2)
-    return (points @ rotation * rng.uniform(0.26, 0.37) + centre).astype(np.float32)
+    centre = np.array([width, height]) / 2 + rng.uniform(-0.13, 0.13, 2)
+    return (points @ rotation * rng.uniform(0.2, 0.35) + centre).astype(np.float32)
 
 
 def _mask(outline: Array, size: tuple[int, int], side: int, shape: str) -> Array:
@@ -210,12 +224,13 @@ def _ramp(rng: np.random.Generator, x: Array, y: Array) -> Array:
 
 
 def _background(rng: np.random.Generator, colour: Array, x: Array, y: Array) -> Array:
-    """A gradient with a few lights far out of focus: (height, width, 3)."""
+    """A gradient with lights far out of focus, each a pale disc (a lens's aperture): (height, width, 3)."""
     light = 1 + 0.18 * _ramp(rng, x, y)
-    for _ in range(4):
-        a, b = rng.uniform(-0.6, 0.6, 2)
-        radius = rng.uniform(0.08, 0.25)
-        light = light + rng.uniform(-0.12, 0.15) * np.exp(-((x - a) ** 2 + (y - b) ** 2) / (2 * radius**2))
+    for _ in range(rng.integers(*LIGHTS)):
+        a, b = rng.uniform(-0.65, 0.65, 2)
+        distance = np.sqrt((x - a) ** 2 + (y - b) ** 2)
+        disc = np.clip((rng.uniform(0.06, 0.22) - distance) / (3 * EDGE_BLUR) + 0.5, 0, 1)
+        light = light + rng.uniform(*LIGHT) * disc
     tint = 1 + 0.08 * _ramp(rng, x, y)[..., None] * rng.uniform(-1, 1, 3).astype(np.float32)
     return (light[..., None] * tint * colour).astype(np.float32)
 
@@ -242,8 +257,12 @@ def _relief(rng: np.random.Generator, texture: str, x: Array, y: Array, mask: Ar
 
 
 def _grain(rng: np.random.Generator, size: tuple[int, int], side: int) -> Array:
-    """Film grain: a fine one, pixel by pixel, and a coarse one of about a 30th of the picture: (height, width)."""
-    fine = rng.normal(0, rng.uniform(1, 4), size[::-1])
-    cells = [max(2, round(30 * pixels / side)) for pixels in size]
-    coarse = Image.fromarray(rng.normal(0, rng.uniform(2, 5), cells[::-1]).astype(np.float32))
-    return (fine + np.asarray(coarse.resize(size, Image.Resampling.BICUBIC))).astype(np.float32)
+    """Film grain, a fine and a coarse one (a 72nd and a 30th of the picture), partly coloured: (height, width, 3)."""
+    grain = rng.normal(0, 1, (*size[::-1], 3)).astype(np.float32)
+    for cells, low, high in ((72, *FINE), (30, *COARSE)):
+        cells_wh = [max(2, round(cells * pixels / side)) for pixels in size]
+        grey, *colours = rng.normal(0, rng.uniform(low, high), (4, *cells_wh[::-1]))
+        for channel, colour in enumerate(colours):
+            noise = Image.fromarray((grey + CHROMA * colour).astype(np.float32))
+            grain[..., channel] += np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
+    return grain

@@ -77,10 +77,10 @@ def _next_batch(pipe: Any, config: RunConfig, pictures: Pictures, share: Share) 
     try:
         outputs = pipe.run(torch.cuda.current_stream() if share.device == "gpu" else None)
     except RuntimeError as error:
-        culprit = pipeline.first_undecodable(pictures.files, share.threads) if "decode" in str(error) else None
+        culprit = _culprit(str(error), pictures, share)
         if culprit is None:
             raise
-        raise UndecodablePicture(f"{culprit}: this picture cannot be decoded; mend or remove it") from error
+        raise UndecodablePicture(f"{culprit}: this picture cannot be read or decoded; mend or remove it") from error
     *images, labels = [torch.from_dlpack(output.as_tensor()) for output in outputs]
     if pipeline.has_operator():
         inputs = [rearrange(x, "b h w c -> b c h w") for x in images]
@@ -88,6 +88,13 @@ def _next_batch(pipe: Any, config: RunConfig, pictures: Pictures, share: Share) 
         picture, mirror = images
         inputs = _split_in_torch(picture, mirror, config, share)
     return Batch(inputs, labels.flatten().long())
+
+
+def _culprit(error: str, pictures: Pictures, share: Share) -> str | None:
+    """The file behind an error of the reader or the decoder, which name it only sometimes."""
+    if "fn.decoders" not in error and "fn.readers" not in error:
+        return None
+    return pipeline.first_undecodable(pictures.files, share.threads)
 
 
 def _split_in_torch(pictures: Tensor, mirror: Tensor, config: RunConfig, share: Share) -> list[Tensor]:

@@ -51,7 +51,7 @@ def has_operator() -> bool:
 def training(config: RunConfig, pictures: Pictures, share: Share, checkpoint: bytes | None = None) -> Pipeline:
     """An endless stream of batches: every outer pass over the data is a new shuffle of all pictures, from the seed.
 
-    Ranks take disjoint parts of each pass.  A checkpoint of such a pipeline continues exactly after the last batch
+    Ranks take disjoint parts of each pass and never wait for each other at its end.  A checkpoint of such a pipeline continues exactly after the last batch
     that was handed out.
     """
     seed = seeds.derived(config.seed, "augmentation", share.rank)

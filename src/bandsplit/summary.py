@@ -70,9 +70,8 @@ def show(config: RunConfig, world_size: int) -> None:
         f"split     block {config.split.block}, {config.split.transform}: "
         f"{config.split.bands} bands of {size} x {size}, {len(costs)} branch{'es' * (len(costs) > 1)}"
     )
-    print(
-        f"batch     {config.train.batch_size} pictures = {world_size} ranks x {config.train.accumulation} x {batch_size}"
-    )
+    parts = f"{world_size} rank{'s' * (world_size > 1)} x {config.train.accumulation} x {batch_size}"
+    print(f"batch     {config.train.batch_size} pictures = {parts} (ranks x accumulation x pictures at once)")
     print(f"weights   {parameters:,} parameters, {parameters * 4 / MIB:,.2f} MiB in float32")
     print(f"compute   {sum(cost.macs for cost in costs) / 1e9:.3f} GMACs a picture forward, all branches")
     for cost, number in _alike(costs):

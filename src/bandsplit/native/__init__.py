@@ -8,8 +8,6 @@ A plugin fits one version of DALI (whose symbols are versioned) and one kind of 
 are part of its file's name, and one cache serves nodes that differ.
 """
 
-import errno
-import fcntl
 import functools
 import hashlib
 import os
@@ -18,9 +16,10 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from pathlib import Path
+
+from filelock import FileLock
 
 HERE = Path(__file__).parent
 SOURCES = ("spectral_split.h", "spectral_split.cc", "spectral_split.cu")
@@ -37,16 +36,32 @@ class BuildError(RuntimeError):
     """The operator cannot be built here; the message says what is missing, or ends with the compiler's output."""
 
 
-@functools.cache
 def load() -> None:
     """Make `nvidia.dali.fn.spectral_split` available in this process, building the plugin if the cache has none.
 
     Raises:
         BuildError: as `build`.
     """
+    _loaded()
+
+
+def has_gpu_kernel() -> bool:
+    """Whether the plugin that `load` takes has the operator for the GPU: not so where there is a GPU but no nvcc.
+
+    Raises:
+        BuildError: as `build`.
+    """
+    return "-cuda-" in _loaded().name
+
+
+@functools.cache
+def _loaded() -> Path:
+    """The plugin of this process. Cached: DALI takes an operator's name once."""
     from nvidia.dali import plugin_manager
 
-    plugin_manager.load_library(str(build()))
+    plugin = build()
+    plugin_manager.load_library(str(plugin))
+    return plugin
 
 
 def build(cuda: bool | None = None) -> Path:
@@ -85,7 +100,7 @@ def build(cuda: bool | None = None) -> Path:
         return plugin
     try:
         plugin.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(plugin.with_suffix(".lock")):
+        with FileLock(plugin.with_suffix(".lock")):
             if not plugin.exists():
                 _compile(plugin, cxx, nvcc if cuda else None)
     except OSError as error:
@@ -112,7 +127,7 @@ def _compile(plugin: Path, cxx: list[str], nvcc: str | None) -> None:
             dali_flags = sysconfig.get_compile_flags()
             _run([nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / "spectral_split.cu"), "-o", gpu])
             _run([nvcc, *host, "-shared", cpu, gpu, "-o", linked, *libraries, "-Xlinker", "--no-undefined"])
-        os.replace(linked, plugin)
+        Path(linked).replace(plugin)
 
 
 def _run(command: list[str]) -> None:
@@ -126,19 +141,6 @@ def _run(command: list[str]) -> None:
 
 def _output(command: list[str]) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """One process at a time, on one node at least."""
-    with path.open("w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError as error:
-            # Some cluster file systems have no locks: then several processes compile and the last rename wins, no harm.
-            if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-                raise
-        yield
 
 
 # What is in the cache ------------------------------------------------------------------------------------------------
@@ -167,7 +169,7 @@ def _prebuilt(cuda: bool) -> Path | None:
     return max(plugins, key=lambda plugin: plugin.stat().st_mtime, default=None)
 
 
-def _hash(parts: Iterator[str] | list[str]) -> str:
+def _hash(parts: Iterable[str]) -> str:
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -4,6 +4,8 @@
 
 #include <algorithm>
 #include <cstring>
+#include <vector>
+
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
@@ -27,7 +29,7 @@ group's i-th band.)")
     .InputDox(0, "pictures", "TensorList of UINT8", "Height and width are multiples of ``block``.")
     .OutputFn([](const ::dali::OpSpec &spec) { return static_cast<int>(GroupsOf(spec).size()); })
     .AddOptionalArg("block", "Side of the square of pixels.", 2)
-    .AddArg("matrix", "The transform, N x N, row by row: row k holds the weights of band k over the pixels of a square.",
+    .AddArg("matrix", "The transform, N x N, row by row: row k weighs the pixels of a square for band k.",
             DALI_FLOAT_VEC)
     .AddOptionalArg("mean", "What is subtracted from each colour channel, in units of the pixel values.",
                     std::vector<float>{0, 0, 0})
@@ -130,7 +132,8 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     std::vector<Picture> pictures(batch);
     for (int i = 0; i < batch; i++) {
       const auto side = input.tensor_shape_span(i);
-      pictures[i] = {input.tensor<uint8_t>(i), int(side[0]) / plan_.block, int(side[1]) / plan_.block, mirror[i] != 0, {}};
+      const int height = int(side[0]) / plan_.block, width = int(side[1]) / plan_.block;
+      pictures[i] = {input.tensor<uint8_t>(i), height, width, mirror[i] != 0, {}};
       for (int g = 0; g < ws.NumOutput(); g++)
         pictures[i].outputs.push_back(ws.Output<::dali::CPUBackend>(g).raw_mutable_tensor(i));
     }

@@ -1,4 +1,4 @@
-// The DALI operator fn.spectral_split: mirror, normalise, transform, layout and dtype of a batch of pictures in one pass.
+// The DALI operator fn.spectral_split: mirror, normalise, transform, layout and dtype of pictures in one pass.
 //
 // Here: its arguments, checked, and what both backends share. spectral_split.cc holds the schema and the CPU kernel,
 // spectral_split.cu the CUDA kernel. The same computation in Python: bandsplit.spectral.split_pictures.

@@ -1,0 +1,194 @@
+"""The GPU kernel of the operator against its CPU kernel (which tests/test_native.py holds to scipy and to torch)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from nvidia.dali import fn, pipeline_def, types
+
+from bandsplit import native, spectral
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+MEAN, STD = [123.675, 116.28, 103.53, 99.0], [58.395, 57.12, 57.375, 50.0]
+# 120: divided by 1..6 and 8, and wider than a tile (64 blocks) at block 1; unequal, so that tiles and grid are ragged
+SIZES = [(120, 120), (240, 360), (120, 1200), (360, 120), (120, 240)]
+
+Groups = Sequence[Sequence[int]] | None
+Outputs = list[list[npt.NDArray[Any]]]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operator() -> None:
+    if not native.has_gpu_kernel():
+        pytest.skip("the plugin has no GPU kernel: no nvcc")
+
+
+def pictures_of(sizes: Sequence[tuple[int, int]], channels: int = 3, seed: int = 0) -> list[npt.NDArray[np.uint8]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes]
+
+
+def both_backends(
+    pictures: Sequence[npt.NDArray[np.uint8]],
+    block: int,
+    kind: spectral.Kind = "dct2d",
+    groups: Groups = None,
+    **arguments: Any,
+) -> tuple[Outputs, Outputs]:
+    """The outputs, [group][sample], of both operators in one pipeline; every second picture is flipped."""
+    channels = pictures[0].shape[2]
+    arguments |= {"block": block, "matrix": spectral.transform_matrix(kind, block).ravel().tolist()}
+    arguments |= {"mean": MEAN[:channels], "std": STD[:channels]}
+    if groups is not None:
+        arguments["groups"] = [band for group in groups for band in group]
+        arguments["group_sizes"] = [len(group) for group in groups]
+
+    @pipeline_def(batch_size=len(pictures), num_threads=2, device_id=0)
+    def pipeline() -> Any:
+        images = fn.external_source(lambda: pictures, layout="HWC")
+        mirror = fn.external_source(lambda: [np.int32(i % 2) for i in range(len(pictures))])
+        cpu = fn.spectral_split(images, mirror=mirror, **arguments)
+        gpu = fn.spectral_split(images.gpu(), mirror=mirror, **arguments)
+        return (*cpu, *gpu) if isinstance(cpu, list) else (cpu, gpu)
+
+    built = pipeline()
+    built.build()
+    outputs = [[np.array(sample) for sample in output.as_cpu()] for output in built.run()]
+    half = len(outputs) // 2
+    return outputs[:half], outputs[half:]
+
+
+def assert_same(cpu: Outputs, gpu: Outputs) -> None:
+    """To 1e-5 of the range: the order of the sums differs. float16: to one unit in the last place."""
+    assert len(cpu) == len(gpu)
+    for expected, got in zip(cpu, gpu, strict=True):
+        for want, have in zip(expected, got, strict=True):
+            assert have.dtype == want.dtype
+            rounding = 2**-10 if want.dtype == np.float16 else 0
+            want, have = want.astype(np.float64), have.astype(np.float64)
+            np.testing.assert_allclose(have, want, atol=1e-5 * np.ptp(want), rtol=rounding)
+
+
+@pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
+@pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16], ids=["float32", "float16"])
+@pytest.mark.parametrize("kind", ["dct2d", "dct1d", "hadamard", "identity"])
+@pytest.mark.parametrize("block", [1, 2, 4, 6])
+def test_every_transform_type_and_layout(block: int, kind: spectral.Kind, dtype: Any, output_layout: str) -> None:
+    if kind == "hadamard" and block == 6:
+        pytest.skip("6 is no power of 2")
+    assert_same(*both_backends(pictures_of(SIZES), block, kind, dtype=dtype, output_layout=output_layout))
+
+
+@pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
+@pytest.mark.parametrize("block", [3, 5, 8])
+def test_blocks_that_the_compiler_does_not_know(block: int, output_layout: str) -> None:
+    assert_same(*both_backends(pictures_of(SIZES[:3]), block, "dct1d", output_layout=output_layout))
+
+
+@pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
+@pytest.mark.parametrize("channels", [1, 2, 4])
+@pytest.mark.parametrize("block", [2, 3])
+def test_any_number_of_colour_channels(block: int, channels: int, output_layout: str) -> None:
+    pictures = pictures_of(SIZES[:3], channels)
+    assert_same(*both_backends(pictures, block, groups=[[0, 3], [1], [2, 3, 0]], output_layout=output_layout))
+
+
+@pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
+@pytest.mark.parametrize("groups", [[[0], [0, 1], [0, 2, 3]], [[3, 1]], [[2], [2], [2]], [[1, 1]]], ids=str)
+def test_groups_lie_side_by_side(groups: list[list[int]], output_layout: str) -> None:
+    assert_same(*both_backends(pictures_of(SIZES), 2, groups=groups, output_layout=output_layout))
+
+
+@pytest.mark.parametrize("block", [4, 6])
+def test_all_bands_in_one_output_and_some_in_odd_order(block: int) -> None:
+    bands = list(range(block * block))
+    assert_same(*both_backends(pictures_of(SIZES), block, groups=[bands, bands[1::7], bands[:3:-4]]))
+
+
+@pytest.mark.parametrize("batch", [1, 7, 128])
+def test_batches(batch: int) -> None:
+    pictures = pictures_of([SIZES[i % 2] for i in range(batch)])
+    assert_same(*both_backends(pictures, 4, groups=[range(16)], dtype=types.FLOAT16))
+
+
+def test_many_batches_in_flight_keep_their_own_descriptors() -> None:
+    """The host runs ahead of the stream: what the kernel of one batch reads must outlive the call that launched it."""
+    batches = [pictures_of([(240, 240)] * 32, seed=seed) for seed in range(4)]
+    matrix, mean, std = spectral.transform_matrix("dct2d", 4), MEAN[:3], STD[:3]
+
+    @pipeline_def(batch_size=32, num_threads=2, device_id=0, prefetch_queue_depth=4)
+    def pipeline() -> Any:
+        images = fn.external_source(lambda step: batches[step % 4], layout="HWC")
+        arguments = {"groups": list(range(16)), "group_sizes": [16], "mean": mean, "std": std}
+        return fn.spectral_split(images.gpu(), block=4, matrix=matrix.ravel().tolist(), **arguments)
+
+    expected = [
+        spectral.split_pictures(torch.from_numpy(np.stack(batch)), matrix, 4, mean, std, groups=[range(16)])[0]
+        for batch in batches
+    ]
+    built = pipeline()
+    built.build()
+    for step in range(40):
+        (output,) = built.run()
+        got = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2)
+        torch.testing.assert_close(got.cpu(), expected[step % 4], atol=1e-4, rtol=1e-4)
+
+
+def test_torch_receives_channels_last_on_the_device_without_a_copy() -> None:
+    pictures, matrix = pictures_of([(64, 96)] * 3), spectral.transform_matrix("dct2d", 2)
+
+    @pipeline_def(batch_size=3, num_threads=2, device_id=0)
+    def pipeline() -> Any:
+        images = fn.external_source(lambda: pictures, layout="HWC").gpu()
+        arguments = {"mean": MEAN[:3], "std": STD[:3], "groups": [0, 1, 2, 3], "group_sizes": [4]}
+        return fn.spectral_split(images, block=2, matrix=matrix.ravel().tolist(), dtype=types.FLOAT16, **arguments)
+
+    built = pipeline()
+    built.build()
+    (output,) = built.run()
+    tensor = output.as_tensor()
+    branch = torch.from_dlpack(tensor).permute(0, 3, 1, 2)
+    assert branch.is_cuda
+    assert branch.is_contiguous(memory_format=torch.channels_last)
+    assert branch.data_ptr() == tensor.data_ptr()
+
+
+@pytest.mark.parametrize("flags", [[True] * 3, [False] * 3, [True, False, True]], ids=str)
+def test_an_empty_batch_passes(flags: list[bool]) -> None:
+    pictures, matrix = pictures_of([(8, 12)] * 3), spectral.transform_matrix("dct2d", 2)
+    arguments = {"block": 2, "matrix": matrix.ravel().tolist(), "mean": MEAN[:3], "std": STD[:3]}
+    every = {"groups": [0, 1, 2, 3], "group_sizes": [4]}
+
+    @pipeline_def(batch_size=3, num_threads=2, device_id=0, enable_conditionals=True)
+    def pipeline() -> Any:
+        images = fn.external_source(lambda: pictures, layout="HWC").gpu()
+        flip = fn.external_source(lambda: [np.array(flag) for flag in flags])
+        if flip:
+            bands = fn.spectral_split(images, mirror=1, **arguments, **every)
+        else:
+            bands = fn.spectral_split(images, mirror=0, **arguments, **every)
+        return bands
+
+    built = pipeline()
+    built.build()
+    (output,) = built.run()
+    batch = torch.from_numpy(np.stack(pictures))
+    (expected,) = spectral.split_pictures(batch, matrix, 2, MEAN[:3], STD[:3], torch.tensor(flags), [range(4)])
+    got = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2).cpu()
+    torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_block_beyond_shared_memory_is_refused() -> None:
+    colours: dict[str, Any] = {"mean": [0.0] * 16, "std": [1.0] * 16}
+
+    @pipeline_def(batch_size=1, num_threads=1, device_id=0)
+    def pipeline() -> Any:
+        images = fn.external_source(lambda: [np.zeros((32, 32, 16), np.uint8)], layout="HWC").gpu()
+        return tuple(fn.spectral_split(images, block=32, matrix=np.eye(1024).ravel().tolist(), **colours))
+
+    with pytest.raises(RuntimeError, match="block = 32 with 16 channels needs 81920 bytes"):
+        pipeline().build()

@@ -1,0 +1,211 @@
+"""From JPEG files to batches: order, shares, flips, crops, and the same numbers with and without the operator."""
+
+from __future__ import annotations
+
+import shutil
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from bandsplit import dataset, loader, pipeline, schema, spectral
+from bandsplit.dataset import Pictures
+from bandsplit.loader import TrainingLoader, UndecodablePicture, ValidationLoader
+from bandsplit.parallel import Ranks
+from bandsplit.pipeline import Share
+
+
+def share(rank: int = 0, world_size: int = 1, batch_size: int = 6) -> Share:
+    return Share(rank, world_size, batch_size, threads=1, device_id=None)
+
+
+@pytest.fixture
+def config(config_file: Path) -> schema.RunConfig:
+    return schema.load(config_file)
+
+
+@pytest.fixture
+def numbered(tmp_path: Path) -> Pictures:
+    """23 pictures whose label is their own number."""
+    files = []
+    for n in range(23):
+        path = tmp_path / f"{n:02d}.jpg"
+        noise = np.random.default_rng(n).integers(0, 256, (50, 40, 3), dtype=np.uint8)
+        Image.fromarray(noise).resize((80, 100)).save(path, quality=90)
+        files.append(str(path))
+    return Pictures(files, list(range(23)), ["all"])
+
+
+def labels(batches: TrainingLoader, count: int) -> list[int]:
+    return torch.cat([next(batches).labels for _ in range(count)]).tolist()
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_every_pass_sees_each_picture_once_in_a_new_order(
+    config: schema.RunConfig, numbered: Pictures, world_size: int
+) -> None:
+    streams = [labels(TrainingLoader(config, numbered, share(r, world_size, 1)), 46) for r in range(world_size)]
+    passes: list[list[int]] = [[], []]
+    for rank, stream in enumerate(streams):
+        size = 23 * (rank + 1) // world_size - 23 * rank // world_size
+        for n in range(2):
+            passes[n] += stream[n * size : (n + 1) * size]
+    assert [sorted(p) for p in passes] == [list(range(23))] * 2
+    assert passes[0] != passes[1]
+    assert passes[0] != sorted(passes[0])
+
+
+def test_the_stream_is_a_function_of_the_seed(config_file: Path, numbered: Pictures) -> None:
+    def stream(seed: int) -> list[torch.Tensor]:
+        batches = TrainingLoader(schema.load(config_file, [f"seed={seed}"]), numbered, share())
+        return [next(batches).inputs[0] for _ in range(5)]
+
+    first, again, other = stream(0), stream(0), stream(1)
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+
+
+def test_a_stream_goes_on_exactly_from_its_state(config: schema.RunConfig, numbered: Pictures) -> None:
+    batches = TrainingLoader(config, numbered, share())
+    for _ in range(7):  # into the second pass
+        next(batches)
+    state = batches.state()
+    rest = [next(batches) for _ in range(6)]
+    again = TrainingLoader(config, numbered, share(), state)
+    for expected in rest:
+        batch = next(again)
+        assert torch.equal(batch.labels, expected.labels)
+        assert all(torch.equal(a, b) for a, b in zip(batch.inputs, expected.inputs, strict=True))
+
+
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 6), (1, 23), (2, 5), (3, 8), (5, 2), (25, 4)])
+def test_validation_sees_each_picture_once_every_time(
+    config: schema.RunConfig, numbered: Pictures, world_size: int, batch_size: int
+) -> None:
+    ranks = [ValidationLoader(config, numbered, share(rank, world_size, batch_size)) for rank in range(world_size)]
+    for _ in range(2):
+        seen = Counter(label for batches in ranks for batch in batches for label in batch.labels.tolist())
+        assert seen == Counter(range(23))
+
+
+def test_inputs_are_channels_last_of_the_right_shape(config_file: Path, pictures: Path) -> None:
+    config = schema.load(config_file, ["split.branches=[[0], [0, 1], [1, 2, 3]]"])
+    batch = next(TrainingLoader(config, dataset.scan(pictures / "train"), share()))
+    assert [tuple(x.shape) for x in batch.inputs] == [(6, 3 * n, 16, 16) for n in (1, 2, 3)]
+    assert all(x.is_contiguous(memory_format=torch.channels_last) for x in batch.inputs)
+    assert batch.labels.dtype == torch.int64
+
+
+@pytest.mark.parametrize("branches", ['"each"', '"all"', "[[0], [2, 3]]"])
+@pytest.mark.parametrize("transform", ["dct2d", "dct1d", "hadamard", "identity"])
+def test_operator_and_plain_torch_give_the_same_batches(
+    config_file: Path, numbered: Pictures, monkeypatch: pytest.MonkeyPatch, branches: str, transform: str
+) -> None:
+    config = schema.load(config_file, [f"split.branches={branches}", f"split.transform={transform}"])
+    with_operator = TrainingLoader(config, numbered, share())
+    expected = [next(with_operator) for _ in range(3)]
+    monkeypatch.setattr(pipeline, "has_operator", lambda: False)
+    in_torch = TrainingLoader(config, numbered, share())
+    for batch in expected:
+        other = next(in_torch)
+        assert torch.equal(batch.labels, other.labels)
+        for a, b in zip(batch.inputs, other.inputs, strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
+
+
+def test_validation_pictures_are_torchvisions(config_file: Path, numbered: Pictures) -> None:
+    """Where no side has to be rounded: there torchvision truncates and DALI rounds, which shifts by half a pixel."""
+    config = schema.load(config_file, ["split.block=1"])
+    ours = torch.cat([batch.inputs[0] for batch in ValidationLoader(config, numbered, share())])
+    transform = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
+    theirs = torch.stack([(transform(Image.open(file)).float() - mean) / std for file in numbered.files])
+    difference = (ours - theirs).abs() * std  # in pixel values; decoders and resamplers round differently
+    assert difference.mean() < 0.3
+    assert difference.max() < 4
+
+
+def test_flips_and_crops_follow_the_config(config_file: Path, tmp_path: Path) -> None:
+    ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))
+    path = tmp_path / "ramp.png"
+    Image.fromarray(np.stack([ramp] * 3, axis=-1)).save(path)
+    found = Pictures([str(path)] * 8, [0] * 8, ["ramp"])
+    slopes, spans = {}, {}
+    for mirror in (0.0, 0.5, 1.0):
+        keys = [f"data.mirror={mirror}", "split.block=1", "data.random_area=[1.0, 1.0]", "data.random_aspect=[1, 1]"]
+        batches = TrainingLoader(schema.load(config_file, keys), found, share(batch_size=64))
+        x = next(batches).inputs[0][:, 0]
+        slopes[mirror] = (x[:, :, -1] > x[:, :, 0]).all(dim=1).float().mean().item()
+        spans[mirror] = (x.amax(dim=(1, 2)) - x.amin(dim=(1, 2))).min().item() * config_std
+    assert slopes[0.0] == 1
+    assert slopes[1.0] == 0
+    assert 0.25 < slopes[0.5] < 0.75
+    assert min(spans.values()) > 230  # the whole picture: nothing cropped away
+
+
+config_std = schema.Data(name="d", root="r", classes=2).std[0]
+
+
+def test_bands_are_those_of_the_picture(config_file: Path, numbered: Pictures) -> None:
+    whole = next(iter(ValidationLoader(schema.load(config_file, ["split.block=1"]), numbered, share())))
+    split = next(iter(ValidationLoader(schema.load(config_file, ["split.block=4"]), numbered, share())))
+    matrix = spectral.transform_matrix("dct2d", 4)
+    expected = spectral.split(whole.inputs[0], matrix, 4)
+    torch.testing.assert_close(torch.stack(split.inputs), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(
+        spectral.merge(torch.stack(split.inputs), matrix, 4), whole.inputs[0], atol=1e-5, rtol=1e-5
+    )
+
+
+def test_grayscale_cmyk_and_mixed_files_work_in_one_batch(config: schema.RunConfig, tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 11), dtype=np.uint8)
+    gray = Image.fromarray(noise).resize((70, 90))
+    for n, (mode, options) in enumerate([("L", {}), ("CMYK", {}), ("RGB", {"progressive": True}), ("RGB", {})]):
+        gray.convert(mode).save(tmp_path / f"{n}.jpg", quality=95, **options)
+    found = Pictures(sorted(map(str, tmp_path.glob("*.jpg"))), [0, 1, 2, 3], ["all"])
+    batches = list(ValidationLoader(config, found, share(batch_size=3)))
+    assert [len(batch) for batch in batches] == [3, 1]
+    low = torch.cat([batch.inputs[0] for batch in batches])
+    assert low.isfinite().all()
+    torch.testing.assert_close(low[0], low[3], atol=0.1, rtol=0)  # the same picture, once gray and once in colour
+
+
+@pytest.mark.parametrize("content", [b"", b"not a picture", None], ids=["empty", "text", "truncated"])
+def test_a_picture_that_cannot_be_decoded_is_named(
+    config: schema.RunConfig, numbered: Pictures, tmp_path: Path, content: bytes | None
+) -> None:
+    bad = tmp_path / "07.jpg"
+    bad.write_bytes(bad.read_bytes()[:300] if content is None else content)
+    with pytest.raises(UndecodablePicture, match=f"{bad}: this picture cannot be read or decoded"):
+        list(ValidationLoader(config, numbered, share()))
+    batches = TrainingLoader(config, numbered, share())
+    with pytest.raises(UndecodablePicture, match=f"{bad}: this picture cannot be read or decoded"):
+        labels(batches, 10)
+
+
+def test_real_photographs_and_their_awkward_relatives(config: schema.RunConfig, tmp_path: Path) -> None:
+    folder = Path(__file__).resolve().parents[2] / "shared/data/awkward"
+    if not folder.is_dir():
+        pytest.skip("no folder of awkward JPEG files beside the repository")
+    kinds = ("cmyk", "grayscale", "progressive", "exif", "odd", "misnamed", "mixed", "plain", "tiny")
+    files = sorted(str(path) for path in folder.iterdir() if path.name.startswith(kinds))
+    copies = [shutil.copy(file, tmp_path) for file in files]
+    found = Pictures([str(copy) for copy in copies], list(range(len(copies))), ["all"])
+    batches = list(ValidationLoader(config, found, share(batch_size=7)))
+    assert torch.cat([batch.labels for batch in batches]).tolist() == list(range(len(files)))
+    assert all(x.isfinite().all() for batch in batches for x in batch.inputs)
+
+
+def test_threads_are_shared_among_the_ranks_of_a_machine(
+    config: schema.RunConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    monkeypatch.setattr(loader.os, "cpu_count", lambda: 16)
+    ranks = Ranks(5, 8, 1, 4, torch.device("cpu"))
+    assert loader.share_of(config, ranks, 2, False).threads == 1  # the config says so
+    free = config.model_copy(update={"data": config.data.model_copy(update={"threads": None})})
+    assert loader.share_of(free, ranks, 2, False) == Share(5, 8, 2, 4, None, False)

@@ -1,0 +1,258 @@
+"""Training as a user starts it: one process and two, killed and resumed, with every mistake that can be made."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from bandsplit import checkpoint, schema, training
+from bandsplit.parallel import Ranks
+from bandsplit.recipe import Precision
+from tests.conftest import DATA_TOML, TRAIN_TOML, VAL_PER_CLASS, Done, command, run
+
+VOLATILE = {"seconds", "images_per_second", "data_wait", "peak_memory_mib", "validation_seconds"}
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """Lines of metrics.jsonl without what the clock decides."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
+
+
+def assert_same_run(first: Path, second: Path) -> None:
+    """Metrics and every tensor of the last and the best checkpoint are equal bit for bit."""
+    assert metrics(first) == metrics(second)
+    for name in ("last.pt", "best.pt"):
+        a, b = (checkpoint.load(run_dir / "checkpoints" / name) for run_dir in (first, second))
+        assert a["progress"]["step"] == b["progress"]["step"]
+        assert_equal([a["ensemble"], a["learners"]], [b["ensemble"], b["learners"]])
+
+
+def assert_equal(a: Any, b: Any) -> None:
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        for x, y in zip(a, b, strict=True):
+            assert_equal(x, y)
+    else:
+        assert a == b
+
+
+@pytest.fixture(scope="module")
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """Run directories of undisturbed runs on one and on two processes, made when first asked for."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "data.toml").write_text(DATA_TOML.format(root=pictures))
+    (folder / "tiny.toml").write_text(TRAIN_TOML)
+
+    def make(ranks: int) -> Path:
+        run_dir = folder / f"ranks{ranks}"
+        if not run_dir.exists():
+            done = run("train.py", folder / "tiny.toml", "--run-dir", run_dir, ranks=ranks if ranks > 1 else None)
+            assert done.returncode == 0, done.stderr
+        return run_dir
+
+    return make
+
+
+def test_a_run_writes_everything_it_promises(finished: Callable[[int], Path]) -> None:
+    run_dir = finished(1)
+    config = schema.load(run_dir / "config.toml")
+    assert (config.name, config.train.epochs) == ("tiny", 2)
+    assert json.loads((run_dir / "environment.json").read_text())[0]["world_size"] == 1
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps_per_epoch = 160 // 12
+    assert [(line["event"], line["step"]) for line in lines] == [
+        ("train", 4), ("train", 8), ("train", 12), ("train", 13), ("validation", 13),
+        ("train", 16), ("train", 20), ("train", 24), ("train", 26), ("validation", 26), ("end", 26),
+    ]  # fmt: skip
+    for line in lines:
+        assert line["epoch"] == line["step"] / steps_per_epoch
+        assert line["images"] == line["step"] * 12
+        if line["event"] == "train":
+            assert 0 <= line["data_wait"] <= 1
+            assert len(line["branch_loss"]) == 4
+            assert line["loss"] == pytest.approx(sum(line["branch_loss"]) / 4)
+        if line["event"] == "validation":
+            assert line["pictures"] == 10 * VAL_PER_CLASS
+            assert len(line["branch_top1"]) == len(line["branch_top5"]) == 4
+    assert "top-1" in (run_dir / "logs/rank0.log").read_text()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_killed_and_resumed_equals_undisturbed(
+    finished: Callable[[int], Path], config_file: Path, tmp_path: Path, ranks: int
+) -> None:
+    undisturbed, run_dir = finished(ranks), tmp_path / "killed"
+    arguments = (config_file, "--run-dir", run_dir, "--resume")
+    start = command("train.py", *arguments, ranks=ranks if ranks > 1 else None)
+    process = subprocess.Popen(
+        start, env={**os.environ, "OMP_NUM_THREADS": "1"}, start_new_session=True, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 300
+    while not list(run_dir.glob("checkpoints/step_00000006.pt")):  # 6 of 13 steps: in the middle of the first epoch
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert metrics(run_dir)[-1]["event"] != "end"
+    done = run("train.py", *arguments, ranks=ranks if ranks > 1 else None)
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stderr
+    assert_same_run(run_dir, undisturbed)
+
+
+def test_resuming_a_finished_run_changes_nothing(
+    finished: Callable[[int], Path], config_file: Path, tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
+    done = run("train.py", config_file, "--run-dir", copy, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(copy, finished(1))
+
+
+def test_two_processes_validate_like_one(finished: Callable[[int], Path], tmp_path: Path) -> None:
+    figures = []
+    for ranks in (None, 2):
+        output = tmp_path / f"{ranks}.json"
+        done = run("evaluate.py", finished(2), "--checkpoint", "last", "--output", output, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        figures.append(json.loads(output.read_text()))
+    alone, together = figures
+    assert alone["pictures"] == together["pictures"] == 10 * VAL_PER_CLASS
+    for key in ("loss", "top1", "top5", "branch_top1", "branch_top5"):
+        assert together[key] == pytest.approx(alone[key], abs=1e-6)
+    last = [line for line in metrics(finished(2)) if line["event"] == "validation"][-1]
+    assert last["top1"] == pytest.approx(alone["top1"], abs=1e-6)
+
+
+def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) -> None:
+    """Without batch normalisation, whose statistics are those of a part."""
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    config = schema.load(config_file)
+    x, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
+    weights = []
+    for parts in (1, 3):
+        torch.manual_seed(0)
+        network = torch.nn.Linear(5, 3)
+        learner = training.Learner(network, config, Precision("fp32", ranks.device), ranks)
+        losses = [learner.step(x.chunk(parts), y.chunk(parts), lr=0.1) for _ in range(3)]
+        weights.append((network.weight.detach().clone(), torch.stack(losses)))
+        assert network.weight.grad is None  # nothing of this branch stays behind
+    for a, b in zip(*weights, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_step_is_torchs_sgd(config_file: Path) -> None:
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    config = schema.load(config_file, ["optim.weight_decay=0.01"])
+    network = torch.nn.Linear(5, 3)
+    weight, bias = (p.detach().clone().requires_grad_() for p in network.parameters())
+    reference = torch.optim.SGD([weight, bias], lr=1, momentum=0.9, weight_decay=0.01, fused=False)
+    learner = training.Learner(network, config, Precision("fp32", ranks.device), ranks)
+    for lr in (0.1, 0.2, 0.05):
+        x, y = torch.randn(4, 5), torch.randint(0, 3, (4,))
+        learner.step([x], [y], lr)
+        reference.param_groups[0]["lr"] = lr
+        reference.zero_grad()
+        torch.nn.functional.cross_entropy(x @ weight.T + bias, y).backward()
+        reference.step()
+        torch.testing.assert_close(network.weight, weight)
+
+
+def mistakes(config_file: Path, tmp_path: Path) -> dict[str, tuple[list[object], str]]:
+    run_dir = ["--run-dir", tmp_path / "run"]
+    empty = tmp_path / "empty"
+    for part in ("train", "val"):
+        (empty / part / "class").mkdir(parents=True)
+    return {
+        "unknown key": ([config_file, "--set", "optim.lrr=1"], "did you mean optim.lr?"),
+        "wrong type": ([config_file, "--set", "optim.lr=fast"], "optim.lr: 'fast' given"),
+        "missing folder": ([config_file, "--set", f"data.root={tmp_path}/no", *run_dir], "/no: no such folder"),
+        "empty class": ([config_file, "--set", f"data.root={empty}", *run_dir], "train/class: no pictures"),
+        "block": ([config_file, "--set", "split.block=3"], "split.block: 3 given; allowed: a divisor"),
+        "no config": (["nowhere.toml"], "nowhere.toml: no such config file"),
+        "too large a batch": ([config_file, "--set", "train.batch_size=1000", *run_dir], "the data has 160 pictures"),
+    }
+
+
+NAMES = ["unknown key", "wrong type", "missing folder", "empty class", "block", "no config", "too large a batch"]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_mistake_ends_with_one_message_and_writes_nothing(
+    config_file: Path, tmp_path: Path, run_here: Callable[..., Done], name: str
+) -> None:
+    arguments, message = mistakes(config_file, tmp_path)[name]
+    before = set(tmp_path.rglob("*"))
+    done = run_here("train.py", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert "Traceback" not in done.stderr
+    assert set(tmp_path.rglob("*")) == before
+
+
+def test_a_run_directory_in_use_is_left_alone(
+    finished: Callable[[int], Path], config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    for extra, message in (
+        ([], "already holds a run; --resume continues it"),
+        (["--resume", "--set", "optim.lr=0.01"], "optim.lr was 0.05, now 0.01"),
+    ):
+        done = run_here("train.py", config_file, "--run-dir", copy, *extra)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+
+
+def test_another_number_of_ranks_is_refused(
+    finished: Callable[[int], Path], config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    copy = Path(shutil.copytree(finished(2), tmp_path / "copy", symlinks=True))
+    done = run_here("train.py", config_file, "--run-dir", copy, "--resume")
+    assert done.returncode == 2
+    assert "written by 2 ranks; resume with as many, not 1" in done.stderr
+
+
+def test_a_picture_that_cannot_be_decoded_is_named(config_file: Path, pictures: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(pictures, tmp_path / "copy"))
+    bad = sorted((root / "train").rglob("*.jpg"))[40]
+    bad.write_bytes(bad.read_bytes()[:400])
+    done = run("train.py", config_file, "--set", f"data.root={root}", "--run-dir", tmp_path / "run")
+    assert done.returncode == 2
+    assert f"error: {bad}: this picture cannot be read or decoded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_dry_run_writes_nothing_and_counts(
+    config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    before = set(tmp_path.rglob("*"))
+    done = run_here("train.py", config_file, "--dry-run", "--world-size", 3, "--run-dir", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert "2 epochs x 13 = 26" in done.stdout
+    assert "12 pictures = 3 ranks x 1 x 4" in done.stdout
+    assert set(tmp_path.rglob("*")) == before
+    done = run_here("train.py", config_file, "--dry-run", "--world-size", 5)
+    assert done.returncode == 2
+    assert "5 ranks" in done.stderr
