@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -16,13 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from bandsplit import cli, schema
+from bandsplit import cli
 from bandsplit.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TRANSFORMS = get_args(schema.Split.model_fields["transform"].annotation)
 LARGEST_BLOCK = 8
 
+Transform = Literal["dct2d", "dct1d", "hadamard", "identity"]
 Pixels = npt.NDArray[np.float64]
 Color = tuple[float, float, float]
 Point = tuple[float, float]
@@ -45,7 +46,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("picture", nargs="?", type=Path, help="photograph (default: Grace Hopper, from matplotlib)")
     parser.add_argument("--block", type=int, default=2, help=f"side of the pixel block, 2 to {LARGEST_BLOCK}")
-    parser.add_argument("--transform", choices=TRANSFORMS, default="dct2d")
+    parser.add_argument("--transform", choices=get_args(Transform), default="dct2d")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "doc/bands.png", help="PNG file to write")
     arguments = parser.parse_args()
 
@@ -64,7 +65,7 @@ def default_picture() -> Path:
     return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
-def transform_matrix(transform: str, block: int) -> Pixels:
+def transform_matrix(transform: Transform, block: int) -> Pixels:
     """(N, N), orthonormal; refuses blocks that the transform or the drawing cannot do."""
     from bandsplit import spectral
 
@@ -89,7 +90,8 @@ def read_square(path: Path, block: int) -> Pixels:
         raise UserError(f"{path}: not a picture that can be read: {error}") from None
     if min(picture.size) < block:
         raise UserError(f"--block: {block} given, but {path} has {picture.width} x {picture.height} pixels")
-    picture.thumbnail([PIXELS * length / min(picture.size) for length in picture.size], Image.Resampling.LANCZOS)
+    scale = PIXELS / min(picture.size)
+    picture.thumbnail((scale * picture.width, scale * picture.height), Image.Resampling.LANCZOS)
     side = min(picture.size) // block * block
     left, top = (picture.width - side) // 2, (picture.height - side) // 5
     return np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float64) / 255
@@ -106,7 +108,7 @@ def split(square: Pixels, matrix: Pixels) -> Pixels:
 
 
 def block_of(matrix: Pixels) -> int:
-    return round(len(matrix) ** 0.5)
+    return math.isqrt(len(matrix))
 
 
 def displayed(bands: Pixels, matrix: Pixels) -> tuple[Pixels, int]:
@@ -142,7 +144,7 @@ def liveliest_block(square: Pixels, block: int) -> Place:
 # ---------------------------------------------------------------------------- drawing
 
 
-def draw(square: Pixels, matrix: Pixels, transform: str) -> Figure:
+def draw(square: Pixels, matrix: Pixels, transform: Transform) -> Figure:
     """The whole drawing, from left to right."""
     block = block_of(matrix)
     shown, factor = displayed(split(square, matrix), matrix)
@@ -184,7 +186,9 @@ def draw_photograph(axes: Axes, square: Pixels, block: int, place: Place) -> Non
         axes.add_patch(Rectangle((x - half, y - half), 2 * half, 2 * half, fill=False, ec=color, lw=width, zorder=3))
 
 
-def draw_transform(axes: Axes, square: Pixels, block: int, place: Place, transform: str, colors: list[Color]) -> None:
+def draw_transform(
+    axes: Axes, square: Pixels, block: int, place: Place, transform: Transform, colors: list[Color]
+) -> None:
     """The enlarged block above, its coefficients in the colours of their bands below."""
     row, column = (index * block for index in place)
     paint(axes, square[row : row + block, column : column + block], BLOCK_X, PIXELS_Y, CELLS)
@@ -205,7 +209,7 @@ def draw_transform(axes: Axes, square: Pixels, block: int, place: Place, transfo
 
 def draw_bands(axes: Axes, shown: Pixels, factor: int, colors: list[Color]) -> None:
     """The bands, band u * block + v in row u and column v."""
-    block = round(len(shown) ** 0.5)
+    block = math.isqrt(len(shown))
     side, gap = SIDE / block, GAPS / (block - 1)
     for k, (band, color) in enumerate(zip(shown, colors, strict=True)):
         left = BANDS_X + k % block * (side + gap)

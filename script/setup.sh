@@ -1,3 +1,4 @@
+# shellcheck shell=bash
 # Sourced by demo.sh and test.sh: a virtual environment with everything, made once and kept up to date.
 # usage: source script/setup.sh [EXTRA]      PYTHON chooses the interpreter, VENV the folder
 VENV=${VENV:-.venv}

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from script import bands_figure
 
 from bandsplit import spectral
 from bandsplit.errors import UserError
-from script import bands_figure
 
 SCRIPT = Path(bands_figure.__file__)
 
@@ -87,6 +87,6 @@ def test_what_is_no_picture_or_too_small_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("transform", "block"), [("dct2d", 1), ("dct2d", 9), ("hadamard", 6)])
-def test_blocks_that_cannot_be_drawn_are_refused(transform: str, block: int) -> None:
+def test_blocks_that_cannot_be_drawn_are_refused(transform: spectral.Kind, block: int) -> None:
     with pytest.raises(UserError, match=str(block)):
         bands_figure.transform_matrix(transform, block)

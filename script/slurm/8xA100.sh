@@ -9,5 +9,5 @@
 #SBATCH --output=slurm-%j.out
 set -euo pipefail
 cd "$SLURM_SUBMIT_DIR"
-[ -f .venv/bin/activate ] && source .venv/bin/activate
+export PATH="$PWD/.venv/bin:$PATH"
 srun torchrun --standalone --nproc-per-node "${NPROC_PER_NODE:-8}" src/train.py "$@"

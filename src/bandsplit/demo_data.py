@@ -42,7 +42,7 @@ EDGE_BLUR = 0.02
 SPOT = (0.08, 0.15)
 STRENGTH = (0.18, 0.42)
 BASE = 0.08
-GAP = (15, 60)
+GAP = (15, 55)
 LIGHTS = (5, 11)
 LIGHT = (0.03, 0.14)
 CONTRAST = (0.4, 1)
@@ -166,8 +166,8 @@ def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
     hue = rng.random()
     apart = rng.uniform(0.06, 0.5) * rng.choice([-1, 1])
     brightness = rng.uniform(135, 185)
-    below = _colour(hue, rng.uniform(0.1, 0.4), brightness)
-    above = _colour(hue + apart, rng.uniform(0.3, 0.65), brightness - rng.uniform(*GAP))
+    below = _colour(hue, rng.uniform(0.05, 0.25), brightness)
+    above = _colour(hue + apart, rng.uniform(0.45, 0.7), brightness - rng.uniform(*GAP))
     return below, below + rng.uniform(*CONTRAST) * (above - below)
 
 
@@ -195,10 +195,10 @@ def _outline(rng: np.random.Generator, shape: str, width: float, height: float) 
             points = 1.2 * np.stack([np.sin(turn[::40]), -np.cos(turn[::40])], 1) + [0, 0.2]
         case _:
             raise AssertionError(f"unknown shape {shape!r}")
-    angle = math.radians(rng.uniform(-25, 25))
+    angle = math.radians(rng.uniform(-20, 20))
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    centre = np.array([width, height]) / 2 + rng.uniform(-0.13, 0.13, 2)
-    return (points @ rotation * rng.uniform(0.2, 0.35) + centre).astype(np.float32)
+    centre = np.array([width, height]) / 2 + rng.uniform(-0.11, 0.11, 2)
+    return (points @ rotation * rng.uniform(0.23, 0.36) + centre).astype(np.float32)
 
 
 def _mask(outline: Array, size: tuple[int, int], side: int, shape: str) -> Array:
@@ -225,7 +225,7 @@ def _ramp(rng: np.random.Generator, x: Array, y: Array) -> Array:
 
 def _background(rng: np.random.Generator, colour: Array, x: Array, y: Array) -> Array:
     """A gradient with lights far out of focus, each a pale disc (a lens's aperture): (height, width, 3)."""
-    light = 1 + 0.18 * _ramp(rng, x, y)
+    light = 1 + 0.1 * _ramp(rng, x, y)
     for _ in range(rng.integers(*LIGHTS)):
         a, b = rng.uniform(-0.65, 0.65, 2)
         distance = np.sqrt((x - a) ** 2 + (y - b) ** 2)

@@ -82,7 +82,7 @@ def _next_batch(pipe: Any, config: RunConfig, pictures: Pictures, share: Share) 
             raise
         raise UndecodablePicture(f"{culprit}: this picture cannot be read or decoded; mend or remove it") from error
     *images, labels = [torch.from_dlpack(output.as_tensor()) for output in outputs]
-    if pipeline.has_operator():
+    if pipeline.has_operator(share.device):
         inputs = [rearrange(x, "b h w c -> b c h w") for x in images]
     else:
         picture, mirror = images

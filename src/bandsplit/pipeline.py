@@ -38,10 +38,12 @@ class Share:
 
 
 @cache
-def has_operator() -> bool:
-    """Whether `fn.spectral_split` could be built and loaded; says so once where not."""
+def has_operator(device: str) -> bool:
+    """Whether `fn.spectral_split` is there for "cpu" or "gpu", built if need be; says so once where it is not."""
     try:
         native.load()
+        if device == "gpu" and not native.has_gpu_kernel():
+            raise native.BuildError("there is no nvcc to build its GPU kernel")
     except native.BuildError as error:
         logger.warning("The spectral split runs in plain torch, which is slower: {}", error)
         return False
@@ -157,7 +159,7 @@ def _finish(images: Any, mirror: Any, labels: Any, share: Share, config: RunConf
     """The split into one (h, w, 3·bands) output a branch, or the picture and its flip where there is no operator."""
     if share.device == "gpu":
         labels = labels.gpu()
-    if not has_operator():
+    if not has_operator(share.device):
         return images, mirror, labels
     split, data = config.split, config.data
     matrix = spectral.transform_matrix(split.transform, split.block, split.norm)
