@@ -51,10 +51,10 @@ def has_operator(device: str) -> bool:
 
 
 def training(config: RunConfig, pictures: Pictures, share: Share, checkpoint: bytes | None = None) -> Pipeline:
-    """An endless stream of batches: every outer pass over the data is a new shuffle of all pictures, from the seed.
+    """An endless stream of batches: every pass over the data is a new shuffle of all pictures, from the seed.
 
-    Ranks take disjoint parts of each pass and never wait for each other at its end.  A checkpoint of such a pipeline continues exactly after the last batch
-    that was handed out.
+    Ranks take disjoint parts of each pass and never wait for each other at its end.  A checkpoint of such a pipeline
+    continues exactly after the last batch that was handed out.
     """
     seed = seeds.derived(config.seed, "augmentation", share.rank)
     return _build(_training_graph, share, config, pictures, seed, checkpoint)

@@ -1,0 +1,69 @@
+"""Counts of correct pictures against a naive computation, whatever the batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from bandsplit import schema
+from bandsplit.ensemble import Ensemble
+from bandsplit.evaluation import count_correct, evaluate
+from bandsplit.loader import Batch
+from bandsplit.parallel import Ranks
+from bandsplit.recipe import Precision
+
+ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+
+
+def naive_counts(logits: Tensor, labels: Tensor) -> list[int]:
+    """Correct within the first and within the first five, one picture at a time."""
+    counts = [0, 0]
+    for scores, label in zip(logits.tolist(), labels.tolist(), strict=True):
+        order = sorted(range(len(scores)), key=lambda k: -scores[k])
+        counts[0] += order[0] == label
+        counts[1] += label in order[:5]
+    return counts
+
+
+@pytest.mark.parametrize("classes", [2, 5, 37])
+def test_counts_are_the_naive_ones(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = torch.randn(3, 50, classes, generator=generator)
+    labels = torch.randint(0, classes, (50,), generator=generator)
+    assert count_correct(logits, labels).tolist() == [naive_counts(branch, labels) for branch in logits]
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
+def test_accuracy_does_not_depend_on_the_batches(config_file: Path, batch_size: int) -> None:
+    config = schema.load(config_file)
+    ensemble = Ensemble(config)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(20, 3, 16, 16, generator=generator) for _ in range(4)]
+    labels = torch.randint(0, 10, (20,), generator=generator)
+
+    def batches() -> Iterator[Batch]:
+        for start in range(0, 20, batch_size):
+            part = slice(start, start + batch_size)
+            yield Batch([x[part] for x in inputs], labels[part])
+
+    accuracy = evaluate(ensemble, batches(), 20, ALONE, Precision("fp32", ALONE.device))
+    ensemble.eval()
+    with torch.no_grad():
+        logits = ensemble(inputs)
+    fused = logits.mean(dim=0)
+    right = [naive_counts(each, labels) for each in (fused, *logits)]
+    assert (accuracy.top1, accuracy.top5) == (5.0 * right[0][0], 5.0 * right[0][1])
+    assert accuracy.branch_top1 == [5.0 * top1 for top1, _ in right[1:]]
+    assert accuracy.branch_top5 == [5.0 * top5 for _, top5 in right[1:]]
+    assert accuracy.loss == pytest.approx(float(torch.nn.functional.cross_entropy(fused, labels)), abs=1e-5)
+
+
+def test_a_missing_picture_is_noticed(config_file: Path) -> None:
+    ensemble = Ensemble(schema.load(config_file))
+    batch = Batch([torch.zeros(3, 3, 16, 16)] * 4, torch.zeros(3, dtype=torch.int64))
+    with pytest.raises(AssertionError, match="validated 3 pictures of 4"):
+        evaluate(ensemble, [batch], 4, ALONE, Precision("fp32", ALONE.device))
