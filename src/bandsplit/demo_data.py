@@ -40,16 +40,16 @@ below the 4 pixels at which a 2x2 block stops to resolve it, and just above the 
 EDGE_BLUR = 0.02
 """Standard deviation of the lens blur on outlines: one pixel once the shorter side is 72, too soft for a detail band."""
 SPOT = (0.08, 0.15)
-STRENGTH = (0.18, 0.42)
-BASE = 0.08
-GAP = (15, 55)
+STRENGTH = (0.15, 0.36)
+BASE = 0.05
+GAP = (20, 60)
 LIGHTS = (5, 11)
 LIGHT = (0.03, 0.14)
 CONTRAST = (0.4, 1)
 SHADOW = (0, 0.2)
 CHROMA = 0.5
 FINE = (2.5, 6.5)
-COARSE = (0.5, 2)
+COARSE = (0.5, 1.5)
 OVERSAMPLING = 4
 """Outlines are drawn this many times larger and averaged down: smooth edges."""
 
@@ -195,10 +195,10 @@ def _outline(rng: np.random.Generator, shape: str, width: float, height: float) 
             points = 1.2 * np.stack([np.sin(turn[::40]), -np.cos(turn[::40])], 1) + [0, 0.2]
         case _:
             raise AssertionError(f"unknown shape {shape!r}")
-    angle = math.radians(rng.uniform(-20, 20))
+    angle = math.radians(rng.uniform(-22, 22))
     rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    centre = np.array([width, height]) / 2 + rng.uniform(-0.11, 0.11, 2)
-    return (points @ rotation * rng.uniform(0.23, 0.36) + centre).astype(np.float32)
+    centre = np.array([width, height]) / 2 + rng.uniform(-0.12, 0.12, 2)
+    return (points @ rotation * rng.uniform(0.21, 0.35) + centre).astype(np.float32)
 
 
 def _mask(outline: Array, size: tuple[int, int], side: int, shape: str) -> Array:
