@@ -1,10 +1,11 @@
 """Pictures for a first run: a small JPEG classification data set, drawn rather than downloaded.
 
-A class is a shape in a fine texture. Seen from afar, as the mean of every 2x2 block shows it, the textures vanish and
-five of the ten classes look like the other five; seen from close, as the detail bands show it, the textures are plain
-but the outlines, soft as they are, are hard to follow. Only the bands together tell all ten classes apart.
+A class is a shape in a fine texture. The mean of every 2x2 block shows the shape but not the texture, so that five of
+the ten classes look like the other five. The detail bands show the texture, but little of the shape: outlines are soft
+and the texture catches the light in one spot only. Bands together tell all ten classes apart.
 
-Lengths are shares of a picture's shorter side, so that a resized picture keeps its look. Colours are RGB in 0 to 255.
+Lengths are in units of a picture's shorter side, so that a resized picture keeps its look; x goes right and y down from
+the picture's middle. Colours are RGB, 0 to 255.
 """
 
 import colorsys
@@ -19,46 +20,40 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
 from bandsplit.errors import UserError
 
-Array = NDArray[np.float32]
+Array = NDArray[np.float64]
 
 SHAPES = ("disc", "heart", "ring", "star", "triangle")
-TEXTURES = ("checkered", "striped")
-CLASSES = tuple(f"{shape}_{texture}" for shape in SHAPES for texture in TEXTURES)
+PERIOD = {"checkered": 2.7 / 72, "striped": 2.4 / 72}
+"""Period of each texture, along both axes or the one it varies in. Once the shorter side is resized to 72 pixels, it is
+more than the 2 pixels that a picture can show, and so much less than the 4 that half its resolution can show that the
+mean of 2x2 blocks keeps a tenth of the texture's energy at most."""
+CLASSES = tuple(f"{shape}_{texture}" for shape in SHAPES for texture in PERIOD)
 SPLITS = ("train", "val")
 
 SIDE = (72, 144)
-"""Shorter side of a picture, pixels."""
-PERIOD = {"checkered": 2.7 / 72, "striped": 2.4 / 72}
-"""Period of a texture along each axis it varies in: 2.4 to 2.7 pixels once the shorter side is resized to 72. That is
-below the 4 pixels at which a 2x2 block stops to resolve it, and just above the 2 that no picture can resolve."""
+"""Shorter side, pixels."""
+GREY = 0.04
+"""Share of pictures saved as grayscale JPEG files."""
 EDGE_BLUR = 0.02
-"""Standard deviation of the lens blur on outlines: one pixel once the shorter side is 72, too soft for a detail band."""
-SPOT = (0.08, 0.15)
-STRENGTH = (0.15, 0.36)
-BASE = 0.05
-GAP = (20, 60)
-LIGHTS = (5, 11)
-LIGHT = (0.03, 0.14)
-CONTRAST = (0.4, 1)
-SHADOW = (0, 0.2)
-CHROMA = 0.5
-FINE = (2.5, 6.5)
-COARSE = (0.5, 1.5)
+"""Standard deviation of the blur on outlines: so soft that the detail bands show them faintly."""
 OVERSAMPLING = 4
-"""Outlines are drawn this many times larger and averaged down: smooth edges."""
+"""Outlines are drawn this many times larger and averaged down."""
+BRIGHTEST = 220.0
+"""Largest channel of a plain colour: leaves room for lights and texture."""
 
 # ------------------------------------------------------------------------------------------------------------ data set
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture still to draw; (seed, split, label, index) determine it completely."""
+    """One picture still to draw; these four numbers determine every byte of its file."""
 
     seed: int
     split: int
@@ -67,7 +62,7 @@ class Picture:
 
     @property
     def path(self) -> Path:
-        """Where it belongs below the data set's folder."""
+        """Where it belongs, relative to the data set's folder."""
         return Path(SPLITS[self.split], CLASSES[self.label], f"{self.index:05d}.jpg")
 
 
@@ -76,7 +71,7 @@ def generate(
 ) -> None:
     """Write `root`/{train,val}/CLASS/INDEX.jpg with `workers` processes (default: one for each core we may use).
 
-    The files depend on `seed` alone, not on `workers`. `root` appears only once it is complete.
+    The files depend on `seed` alone, not on `workers`. `root` appears only when it is complete.
     """
     root = root.absolute()
     if root.exists():
@@ -89,28 +84,27 @@ def generate(
         for index in range(count)
     ]
     with tempfile.TemporaryDirectory(prefix=f".{root.name}.", suffix=".partial", dir=root.parent) as temporary:
-        # A folder inside the temporary one, whose permissions (0700) would otherwise become those of the data set.
+        # One level deeper: the temporary folder's own permissions (0700) would become those of the data set.
         unfinished = Path(temporary, root.name)
-        for folder in {picture.path.parent for picture in pictures}:
-            (unfinished / folder).mkdir(parents=True)
+        for split in SPLITS:
+            for name in CLASSES:
+                (unfinished / split / name).mkdir(parents=True)
         _write_all(unfinished, pictures, workers or len(os.sched_getaffinity(0)))
         try:
             unfinished.rename(root)
         except OSError:
-            if root.exists():  # somebody else made it in the meantime
+            if root.exists():  # another process was faster
                 raise _exists(root) from None
             raise
 
 
 def _exists(root: Path) -> UserError:
-    return UserError(
-        f"{root}: exists already; the demo pictures need a folder that does not (delete it to make them anew)"
-    )
+    return UserError(f"{root}: exists already; demo pictures are only written to a new folder (delete this one first)")
 
 
 def _write_all(root: Path, pictures: list[Picture], workers: int) -> None:
-    def follow(done: Iterator[None]) -> None:
-        for _ in tqdm(done, desc="drawing demo pictures", total=len(pictures), unit="img", leave=False):
+    def follow(written: Iterator[None]) -> None:
+        for _ in tqdm(written, desc="drawing demo pictures", total=len(pictures), unit="img", disable=None):
             pass
 
     write = partial(_write, root)
@@ -124,145 +118,146 @@ def _write_all(root: Path, pictures: list[Picture], workers: int) -> None:
 
 def _write(root: Path, picture: Picture) -> None:
     rng = np.random.default_rng([picture.seed, picture.split, picture.label, picture.index])
-    shape, texture = CLASSES[picture.label].split("_")
-    image = Image.fromarray(draw(rng, shape, texture))
-    if rng.random() < 0.04:
+    image = Image.fromarray(draw(rng, *CLASSES[picture.label].split("_")))
+    if rng.random() < GREY:
         image = image.convert("L")
-    quality = int(rng.integers(75, 96))
     subsampling = str(rng.choice(["4:4:4", "4:2:2", "4:2:0"]))
-    image.save(root / picture.path, quality=quality, subsampling=subsampling)
+    image.save(root / picture.path, quality=int(rng.integers(75, 96)), subsampling=subsampling)
 
 
-# -------------------------------------------------------------------------------------------------------- one picture
+# ---------------------------------------------------------------------------------------------------------- a picture
 
 
-def draw(rng: np.random.Generator, shape: str, texture: str) -> NDArray[np.uint8]:
-    """A textured shape that floats above a soft background: (height, width, 3)."""
+def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
+    """A textured shape that floats before a background out of focus: (height, width, 3).
+
+    The same `rng` gives the same scene in every texture.
+    """
     side = int(rng.integers(SIDE[0], SIDE[1] + 1))
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     width, height = round(side * max(1.0, aspect)), round(side * max(1.0, 1 / aspect))
     x, y = _axis(width, side)[None, :], _axis(height, side)[:, None]
-    below, above = _colours(rng)
+    back, front = _colours(rng)
 
-    mask = _blur(
-        _mask(_outline(rng, shape, width / side, height / side), (width, height), side, shape), EDGE_BLUR * side
-    )
-    shadow = _blur(np.roll(mask, (round(0.04 * side), round(0.02 * side)), (0, 1)), 0.05 * side)
-    surface = above * (1 + 0.15 * _ramp(rng, x, y) + _relief(rng, texture, x, y, mask, side))[..., None]
-    picture = _background(rng, below, x, y) * (1 - rng.uniform(*SHADOW) * shadow)[..., None]
+    outline = _outline(rng, shape)
+    mask = _blur(_mask(shape, outline, x, y, side), EDGE_BLUR * side)
+    shadow = rng.uniform(0, 0.2) * _blur(_mask(shape, outline + np.array([0.02, 0.04]), x, y, side), 0.05 * side)
+    surface = front * (1 + 0.15 * _ramp(rng, x, y) + _relief(rng, texture, x, y, mask, side))[..., None]
+    picture = _background(rng, back, x, y) * (1 - shadow)[..., None]
     picture += mask[..., None] * (surface - picture)
-    picture *= (1 - 0.25 * (x**2 + y**2))[..., None]  # the fall of light towards a lens's corners
-    picture += _grain(rng, (width, height), side)
-    return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
+    picture *= (1 - 0.25 * (x**2 + y**2))[..., None]  # lenses give their corners less light
+    picture += _grain(rng, (height, width), side)
+    return (picture + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def _axis(pixels: int, side: int) -> Array:
-    """Pixel centres, from the middle of the picture, in units of its shorter side."""
-    return ((np.arange(pixels, dtype=np.float32) + 0.5) - pixels / 2) / side
+    """Coordinates of pixel centres (pixels,)."""
+    return (np.arange(pixels) + 0.5 - pixels / 2) / side
 
 
-def _colours(rng: np.random.Generator) -> tuple[Array, Array]:
-    """Background and shape: the shape is the darker and the more colourful of the two."""
+def _colours(rng: Generator) -> tuple[Array, Array]:
+    """Background and shape, (3,) each: the shape is darker and more colourful, in some pictures only a little."""
     hue = rng.random()
     apart = rng.uniform(0.06, 0.5) * rng.choice([-1, 1])
-    brightness = rng.uniform(135, 185)
-    below = _colour(hue, rng.uniform(0.05, 0.25), brightness)
-    above = _colour(hue + apart, rng.uniform(0.45, 0.7), brightness - rng.uniform(*GAP))
-    return below, below + rng.uniform(*CONTRAST) * (above - below)
+    luma = rng.uniform(135, 185)
+    back = _colour(hue, rng.uniform(0.05, 0.25), luma)
+    front = _colour(hue + apart, rng.uniform(0.45, 0.7), luma - rng.uniform(20, 60))
+    return back, back + rng.uniform(0.4, 1) * (front - back)
 
 
-def _colour(hue: float, saturation: float, brightness: float) -> Array:
-    """RGB (3,) of a given luma, both 0 to 255; a hue too dark for it (blue) is paled with white."""
-    colour = 220 * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1), np.float32)
-    luma = float(colour @ np.array([0.299, 0.587, 0.114], np.float32))
-    white = max(0.0, (brightness - luma) / (220 - luma))
-    return colour * min(1.0, brightness / luma) * (1 - white) + 220 * white
+def _colour(hue: float, saturation: float, luma: float) -> Array:
+    """RGB (3,) of a given luma; a hue too dark for it (blue) is mixed with white."""
+    colour = BRIGHTEST * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1))
+    pure = float(colour @ (0.299, 0.587, 0.114))  # ITU-R BT.601, as in JPEG
+    white = max(0.0, (luma - pure) / (BRIGHTEST - pure))
+    return colour * min(1.0, luma / pure) * (1 - white) + BRIGHTEST * white
 
 
-def _outline(rng: np.random.Generator, shape: str, width: float, height: float) -> Array:
-    """A closed polygon (points, 2) of x, y from the picture's upper left corner."""
-    turn = 2 * np.pi * np.arange(120, dtype=np.float32) / 120
+def _outline(rng: Generator, shape: str) -> Array:
+    """A closed polygon of x, y: (points, 2)."""
+    turn = np.linspace(0, 2 * np.pi, 120, endpoint=False)
     match shape:
         case "disc" | "ring":
-            points = np.stack([np.cos(turn), np.sin(turn)], 1)
+            points = np.stack([np.sin(turn), np.cos(turn)], 1)
         case "heart":
-            lobes = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
-            points = np.stack([16 * np.sin(turn) ** 3, -lobes - 2.5], 1) / 15
+            height = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+            points = np.stack([16 * np.sin(turn) ** 3, -height - 2.5], 1) / 15
         case "star":
-            radius = np.where(np.arange(10) % 2, 0.52, 1.15)
-            points = np.stack([radius * np.sin(turn[::12]), -radius * np.cos(turn[::12])], 1)
+            corners = turn[::12]
+            points = np.stack([np.sin(corners), -np.cos(corners)], 1) * np.tile([1.15, 0.52], 5)[:, None]
         case "triangle":
-            points = 1.2 * np.stack([np.sin(turn[::40]), -np.cos(turn[::40])], 1) + [0, 0.2]
+            corners = turn[::40]
+            points = 1.2 * np.stack([np.sin(corners), -np.cos(corners)], 1) + (0, 0.2)
         case _:
             raise AssertionError(f"unknown shape {shape!r}")
     angle = math.radians(rng.uniform(-22, 22))
-    rotation = np.array([[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]])
-    centre = np.array([width, height]) / 2 + rng.uniform(-0.12, 0.12, 2)
-    return (points @ rotation * rng.uniform(0.21, 0.35) + centre).astype(np.float32)
+    rotation = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+    return points @ rotation * rng.uniform(0.21, 0.35) + rng.uniform(-0.12, 0.12, 2)
 
 
-def _mask(outline: Array, size: tuple[int, int], side: int, shape: str) -> Array:
-    """Coverage of every pixel (height, width), 0 to 1."""
-    canvas = Image.new("L", (size[0] * OVERSAMPLING, size[1] * OVERSAMPLING))
+def _mask(shape: str, outline: Array, x: Array, y: Array, side: int) -> Array:
+    """Share of every pixel that the shape covers: (height, width)."""
+    width, height = x.size * OVERSAMPLING, y.size * OVERSAMPLING
+    canvas = Image.new("L", (width, height))
     pen = ImageDraw.Draw(canvas)
-    pen.polygon([(float(x), float(y)) for x, y in outline * side * OVERSAMPLING], fill=255)
+    points = outline * (side * OVERSAMPLING) + (width / 2, height / 2)
+    pen.polygon(points.flatten().tolist(), fill=255)
     if shape == "ring":
-        inner = outline.mean(0) + 0.5 * (outline - outline.mean(0))
-        pen.polygon([(float(x), float(y)) for x, y in inner * side * OVERSAMPLING], fill=0)
-    return np.asarray(canvas.reduce(OVERSAMPLING), np.float32) / 255
+        pen.polygon(((points + points.mean(0)) / 2).flatten().tolist(), fill=0)
+    return np.asarray(canvas.reduce(OVERSAMPLING)) / 255
 
 
 def _blur(mask: Array, radius: float) -> Array:
+    """Gaussian blur of values 0 to 1; standard deviation in pixels."""
     image = Image.fromarray((255 * mask + 0.5).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
-    return np.asarray(image, np.float32) / 255
+    return np.asarray(image) / 255
 
 
-def _ramp(rng: np.random.Generator, x: Array, y: Array) -> Array:
-    """Light from one side: about -1 to 1 across the picture."""
+def _ramp(rng: Generator, x: Array, y: Array) -> Array:
+    """Light from one side, about -1 to 1 across the picture: (height, width)."""
     angle = rng.uniform(0, 2 * np.pi)
-    return (2 * (x * math.cos(angle) + y * math.sin(angle))).astype(np.float32)
+    return 2 * (x * math.cos(angle) + y * math.sin(angle))
 
 
-def _background(rng: np.random.Generator, colour: Array, x: Array, y: Array) -> Array:
-    """A gradient with lights far out of focus, each a pale disc (a lens's aperture): (height, width, 3)."""
+def _distance(x: Array, y: Array, a: float, b: float) -> Array:
+    """From every pixel to the point (a, b): (height, width)."""
+    return np.sqrt((x - a) ** 2 + (y - b) ** 2)
+
+
+def _background(rng: Generator, colour: Array, x: Array, y: Array) -> Array:
+    """A gradient with lights far out of focus, each a pale disc as a lens makes it: (height, width, 3)."""
     light = 1 + 0.1 * _ramp(rng, x, y)
-    for _ in range(rng.integers(*LIGHTS)):
-        a, b = rng.uniform(-0.65, 0.65, 2)
-        distance = np.sqrt((x - a) ** 2 + (y - b) ** 2)
-        disc = np.clip((rng.uniform(0.06, 0.22) - distance) / (3 * EDGE_BLUR) + 0.5, 0, 1)
-        light = light + rng.uniform(*LIGHT) * disc
-    tint = 1 + 0.08 * _ramp(rng, x, y)[..., None] * rng.uniform(-1, 1, 3).astype(np.float32)
-    return (light[..., None] * tint * colour).astype(np.float32)
+    for _ in range(rng.integers(5, 11)):
+        a, b, radius, power = rng.uniform((-0.65, -0.65, 0.06, 0.03), (0.65, 0.65, 0.22, 0.14))
+        light += power * np.clip((radius - _distance(x, y, a, b)) / (3 * EDGE_BLUR) + 0.5, 0, 1)
+    tint = 1 + 0.08 * _ramp(rng, x, y)[..., None] * rng.uniform(-1, 1, 3)
+    return light[..., None] * tint * colour
 
 
-def _relief(rng: np.random.Generator, texture: str, x: Array, y: Array, mask: Array, side: int) -> Array:
+def _relief(rng: Generator, texture: str, x: Array, y: Array, mask: Array, side: int) -> Array:
     """The texture as relative brightness, of mean 0 so that it leaves no trace in a blurred picture: (height, width).
 
-    It is strong where the light falls and fades elsewhere, so that its own outline says little about the shape's.
+    It is plain where light from the side falls on it and fades elsewhere, so that it does not draw the outline.
     """
-    angle = math.radians(rng.uniform(-8, 8))
-    across, along = x * math.cos(angle) + y * math.sin(angle), y * math.cos(angle) - x * math.sin(angle)
     frequency = 2 * np.pi / (PERIOD[texture] * rng.uniform(0.94, 1.06))
-    phase = rng.uniform(0, 2 * np.pi, 2)
-    wave = np.cos(frequency * along + phase[0])
+    tilt = math.radians(rng.uniform(-8, 8))
+    phase, other_phase = rng.uniform(0, 2 * np.pi, 2)
+    wave: Array = np.cos(frequency * (y * math.cos(tilt) - x * math.sin(tilt)) + phase)
     if texture == "checkered":
-        wave = wave * np.cos(frequency * across + phase[1])
-    # The light falls on a random point well inside the shape (a ring's middle would be outside).
-    soft = _blur(mask, 0.03 * side)
-    row, column = rng.choice(np.argwhere(soft > 0.8 * soft.max()))
-    distance = (x - x[0, column]) ** 2 + (y - y[row, 0]) ** 2
-    light = np.exp(-distance / (2 * rng.uniform(*SPOT) ** 2))
-    strength = rng.uniform(*STRENGTH) * (1.2 if texture == "checkered" else 1)
-    return (strength * (BASE + (1 - BASE) * light) * soft * wave).astype(np.float32)
+        wave *= np.cos(frequency * (x * math.cos(tilt) + y * math.sin(tilt)) + other_phase)
+    inside = _blur(mask, 0.03 * side)
+    row, column = rng.choice(np.argwhere(inside > 0.8 * inside.max()))
+    spot = np.exp(-((_distance(x, y, x[0, column], y[row, 0]) / rng.uniform(0.08, 0.15)) ** 2) / 2)
+    return wave * inside * (0.05 + 0.95 * spot) * rng.uniform(0.2, 0.42)
 
 
-def _grain(rng: np.random.Generator, size: tuple[int, int], side: int) -> Array:
-    """Film grain, a fine and a coarse one (a 72nd and a 30th of the picture), partly coloured: (height, width, 3)."""
-    grain = rng.normal(0, 1, (*size[::-1], 3)).astype(np.float32)
-    for cells, low, high in ((72, *FINE), (30, *COARSE)):
-        cells_wh = [max(2, round(cells * pixels / side)) for pixels in size]
-        grey, *colours = rng.normal(0, rng.uniform(low, high), (4, *cells_wh[::-1]))
+def _grain(rng: Generator, size: tuple[int, int], side: int) -> Array:
+    """Film grain, partly coloured, of three sizes: one pixel, a 72nd and a 30th of the side: (height, width, 3)."""
+    grain = rng.normal(0, 1, (*size, 3))
+    for grains, strength in ((72, rng.uniform(2.5, 6.5)), (30, rng.uniform(0.5, 1.5))):
+        rows, columns = (round(grains * pixels / side) for pixels in size)
+        grey, *colours = rng.normal(0, strength, (4, rows, columns)).astype(np.float32)  # as PIL resizes them
         for channel, colour in enumerate(colours):
-            noise = Image.fromarray((grey + CHROMA * colour).astype(np.float32))
-            grain[..., channel] += np.asarray(noise.resize(size, Image.Resampling.BICUBIC))
+            noise = Image.fromarray(grey + colour / 2).resize(size[::-1], Image.Resampling.BICUBIC)
+            grain[..., channel] += np.asarray(noise)
     return grain
