@@ -7,6 +7,7 @@ Neither torch nor DALI is imported here.
 from __future__ import annotations
 
 import difflib
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -249,7 +250,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | Non
     table.setdefault("name", path.stem)
     sources = _Sources(path)
     if data is None and isinstance(table.get("data"), str):
-        data = path.parent / table["data"]
+        data = os.path.normpath(path.parent / table["data"])
     if data is not None:
         table["data"] = {"name": Path(data).stem, **_read(Path(data))}
         sources.add(("data",), str(data))
