@@ -75,13 +75,12 @@ def first_undecodable(files: Sequence[str], threads: int, batch_size: int = 64) 
 
 
 def _decodes(files: list[str], threads: int) -> bool:
-    @pipeline_def
     def graph() -> Any:
         encoded, _ = fn.readers.file(files=files, labels=[0] * len(files))
-        return fn.decoders.image(encoded, device="cpu", output_type=types.RGB, adjust_orientation=False)
+        return fn.decoders.image(encoded, device="cpu", **_DECODE)
 
     try:
-        graph(batch_size=len(files), num_threads=threads, device_id=None, prefetch_queue_depth=1).run()
+        pipeline_def(graph)(batch_size=len(files), num_threads=threads, device_id=None, prefetch_queue_depth=1).run()
     except RuntimeError:
         return False
     return True
