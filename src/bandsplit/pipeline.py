@@ -111,6 +111,11 @@ def _build(
 
 
 def _training_graph(share: Share, config: RunConfig, pictures: Pictures) -> Any:
+    return _finish(*augmented(share, config, pictures), share, config)
+
+
+def augmented(share: Share, config: RunConfig, pictures: Pictures) -> tuple[Any, Any, Any]:
+    """The training graph up to the split: uint8 pictures, whether to mirror each, and labels."""
     data = config.data
     order_seed = seeds.derived(config.seed, "order")  # the same on every rank
     order = np.random.default_rng(order_seed).permutation(len(pictures))  # DALI shuffles only after the first pass
@@ -132,7 +137,7 @@ def _training_graph(share: Share, config: RunConfig, pictures: Pictures) -> Any:
         images = fn.decoders.image(encoded, device="mixed", **_DECODE)
         images = fn.random_resized_crop(images, size=size, **crop)
     mirror = fn.random.coin_flip(probability=data.mirror, dtype=types.INT32)
-    return _finish(images, mirror, labels, share, config)
+    return images, mirror, labels
 
 
 def _validation_graph(share: Share, config: RunConfig, pictures: Pictures) -> Any:

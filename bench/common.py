@@ -1,0 +1,109 @@
+"""What the benchmarks share: interleaved rounds, medians with their spread, one table, one JSON file."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import platform
+import random
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+
+from bandsplit import demo_data, runlog
+
+Pictures = npt.NDArray[np.uint8]
+
+
+def arguments(description: str, output: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument(
+        "--pictures", type=Path, help="folder of JPEG files, searched to its bottom (default: demo pictures)"
+    )
+    parser.add_argument("--rounds", type=int, default=9, help="timed rounds; each round times every subject once")
+    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every subject")
+    parser.add_argument("--output", type=Path, default=Path(output), help="JSON file")
+    return parser
+
+
+def jpeg_files(folder: Path | None, count: int) -> list[Path]:
+    """`count` files below a folder in random but fixed order; without a folder demo pictures, made once."""
+    if folder is None:
+        folder = Path("data/demo")
+        if not folder.exists():
+            demo_data.generate(folder)
+    found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
+    if not found:
+        raise SystemExit(f"error: {folder}: no JPEG files below it")
+    random.Random(0).shuffle(found)
+    return (found * -(-count // len(found)))[:count]
+
+
+def decoded(files: list[Path], side: int) -> Pictures:
+    """Pictures (len(files), side, side, 3), each resized to cover a square and cut to it."""
+    pictures = []
+    for file in files:
+        image = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
+        scale = side / min(image.size)
+        image = image.resize([max(side, round(length * scale)) for length in image.size])
+        left, top = ((length - side) // 2 for length in image.size)
+        pictures.append(np.asarray(image.crop((left, top, left + side, top + side))))
+    return np.stack(pictures)
+
+
+def interleaved(subjects: Mapping[str, Callable[[], int]], rounds: int, seconds: float = 0.3) -> dict[str, list[float]]:
+    """Pictures a second of every subject in every round; in each round all subjects run, in a new order.
+
+    A subject does a little work and returns how many pictures that was; it is called again until `seconds` are over.
+    """
+    for subject in subjects.values():  # first calls build, allocate and fill caches
+        for _ in range(3):
+            subject()
+    rates: dict[str, list[float]] = {name: [] for name in subjects}
+    order = list(subjects)
+    for n in range(rounds):
+        random.Random(n).shuffle(order)
+        for name in order:
+            count, began = 0, time.perf_counter()
+            while (spent := time.perf_counter() - began) < seconds:
+                count += subjects[name]()
+            rates[name].append(count / spent)
+    return rates
+
+
+def ratio(rates: Mapping[str, list[float]], ours: str, peer: str) -> tuple[float, float, float]:
+    """Median, smallest and largest of the ratio ours / peer, round by round."""
+    ratios = np.array(rates[ours]) / np.array(rates[peer])
+    return float(np.median(ratios)), float(ratios.min()), float(ratios.max())
+
+
+def print_table(title: str, rates: Mapping[str, list[float]], ours: str) -> None:
+    print(f"\n{title}")
+    print(f"| {'subject':<34} | img/s (median) |      min .. max      | ours / subject (min .. max) |")
+    print(f"|{'-' * 36}|---------------:|:--------------------:|:---------------------------:|")
+    for name, values in rates.items():
+        spread = f"{min(values):,.0f} .. {max(values):,.0f}"
+        against = "" if name == ours else "{:.2f} ({:.2f} .. {:.2f})".format(*ratio(rates, ours, name))
+        print(f"| {name:<34} | {np.median(values):>14,.0f} | {spread:^20} | {against:^27} |")
+
+
+def write(path: Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
+    """Settings, machine and every round's figures as JSON."""
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    machine = {"processor": _processor(), "gpu": gpu, **runlog.environment(1, "cuda" if gpu else "cpu")}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"settings": settings, "machine": machine, "results": results}, indent=2) + "\n")
+    print(f"\nall rounds: {path}")
+
+
+def _processor() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), platform.processor())

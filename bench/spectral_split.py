@@ -1,0 +1,150 @@
+"""The operator alone: python bench/spectral_split.py [--pictures FOLDER]
+
+Every subject gets the same decoded pictures in memory and makes the same float32 numbers (or, where it says so, fewer);
+DALI's subjects each run in a pipeline of that one operator. Rates are pictures a second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import common
+import numpy as np
+import scipy.fft
+import torch
+from einops import rearrange
+from nvidia.dali import fn, pipeline_def, types
+
+from bandsplit import native, spectral
+
+MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
+SIDE = 216  # 2, 4 and 6 divide it
+Subject = Callable[[], int]
+
+
+def dali(pictures: common.Pictures, threads: int, operator: Callable[[Any, Any], Any]) -> Subject:
+    """A pipeline that hands the pictures to one operator without copying them, half of them to be mirrored."""
+    batch = list(pictures)
+    flips = [np.array(i % 2, dtype=np.int32) for i in range(len(batch))]
+
+    @pipeline_def(batch_size=len(batch), num_threads=threads, device_id=None, prefetch_queue_depth=2)
+    def graph() -> Any:
+        images = fn.external_source(lambda: batch, layout="HWC", no_copy=True)
+        mirror = fn.external_source(lambda: flips)
+        outputs = operator(images, mirror)
+        return tuple(outputs) if isinstance(outputs, list | tuple) else outputs
+
+    pipe = graph()
+    pipe.build()
+
+    def step() -> int:
+        pipe.run()
+        return len(batch)
+
+    return step
+
+
+def split_operator(block: int, bands: list[int] | None = None) -> Callable[[Any, Any], Any]:
+    matrix = spectral.transform_matrix("dct2d", block).ravel().tolist()
+    groups = {} if bands is None else {"groups": bands, "group_sizes": [1] * len(bands)}
+    return lambda images, mirror: fn.spectral_split(
+        images, mirror=mirror, block=block, matrix=matrix, mean=MEAN, std=STD, **groups
+    )
+
+
+def crop_mirror_normalize(images: Any, mirror: Any) -> Any:
+    return fn.crop_mirror_normalize(images, mirror=mirror, mean=MEAN, std=STD, dtype=types.FLOAT, output_layout="HWC")
+
+
+def scipy_function(block: int) -> Callable[[Any, Any], Any]:
+    """What a user would write first: scipy in a python_function, one picture at a time."""
+
+    def transform(picture: Any, mirror: Any) -> Any:
+        flipped = picture[:, ::-1] if mirror else picture
+        x = ((flipped - np.float32(MEAN)) / np.float32(STD)).astype(np.float32)
+        blocks = rearrange(x, "(h r) (w s) c -> h w r s c", r=block, s=block)
+        return rearrange(scipy.fft.dctn(blocks, axes=(2, 3), norm="ortho"), "h w r s c -> h w (r s c)")
+
+    return lambda images, mirror: fn.python_function(images, mirror, function=transform)
+
+
+def torch_subjects(pictures: common.Pictures, block: int) -> dict[str, Subject]:
+    batch = torch.from_numpy(pictures)
+    matrix = torch.from_numpy(spectral.transform_matrix("dct2d", block)).float()
+    mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
+    flip = (torch.arange(len(batch)) % 2 == 1)[:, None, None, None]
+    kernels = rearrange(matrix, "k (r s) -> k 1 r s", r=block).repeat(3, 1, 1, 1)
+
+    def normalised() -> torch.Tensor:
+        x = (rearrange(batch, "b h w c -> b c h w") - mean) / std
+        return torch.where(flip, x.flip(3), x)
+
+    def unshuffle_matmul() -> int:
+        pixels = torch.nn.functional.pixel_unshuffle(normalised(), block)
+        torch.einsum("kn,bcnhw->kbchw", matrix, rearrange(pixels, "b (c n) h w -> b c n h w", c=3))
+        return len(batch)
+
+    def convolution() -> int:
+        torch.nn.functional.conv2d(normalised(), kernels, stride=block, groups=3)
+        return len(batch)
+
+    subjects: dict[str, Subject] = {
+        "torch pixel_unshuffle + matmul": unshuffle_matmul,
+        "torch conv2d, stride s": convolution,
+    }
+    try:
+        import torch_dct
+    except ImportError:
+        print("torch-dct is not installed: left out (pip install torch-dct)")
+        return subjects
+
+    def dct_package() -> int:
+        torch_dct.dct_2d(rearrange(normalised(), "b c (h r) (w s) -> b c h w r s", r=block, s=block), norm="ortho")
+        return len(batch)
+
+    return {**subjects, "torch-dct": dct_package}
+
+
+def memcpy(pictures: common.Pictures) -> Subject:
+    """Copies as many bytes as the operator reads and writes, half of them read, half written."""
+    source = torch.zeros(pictures.size * 5 // 2, dtype=torch.uint8)
+    target = torch.ones_like(source)
+
+    def step() -> int:
+        target.copy_(source)
+        return len(pictures)
+
+    return step
+
+
+def main() -> None:
+    parser = common.arguments(__doc__ or "", "bench/results/spectral_split.json")
+    parser.add_argument("--batch", type=int, default=64)
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    native.load()
+    pictures = common.decoded(common.jpeg_files(options.pictures, options.batch), SIDE)
+    results = {}
+    for block in (2, 4, 6):
+        ours = f"spectral_split, s = {block}"
+        subjects = {
+            ours: dali(pictures, options.threads, split_operator(block)),
+            "crop_mirror_normalize": dali(pictures, options.threads, crop_mirror_normalize),
+            "memcpy of the same bytes": memcpy(pictures),
+            **torch_subjects(pictures, block),
+            "python_function with scipy": dali(pictures[:8], options.threads, scipy_function(block)),
+        }
+        if block == 4:
+            subjects["spectral_split, s = 4, one band"] = dali(pictures, options.threads, split_operator(4, [0]))
+        rates = common.interleaved(subjects, options.rounds)
+        common.print_table(
+            f"block {block}, {SIDE} x {SIDE}, batch {options.batch}, {options.threads} threads", rates, ours
+        )
+        results[f"block {block}"] = rates
+    settings = {"side": SIDE, "batch": options.batch, "threads": options.threads, "rounds": options.rounds}
+    common.write(options.output, settings, results)
+
+
+if __name__ == "__main__":
+    main()
