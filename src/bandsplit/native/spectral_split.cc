@@ -163,27 +163,33 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
   /// blocks; its order is that of the output: block by block with the colours together (HWC), or colour by colour.
   template <typename Out>
   void SplitRowsTo(const Picture &picture, int first, int last, Scratch &scratch) const {
-    const int columns = plan_.pixels + 1, channels = plan_.channels();
-    const int stride = RoundUp(picture.width * channels, kFloatsAtOnce);
-    float *planes = scratch.Floats(size_t(columns + 1 + RoundUp(plan_.row_count(), kBandsAtOnce)) * stride);
-    float *scale = planes + size_t(columns) * stride;
-    Out *bands = reinterpret_cast<Out *>(scale + stride);
+    const int pixels = plan_.pixels, channels = plan_.channels();
+    const int stride = RoundUp(picture.width * channels, kFloatsAtOnce) + kFloatsAtOnce;  // room for a pixel too wide
+    const size_t bands_floats = size_t(RoundUp(plan_.row_count(), kBandsAtOnce)) * stride;
+    const size_t tile_floats = size_t(pixels + 1) * kFloatsAtOnce;
+    float *mean = scratch.Floats(2 * stride + tile_floats + bands_floats + size_t(pixels) * stride / sizeof(float));
+    float *scale = mean + stride, *tile = scale + stride;
+    Out *bands = reinterpret_cast<Out *>(tile + tile_floats);
+    uint8_t *planes = reinterpret_cast<uint8_t *>(tile + tile_floats + bands_floats);
     for (int j = 0; j < picture.width; j++) {
       for (int c = 0; c < channels; c++) {
         const int at = plan_.channels_last ? j * channels + c : c * picture.width + j;
-        planes[size_t(plan_.pixels) * stride + at] = plan_.mean[c];
+        mean[at] = plan_.mean[c];
         scale[at] = plan_.inverse_std[c];
       }
     }
     for (int y = first; y < last; y++) {
       PixelsToPlanes(picture, y, planes, stride);
-      PlanesToBands(planes, scale, bands, stride);
+      for (int at = 0; at < picture.width * channels; at += kFloatsAtOnce) {
+        LoadTile(planes + at, stride, mean + at, tile);
+        TileToBands(tile, scale + at, bands + at, stride);
+      }
       for (size_t g = 0; g < plan_.groups.size(); g++)
         BandsToOutput(bands, stride, plan_.groups[g], picture, y, static_cast<Out *>(picture.outputs[g]));
     }
   }
 
-  void PixelsToPlanes(const Picture &picture, int y, float *planes, int stride) const {
+  void PixelsToPlanes(const Picture &picture, int y, uint8_t *planes, int stride) const {
     const int block = plan_.block, channels = plan_.channels();
     const int row_bytes = picture.width * block * channels;
     // A mirrored picture is read from its right end.
@@ -192,42 +198,56 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
       const uint8_t *row = picture.pixels + size_t(y * block + r) * row_bytes;
       for (int s = 0; s < block; s++) {
         const uint8_t *from = picture.mirror ? row + row_bytes - (s + 1) * channels : row + s * channels;
-        float *plane = planes + size_t(r * block + s) * stride;
-        if (plan_.channels_last && channels == 3) {
-          for (int j = 0; j < picture.width; j++, from += step)
-            for (int c = 0; c < 3; c++) plane[j * 3 + c] = from[c];
-        } else if (plan_.channels_last) {
-          for (int j = 0; j < picture.width; j++, from += step)
-            for (int c = 0; c < channels; c++) plane[j * channels + c] = from[c];
-        } else {
+        uint8_t *plane = planes + size_t(r * block + s) * stride;
+        if (!plan_.channels_last) {
           for (int c = 0; c < channels; c++)
             for (int j = 0; j < picture.width; j++) plane[c * picture.width + j] = from[j * step + c];
+        } else if (channels == 3) {
+          CopyPixels(from, step, picture.width, picture.mirror, plane);
+        } else {
+          for (int j = 0; j < picture.width; j++, from += step)
+            for (int c = 0; c < channels; c++) plane[j * channels + c] = from[c];
         }
       }
     }
   }
 
-  /// bands[k] = (Σ_n rows[k][n] planes[n]) * scale: a product of small matrices, tiled to stay in registers.
+  /// RGB pixels `step` bytes apart to one after the other. Four bytes move at once, the fourth to be overwritten by the
+  /// next pixel; the pixel at the highest address moves alone, since what follows it may not be ours to read.
+  static void CopyPixels(const uint8_t *from, int step, int count, bool backwards, uint8_t *to) {
+    if (count == 0) return;
+    const int alone = backwards ? 0 : count - 1;
+    for (int j = backwards ? 1 : 0; j < (backwards ? count : count - 1); j++)
+      std::memcpy(to + 3 * j, from + ptrdiff_t(j) * step, 4);
+    std::memcpy(to + 3 * alone, from + ptrdiff_t(alone) * step, 3);
+  }
+
+  /// A tile: pixel n of kFloatsAtOnce places as floats, (N + 1, kFloatsAtOnce), the mean as the last row.
+  void LoadTile(const uint8_t *planes, int stride, const float *mean, float *tile) const {
+    for (int n = 0; n < plan_.pixels; n++, planes += stride, tile += kFloatsAtOnce)
+      for (int i = 0; i < kFloatsAtOnce; i++) tile[i] = planes[i];
+    std::copy_n(mean, kFloatsAtOnce, tile);
+  }
+
+  /// bands[k] = (Σ_n rows[k][n] tile[n]) * scale: a product of small matrices that stays in registers.
   template <typename Out>
-  void PlanesToBands(const float *planes, const float *scale, Out *bands, int stride) const {
+  void TileToBands(const float *tile, const float *scale, Out *bands, int stride) const {
     const int columns = plan_.pixels + 1;
-    for (int at = 0; at < stride; at += kFloatsAtOnce) {
-      const Lanes scale0 = Load(scale + at), scale1 = Load(scale + at + kLanes);
-      const float *weights = rows_.data();
-      for (int k = 0; k < plan_.row_count(); k += kBandsAtOnce) {
-        Lanes sum0[kBandsAtOnce] = {}, sum1[kBandsAtOnce] = {};
-        for (int n = 0; n < columns; n++, weights += kBandsAtOnce) {
-          const float *plane = planes + size_t(n) * stride + at;
-          const Lanes pixels0 = Load(plane), pixels1 = Load(plane + kLanes);
-          for (int i = 0; i < kBandsAtOnce; i++) {
-            sum0[i] += weights[i] * pixels0;
-            sum1[i] += weights[i] * pixels1;
-          }
-        }
+    const Lanes scale0 = Load(scale), scale1 = Load(scale + kLanes);
+    const float *weights = rows_.data();
+    for (int k = 0; k < plan_.row_count(); k += kBandsAtOnce) {
+      Lanes sum0[kBandsAtOnce] = {}, sum1[kBandsAtOnce] = {};
+      const float *pixels = tile;
+      for (int n = 0; n < columns; n++, weights += kBandsAtOnce, pixels += kFloatsAtOnce) {
+        const Lanes pixels0 = Load(pixels), pixels1 = Load(pixels + kLanes);
         for (int i = 0; i < kBandsAtOnce; i++) {
-          Store(bands + size_t(k + i) * stride + at, sum0[i] * scale0);
-          Store(bands + size_t(k + i) * stride + at + kLanes, sum1[i] * scale1);
+          sum0[i] += weights[i] * pixels0;
+          sum1[i] += weights[i] * pixels1;
         }
+      }
+      for (int i = 0; i < kBandsAtOnce; i++) {
+        Store(bands + size_t(k + i) * stride, sum0[i] * scale0);
+        Store(bands + size_t(k + i) * stride + kLanes, sum1[i] * scale1);
       }
     }
   }
