@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,6 +12,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+
+_DDP_PARAMETERS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
+_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_PARAMETERS else "broadcast_buffers"
 
 
 @dataclass(frozen=True)
@@ -36,9 +41,8 @@ class Ranks:
         if self.world_size == 1:
             return branch
         ids = [self.device.index] if self.device.type == "cuda" else None
-        return nn.parallel.DistributedDataParallel(
-            branch, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True
-        )
+        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}  # older versions of torch have another name for it
+        return nn.parallel.DistributedDataParallel(branch, device_ids=ids, gradient_as_bucket_view=True, **buffers)
 
     def share_buffers(self, module: nn.Module) -> None:
         """Gives every rank the buffers of rank 0."""
