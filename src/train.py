@@ -34,6 +34,8 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
     parser.add_argument("--world-size", type=int, help="with --dry-run: number of ranks to check for")
     arguments = parser.parse_args()
+    if arguments.world_size and not arguments.dry_run:
+        parser.error("--world-size goes with --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")
 
     config = schema.load(arguments.config, arguments.set, arguments.data)
     if arguments.dry_run:

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from bandsplit import checkpoint, schema, training
+from bandsplit import checkpoint, runlog, schema, training
 from bandsplit.parallel import Ranks
 from bandsplit.recipe import Precision
 from tests.conftest import DATA_TOML, TRAIN_TOML, VAL_PER_CLASS, Done, command, run
@@ -74,6 +74,7 @@ def test_a_run_writes_everything_it_promises(finished: Callable[[int], Path]) ->
     run_dir = finished(1)
     config = schema.load(run_dir / "config.toml")
     assert (config.name, config.train.epochs) == ("tiny", 2)
+    assert checkpoint.load(run_dir / "checkpoints/last.pt")["config"] == runlog.resolved(config)
     assert json.loads((run_dir / "environment.json").read_text())[0]["world_size"] == 1
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps_per_epoch = 160 // 12
@@ -127,17 +128,18 @@ def test_resuming_a_finished_run_changes_nothing(
     assert_same_run(copy, finished(1))
 
 
-def test_two_processes_validate_like_one(finished: Callable[[int], Path], tmp_path: Path) -> None:
+def test_any_number_of_processes_validates_like_one(finished: Callable[[int], Path], tmp_path: Path) -> None:
     figures = []
-    for ranks in (None, 2):
+    for ranks in (None, 2, 5):  # 5 does not divide the training batch
         output = tmp_path / f"{ranks}.json"
         done = run("evaluate.py", finished(2), "--checkpoint", "last", "--output", output, ranks=ranks)
         assert done.returncode == 0, done.stderr
         figures.append(json.loads(output.read_text()))
-    alone, together = figures
-    assert alone["pictures"] == together["pictures"] == 10 * VAL_PER_CLASS
-    for key in ("loss", "top1", "top5", "branch_top1", "branch_top5"):
-        assert together[key] == pytest.approx(alone[key], abs=1e-6)
+    alone, *together = figures
+    assert [figure["pictures"] for figure in figures] == [10 * VAL_PER_CLASS] * 3
+    for figure in together:
+        for key in ("loss", "top1", "top5", "branch_top1", "branch_top5"):
+            assert figure[key] == pytest.approx(alone[key], abs=1e-6)
     last = [line for line in metrics(finished(2)) if line["event"] == "validation"][-1]
     assert last["top1"] == pytest.approx(alone["top1"], abs=1e-6)
 

@@ -85,7 +85,8 @@ def evaluate_run(run_dir: Path, which: str, overrides: Sequence[str] = (), outpu
         ensemble = Ensemble(config).to(ranks.device).to(memory_format=torch.channels_last)
         ensemble.load_state_dict(state["ensemble"])
         _, pictures = dataset.open_data(config.data)
-        batch_size = config.validation.batch_size or config.rank_batch_size(ranks.world_size)
+        parts = ranks.world_size * config.train.accumulation  # need not divide: validation takes any number of ranks
+        batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = ValidationLoader(config, pictures, share_of(config, ranks, batch_size, precision.half_bands))
         accuracy = evaluate(ensemble, loader, len(pictures), ranks, precision)
         if ranks.is_first:

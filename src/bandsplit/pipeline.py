@@ -18,6 +18,9 @@ from bandsplit.schema import RunConfig
 
 fn: Any = dali_fn  # operators are made at run time, ours among them: DALI's stubs do not know them all
 
+# torchvision does not rotate by EXIF either, and ImageNet's published figures are without
+_DECODE = {"output_type": types.RGB, "adjust_orientation": False}
+
 
 @dataclass(frozen=True)
 class Share:
@@ -153,10 +156,6 @@ def _validation_graph(share: Share, config: RunConfig, pictures: Pictures) -> An
     images = fn.resize(images, resize_shorter=data.resize_size)
     images = fn.crop(images, crop=(data.image_size, data.image_size))
     return _finish(images, fn.zeros(shape=[], dtype=types.INT32), labels, share, config)
-
-
-# torchvision does not rotate by EXIF either, and ImageNet's published figures are without
-_DECODE = {"output_type": types.RGB, "adjust_orientation": False}
 
 
 def _finish(images: Any, mirror: Any, labels: Any, share: Share, config: RunConfig) -> Any:

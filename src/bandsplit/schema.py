@@ -223,6 +223,16 @@ class RunConfig(_Table):
             raise _mistake("train.batch_size", self.train.batch_size, allowed)
         return self
 
+    def steps_per_epoch(self, pictures: int) -> int:
+        """Whole batches in so many pictures; what is left over opens the next epoch.
+
+        Raises UserError where there is not one.
+        """
+        steps = pictures // self.train.batch_size
+        if not steps:
+            raise UserError(f"train.batch_size: {self.train.batch_size} given, but the data has {pictures} pictures")
+        return steps
+
     def rank_batch_size(self, world_size: int) -> int:
         """Pictures that one rank takes through a branch at once.
 
@@ -319,10 +329,8 @@ def _explain(error: Mapping[str, Any], sources: _Sources, table: Table) -> str:
         loc, given, allowed = tuple(context["key"].split(".")), context["given"], context["allowed"]
         return f"{sources.of(loc)}: {'.'.join(loc)}: {given!r} given; allowed: {allowed}"
     places = [depth for depth, part in enumerate(error["loc"]) if isinstance(part, int)]
-    if places or kind in (
-        "too_long",
-        "tuple_type",
-    ):  # within a list of numbers, too short, too long or holding something else
+    if places or kind in ("too_long", "tuple_type"):
+        # a list of numbers: too short, too long or with something else in it
         loc = loc[: places[0]] if places else loc
         return f"{sources.of(loc)}: {'.'.join(loc)}: {_value_at(table, loc)!r} given; expected {_length(loc)} numbers"
     key, source = ".".join(loc), sources.of(loc)

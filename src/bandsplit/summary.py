@@ -1,4 +1,4 @@
-"""What a config would run, found on torch's meta device: nothing is allocated, read or written."""
+"""What a config would run, found on torch's meta device: no weights are allocated, nothing is written."""
 
 from __future__ import annotations
 
@@ -45,16 +45,15 @@ def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) ->
     labels = torch.empty(batch_size, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logits = branch(x)
-        flops = counter.get_total_flops()
-        loss = cross_entropy(logits, labels)
-    del loss
-    return BranchCost(channels, count_parameters(branch), flops // 2 // batch_size, sum(kept.values()))
+        cross_entropy(logits, labels)
+    macs = counter.get_total_flops() // 2 // batch_size
+    return BranchCost(channels, count_parameters(branch), macs, sum(kept.values()))
 
 
 def show(config: RunConfig, world_size: int) -> None:
     """Prints branches, cost, memory and steps of a config on `world_size` ranks.
 
-    Raises UserError where the batch does not fit the ranks.
+    Raises UserError where the batch does not fit the ranks or the data.
     """
     batch_size = config.rank_batch_size(world_size)
     size = config.data.image_size // config.split.block
@@ -102,6 +101,6 @@ def _show_steps(config: RunConfig) -> None:
     except UserError as error:
         print(f"steps     unknown: {error}")
         return
-    steps = len(train_pictures) // config.train.batch_size
+    steps = config.steps_per_epoch(len(train_pictures))
     print(f"data      {len(train_pictures)} training and {len(val_pictures)} validation pictures")
     print(f"steps     {config.train.epochs} epochs x {steps} = {config.train.epochs * steps}")

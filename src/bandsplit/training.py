@@ -37,7 +37,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
     with parallel.ranks() as ranks:
         # ------------------------------------------------------------------ pictures and run directory
         train_pictures, val_pictures = dataset.open_data(config.data)
-        steps_per_epoch = _steps_per_epoch(config, len(train_pictures))
+        steps_per_epoch = config.steps_per_epoch(len(train_pictures))
         total_steps = config.train.epochs * steps_per_epoch
         batch_size = config.rank_batch_size(ranks.world_size)
         directory = RunDirectory(run_dir)
@@ -107,7 +107,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             if ends_epoch or (every and progress.step % every == 0):
                 with watch.paused():
                     progress.seconds = watch.seconds
-                    state = _snapshot(progress, ensemble, learners, meter, loader, ranks)
+                    state = _snapshot(config, progress, ensemble, learners, meter, loader, ranks)
                     if ranks.is_first:
                         checkpoint.save(directory.checkpoints, progress.step, state, best)
                     ranks.wait()
@@ -239,14 +239,6 @@ class Meter:
         self._since_step = state["since_step"]
 
 
-def _steps_per_epoch(config: RunConfig, pictures: int) -> int:
-    """Whole batches in an epoch; what is left over opens the next one."""
-    steps = pictures // config.train.batch_size
-    if not steps:
-        raise UserError(f"train.batch_size: {config.train.batch_size} given, but the data has {pictures} pictures")
-    return steps
-
-
 def _last_checkpoint(directory: RunDirectory, ranks: Ranks) -> checkpoint.State | None:
     path = directory.checkpoints / "last.pt"
     if not path.exists():
@@ -262,6 +254,7 @@ def _loader_state(state: checkpoint.State | None, ranks: Ranks) -> bytes | None:
 
 
 def _snapshot(
+    config: RunConfig,
     progress: Progress,
     ensemble: Ensemble,
     learners: Sequence[Learner],
@@ -272,6 +265,7 @@ def _snapshot(
     """All that a run needs to go on exactly; the same on every rank but for buffers and losses, where rank 0 counts."""
     own = {"loader": loader.state(), "random": _random_state(ranks), "meter": meter.state_dict()}
     return {
+        "config": runlog.resolved(config),
         "progress": asdict(progress),
         "ensemble": ensemble.state_dict(),
         "learners": [learner.state_dict() for learner in learners],
