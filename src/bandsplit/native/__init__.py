@@ -22,7 +22,9 @@ from pathlib import Path
 from filelock import FileLock
 
 HERE = Path(__file__).parent
-SOURCES = ("spectral_split.h", "spectral_split.cc", "spectral_split.cu")
+CPU_SOURCES = ("spectral_split.cc", "host_memory.cc")
+CUDA_SOURCE = "spectral_split.cu"
+SOURCES = ("spectral_split.h", *CPU_SOURCES, CUDA_SOURCE)
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-march=native", "-ffp-contract=fast", "-w"]
 # Machine code for A100, A40 (and RTX 30) and H100; PTX for what comes after them.
@@ -38,6 +40,8 @@ class BuildError(RuntimeError):
 
 def load() -> None:
     """Make `nvidia.dali.fn.spectral_split` available in this process, building the plugin if the cache has none.
+
+    From then on DALI takes its host memory from a pool (see host_memory.cc).
 
     Raises:
         BuildError: as `build`.
@@ -117,16 +121,18 @@ def _compile(plugin: Path, cxx: list[str], nvcc: str | None) -> None:
     includes = [*sysconfig.get_compile_flags(), "-isystem", str(_cuda_headers(nvcc))]
     libraries = [*sysconfig.get_link_flags(), "-ldali_core"]
     with tempfile.TemporaryDirectory(dir=plugin.parent, prefix="building-") as folder:
-        cpu, gpu, linked = (str(Path(folder) / name) for name in ("cpu.o", "gpu.o", "plugin.so"))
+        linked = str(Path(folder) / "plugin.so")
+        objects = [str(Path(folder) / f"{source}.o") for source in CPU_SOURCES]
+        for source, target in zip(CPU_SOURCES, objects, strict=True):
+            _run([*cxx, *CXX_FLAGS, *includes, "-c", str(HERE / source), "-o", target])
         # --no-undefined: a missing symbol shows here, with its name, and not when a rank loads the plugin
-        _run([*cxx, *CXX_FLAGS, *includes, "-c", str(HERE / "spectral_split.cc"), "-o", cpu])
         if nvcc is None:
-            _run([*cxx, "-shared", cpu, "-o", linked, *libraries, "-Wl,--no-undefined"])
+            _run([*cxx, "-shared", *objects, "-o", linked, *libraries, "-Wl,--no-undefined"])
         else:
             host = ["-ccbin", cxx[-1]]  # the last word: $CXX may be "ccache g++", and nvcc takes one name
-            dali_flags = sysconfig.get_compile_flags()
-            _run([nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / "spectral_split.cu"), "-o", gpu])
-            _run([nvcc, *host, "-shared", cpu, gpu, "-o", linked, *libraries, "-Xlinker", "--no-undefined"])
+            gpu, dali_flags = str(Path(folder) / "gpu.o"), sysconfig.get_compile_flags()
+            _run([nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / CUDA_SOURCE), "-o", gpu])
+            _run([nvcc, *host, "-shared", *objects, gpu, "-o", linked, *libraries, "-Xlinker", "--no-undefined"])
         Path(linked).replace(plugin)
 
 

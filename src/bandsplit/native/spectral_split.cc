@@ -4,9 +4,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <set>
 #include <vector>
 
-#ifdef __F16C__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 
@@ -43,6 +44,8 @@ group's i-th band.)")
 
 namespace {
 
+// Vectors ------------------------------------------------------------------------------------------------------------
+
 // A vector register of floats (GCC's vector extension: operators act on every lane).
 #ifdef __AVX512F__
 constexpr int kLanes = 16;
@@ -51,37 +54,27 @@ constexpr int kLanes = 8;
 #endif
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 
-// The sums that one turn of the inner loop holds in registers: 4 bands x 2 vectors.
-constexpr int kBandsAtOnce = 4;
-constexpr int kFloatsAtOnce = 2 * kLanes;
+Lanes Load(const float *from) {
+  Lanes values;
+  std::memcpy(&values, from, sizeof(values));
+  return values;
+}
 
-int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+void Store(float *to, Lanes values) { std::memcpy(to, &values, sizeof(values)); }
 
-/// Memory for rows of floats that starts at a cache line.
-class Scratch {
- public:
-  float *Floats(size_t count) {
-    lines_.resize((count + kFloatsPerLine - 1) / kFloatsPerLine);
-    return lines_.empty() ? nullptr : lines_[0].floats;
-  }
+// What compilers do not find by themselves, each with a plain form for other processors.
 
- private:
-  static constexpr int kFloatsPerLine = 16;
-  struct alignas(64) Line {
-    float floats[kFloatsPerLine];
-  };
-  std::vector<Line> lines_;
-};
-
-/// One picture of the batch.
-struct Picture {
-  const uint8_t *pixels;  ///< (height * block, width * block, channels)
-  int height, width;      ///< in blocks
-  bool mirror;
-  std::vector<void *> outputs;  ///< one a group
-};
-
-void Store(float *to, Lanes values) { *reinterpret_cast<Lanes *>(to) = values; }
+Lanes Load(const uint8_t *from) {
+#if defined(__AVX512F__)
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
+#elif defined(__AVX2__)
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i *>(from))));
+#else
+  Lanes values;
+  for (int lane = 0; lane < kLanes; lane++) values[lane] = from[lane];
+  return values;
+#endif
+}
 
 void Store(float16 *to, Lanes values) {
 #ifdef __F16C__
@@ -96,11 +89,189 @@ void Store(float16 *to, Lanes values) {
 #endif
 }
 
+/// `count` RGB pixels, `step` bytes apart, to one after the other; backwards: the first to the last place.
+void CopyPixels(const uint8_t *from, int step, int count, bool backwards, uint8_t *to) {
+  int j = 0;
+#ifdef __SSSE3__
+  // Four pixels at once, each read as four bytes and written as three, with four bytes too many that the next four
+  // pixels overwrite. So not the last pixel, after which nothing may be ours to read, nor where nothing overwrites.
+  const __m128i drop = backwards ? _mm_setr_epi8(-1, -1, -1, -1, 12, 13, 14, 8, 9, 10, 4, 5, 6, 0, 1, 2)
+                                 : _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
+  const auto pixel = [=](int i) {
+    int bytes;
+    std::memcpy(&bytes, from + ptrdiff_t(i) * step, 4);
+    return bytes;
+  };
+  for (; j + 4 < count - 1; j += 4) {
+    const __m128i four = _mm_setr_epi32(pixel(j), pixel(j + 1), pixel(j + 2), pixel(j + 3));
+    uint8_t *const there = backwards ? to + 3 * (count - 4 - j) - 4 : to + 3 * j;
+    _mm_storeu_si128(reinterpret_cast<__m128i *>(there), _mm_shuffle_epi8(four, drop));
+  }
+#endif
+  for (; j < count; j++) std::memcpy(to + 3 * (backwards ? count - 1 - j : j), from + ptrdiff_t(j) * step, 3);
+}
+
+/// memcpy past the caches: what is written need not be read first, and does not push out what is still needed.
+void Stream(void *target, const void *source, size_t bytes) {
+  auto *to = static_cast<char *>(target);
+  auto *from = static_cast<const char *>(source);
+#ifdef __AVX__
+  const size_t unaligned = std::min(bytes, -reinterpret_cast<uintptr_t>(to) % sizeof(__m256i));
+  std::memcpy(to, from, unaligned);
+  to += unaligned, from += unaligned, bytes -= unaligned;
+  for (; bytes >= sizeof(__m256i); to += sizeof(__m256i), from += sizeof(__m256i), bytes -= sizeof(__m256i))
+    _mm256_stream_si256(reinterpret_cast<__m256i *>(to), _mm256_loadu_si256(reinterpret_cast<const __m256i *>(from)));
+#endif
+  std::memcpy(to, from, bytes);
+}
+
+/// Makes what Stream wrote visible to the threads that this one wakes next.
+void FinishStreams() {
+#ifdef __AVX__
+  _mm_sfence();
+#endif
+}
+
+// Products of small matrices -----------------------------------------------------------------------------------------
+
+// The inner loop makes 6 rows of a product for 2 vectors of places at once: 12 sums in the 16 registers there are.
+constexpr int kRowsAtOnce = 6;
+constexpr int kPlacesAtOnce = 2 * kLanes;
+
+int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
+
+/// y[rows[i]] = Σ_n matrix[i][n] x[first + n step], for planes x and y of many places.
+struct Product {
+  int first, step, count;     ///< the planes that go in
+  std::vector<int> rows;      ///< the planes that come out
+  std::vector<float> matrix;  ///< kRowsAtOnce rows after each other, each group of rows column by column
+
+  /// weight(i, n) is matrix[i][n].
+  template <typename Weight>
+  Product(int first, int step, int count, std::vector<int> rows, const Weight &weight)
+      : first(first), step(step), count(count), rows(std::move(rows)) {
+    const int all = static_cast<int>(this->rows.size());
+    for (int i = 0; i < all; i += kRowsAtOnce)
+      for (int n = 0; n < count; n++)
+        for (int k = i; k < std::min(all, i + kRowsAtOnce); k++) matrix.push_back(weight(k, n));
+  }
+};
+
+/// kCount: the count where the compiler shall know it; 0: any.
+template <int kRows, int kCount, typename Load, typename Store>
+void MultiplyRows(const Product &product, const float *matrix, const int *rows, int places, const Load &load,
+                  const Store &store) {
+  const int first = product.first, step = product.step, count = kCount ? kCount : product.count;
+  for (int place = 0; place < places; place += kPlacesAtOnce) {
+    Lanes sums[kRows][2] = {};
+    for (int n = 0; n < count; n++) {
+      const Lanes x[2] = {load(first + n * step, place), load(first + n * step, place + kLanes)};
+      for (int i = 0; i < kRows; i++)
+        for (int half = 0; half < 2; half++) sums[i][half] += matrix[n * kRows + i] * x[half];
+    }
+    for (int i = 0; i < kRows; i++)
+      for (int half = 0; half < 2; half++) store(rows[i], place + half * kLanes, sums[i][half]);
+  }
+}
+
+/// load(plane, place) gives a vector, store(plane, place, lanes) takes one; past `places` both need room.
+template <typename Load, typename Store>
+void Multiply(const Product &product, int places, const Load &load, const Store &store) {
+  const float *matrix = product.matrix.data();
+  const int *rows = product.rows.data();
+  const auto multiply = [&](auto kRows, auto kCount) {
+    MultiplyRows<kRows(), kCount()>(product, matrix, rows, places, load, store);
+  };
+  using std::integral_constant;
+  constexpr integral_constant<int, 0> kAny;
+  for (int left = static_cast<int>(product.rows.size()); left > 0; left -= kRowsAtOnce) {
+    switch (left) {
+      case 1: multiply(integral_constant<int, 1>(), kAny); break;
+      case 2: multiply(integral_constant<int, 2>(), kAny); break;
+      case 3: multiply(integral_constant<int, 3>(), kAny); break;
+      case 4:
+        if (product.count == 4) multiply(integral_constant<int, 4>(), integral_constant<int, 4>());
+        else multiply(integral_constant<int, 4>(), kAny);
+        break;
+      case 5: multiply(integral_constant<int, 5>(), kAny); break;
+      default:
+        if (product.count == 6) multiply(integral_constant<int, 6>(), integral_constant<int, 6>());
+        else multiply(integral_constant<int, 6>(), kAny);
+    }
+    matrix += kRowsAtOnce * product.count;
+    rows += kRowsAtOnce;
+  }
+}
+
+/// Scratch memory, aligned for vectors.
+class Scratch {
+ public:
+  template <typename T>
+  T *Take(size_t count) {
+    T *taken = reinterpret_cast<T *>(lines_[used_].bytes);
+    used_ += Lines<T>(count);
+    return taken;
+  }
+
+  /// Forgets all that was taken, and has room for `lines` now.
+  void Reset(size_t lines) {
+    used_ = 0;
+    if (lines_.size() < lines + 1) lines_.resize(lines + 1);
+  }
+
+  template <typename T>
+  static size_t Lines(size_t count) {
+    return (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
+  }
+
+ private:
+  struct alignas(64) Line {
+    char bytes[64];
+  };
+  std::vector<Line> lines_;
+  size_t used_ = 0;
+};
+
+/// Places that go through both stages of a transform together, so that what lies between them stays in the first cache.
+constexpr int kStretch = 4 * kPlacesAtOnce;
+
+/// One picture of the batch.
+struct Picture {
+  const uint8_t *pixels;  ///< (height * block, width * block, channels)
+  int height, width;      ///< in blocks
+  bool mirror;
+  std::vector<void *> outputs;  ///< one a group
+};
+
+/// Rows of blocks of a picture, and where their planes lie in scratch memory.
+///
+/// Plane n holds pixel n of every block, all colours, so that one vector instruction works on many blocks. Its order is
+/// that of the output: block by block with the colours together (HWC: one run), or colour by colour (CHW: a run each).
+/// The planes of coefficients lie alike.
+struct Chunk {
+  Chunk(const Picture &picture, int first, int rows, int channels, bool channels_last)
+      : picture(picture), first(first), rows(rows), runs(channels_last ? 1 : channels),
+        row_length(picture.width * (channels_last ? channels : 1)), run_length(rows * row_length),
+        run_stride(RoundUp(run_length, kPlacesAtOnce)), plane_stride(runs * run_stride + kPlacesAtOnce) {}
+
+  const Picture &picture;
+  int first, rows;  ///< rows of blocks
+  int runs, row_length, run_length;
+  int run_stride, plane_stride;  ///< from a run or plane to the next, with room for a tile or a pixel that overhangs
+};
+
 }  // namespace
 
 class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
  public:
-  explicit SpectralSplitCPU(const ::dali::OpSpec &spec) : SpectralSplit(spec), rows_(PackRows(plan_)) {}
+  explicit SpectralSplitCPU(const ::dali::OpSpec &spec) : SpectralSplit(spec) {
+    PlanProducts();
+    for (int i = 0; i < kStretch * plan_.channels(); i++) {
+      const int colour = plan_.channels_last ? i % plan_.channels() : i / kStretch;
+      scale_.push_back(plan_.scale[colour]);
+      shift_.push_back(plan_.shift[colour]);
+    }
+  }
 
  protected:
   void RunImpl(::dali::Workspace &ws) override {
@@ -124,6 +295,37 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
   }
 
  private:
+  /// The transform as one product a tile, or, for a Kronecker product where that is less work, as two stages: first
+  /// each row of a block by the horizontal factor, then each column of the result by the vertical one.
+  void PlanProducts() {
+    const int block = plan_.block, count = plan_.row_count();
+    std::vector<int> rows(count);
+    std::iota(rows.begin(), rows.end(), 0);
+    std::map<int, std::vector<int>> rows_of_column;
+    for (int k : rows) rows_of_column[plan_.bands[k] % block].push_back(k);
+    const int columns = static_cast<int>(rows_of_column.size());
+    const int in_two_stages = plan_.pixels * columns + block * count;
+    if (!plan_.factors || in_two_stages >= plan_.pixels * count) {
+      last_.emplace_back(0, 1, plan_.pixels, rows, [&](int k, int n) { return plan_.rows[k * plan_.pixels + n]; });
+      return;
+    }
+    std::vector<int> wanted;
+    for (const auto &[column, rows] : rows_of_column) wanted.push_back(column);
+    for (int r = 0; r < block; r++) {
+      std::vector<int> to(columns);
+      std::iota(to.begin(), to.end(), r * columns);
+      first_.emplace_back(r * block, 1, block, to,
+                          [&](int i, int s) { return plan_.factors->horizontal[wanted[i] * block + s]; });
+    }
+    for (int i = 0; i < columns; i++) {
+      const std::vector<int> &to = rows_of_column[wanted[i]];
+      last_.emplace_back(i, columns, block, to, [&](int k, int r) {
+        return plan_.factors->vertical[plan_.bands[to[k]] / block * block + r];
+      });
+    }
+    middles_ = block * columns;
+  }
+
   std::vector<Picture> Pictures(::dali::Workspace &ws) const {
     const auto &input = ws.Input<::dali::CPUBackend>(0);
     const int batch = input.num_samples();
@@ -140,16 +342,6 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     return pictures;
   }
 
-  /// The rows of the plan as the inner loop reads them: (row_count / 4, N + 1, 4), filled up with rows of zeros.
-  static std::vector<float> PackRows(const Plan &plan) {
-    const int columns = plan.pixels + 1;
-    std::vector<float> packed(size_t(RoundUp(plan.row_count(), kBandsAtOnce)) * columns);
-    for (int k = 0; k < plan.row_count(); k++)
-      for (int n = 0; n < columns; n++)
-        packed[(size_t(k / kBandsAtOnce) * columns + n) * kBandsAtOnce + k % kBandsAtOnce] = plan.rows[k * columns + n];
-    return packed;
-  }
-
   void SplitRows(const Picture &picture, int first, int last, Scratch &scratch) const {
     if (plan_.dtype == DALI_FLOAT)
       SplitRowsTo<float>(picture, first, last, scratch);
@@ -157,131 +349,110 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
       SplitRowsTo<float16>(picture, first, last, scratch);
   }
 
-  /// Rows first..last of blocks, each in three steps: pixels to planes, planes to bands, bands to outputs.
-  ///
-  /// Plane n holds pixel n of every block of the row, all colours, so that one vector instruction works on many
-  /// blocks; its order is that of the output: block by block with the colours together (HWC), or colour by colour.
+  /// Rows first..last of blocks, in chunks that fit into the processor's second cache.
   template <typename Out>
   void SplitRowsTo(const Picture &picture, int first, int last, Scratch &scratch) const {
-    const int pixels = plan_.pixels, channels = plan_.channels();
-    const int stride = RoundUp(picture.width * channels, kFloatsAtOnce) + kFloatsAtOnce;  // room for a pixel too wide
-    const size_t bands_floats = size_t(RoundUp(plan_.row_count(), kBandsAtOnce)) * stride;
-    const size_t tile_floats = size_t(pixels + 1) * kFloatsAtOnce;
-    float *mean = scratch.Floats(2 * stride + tile_floats + bands_floats + size_t(pixels) * stride / sizeof(float));
-    float *scale = mean + stride, *tile = scale + stride;
-    Out *bands = reinterpret_cast<Out *>(tile + tile_floats);
-    uint8_t *planes = reinterpret_cast<uint8_t *>(tile + tile_floats + bands_floats);
-    for (int j = 0; j < picture.width; j++) {
-      for (int c = 0; c < channels; c++) {
-        const int at = plan_.channels_last ? j * channels + c : c * picture.width + j;
-        mean[at] = plan_.mean[c];
-        scale[at] = plan_.inverse_std[c];
-      }
-    }
-    for (int y = first; y < last; y++) {
-      PixelsToPlanes(picture, y, planes, stride);
-      for (int at = 0; at < picture.width * channels; at += kFloatsAtOnce) {
-        LoadTile(planes + at, stride, mean + at, tile);
-        TileToBands(tile, scale + at, bands + at, stride);
-      }
-      for (size_t g = 0; g < plan_.groups.size(); g++)
-        BandsToOutput(bands, stride, plan_.groups[g], picture, y, static_cast<Out *>(picture.outputs[g]));
-    }
+    constexpr int kChunkBytes = 192 * 1024;
+    const int row_bytes = picture.width * plan_.channels() * (plan_.row_count() * int(sizeof(Out)) + plan_.pixels);
+    const int rows = std::max(1, kChunkBytes / std::max(1, row_bytes));
+    for (int y = first; y < last; y += rows)
+      SplitChunk<Out>({picture, y, std::min(rows, last - y), plan_.channels(), plan_.channels_last}, scratch);
+    FinishStreams();
   }
 
-  void PixelsToPlanes(const Picture &picture, int y, uint8_t *planes, int stride) const {
-    const int block = plan_.block, channels = plan_.channels();
-    const int row_bytes = picture.width * block * channels;
-    // A mirrored picture is read from its right end.
-    const int step = picture.mirror ? -block * channels : block * channels;
-    for (int r = 0; r < block; r++) {
-      const uint8_t *row = picture.pixels + size_t(y * block + r) * row_bytes;
-      for (int s = 0; s < block; s++) {
-        const uint8_t *from = picture.mirror ? row + row_bytes - (s + 1) * channels : row + s * channels;
-        uint8_t *plane = planes + size_t(r * block + s) * stride;
-        if (!plan_.channels_last) {
-          for (int c = 0; c < channels; c++)
-            for (int j = 0; j < picture.width; j++) plane[c * picture.width + j] = from[j * step + c];
-        } else if (channels == 3) {
-          CopyPixels(from, step, picture.width, picture.mirror, plane);
-        } else {
-          for (int j = 0; j < picture.width; j++, from += step)
-            for (int c = 0; c < channels; c++) plane[j * channels + c] = from[c];
+  template <typename Out>
+  void SplitChunk(const Chunk &chunk, Scratch &scratch) const {
+    const size_t planes_size = size_t(plan_.pixels) * chunk.plane_stride;
+    const size_t bands_size = size_t(plan_.row_count()) * chunk.plane_stride;
+    scratch.Reset(Scratch::Lines<uint8_t>(planes_size) + Scratch::Lines<Out>(bands_size) +
+                  Scratch::Lines<float>(size_t(middles_) * kStretch));
+    uint8_t *planes = scratch.Take<uint8_t>(planes_size);
+    Out *bands = scratch.Take<Out>(bands_size);
+    float *middles = scratch.Take<float>(size_t(middles_) * kStretch);
+    PixelsToPlanes(chunk, planes);
+    for (int run = 0; run < chunk.runs; run++) {
+      for (int i = 0; i < chunk.run_length; i += kStretch) {
+        const int colour = plan_.channels_last ? i % plan_.channels() : run * kStretch;
+        const int at = run * chunk.run_stride + i;
+        StretchToBands(planes + at, &scale_[colour], &shift_[colour], middles, bands + at, chunk.plane_stride,
+                       std::min(kStretch, chunk.run_length - i));
+      }
+    }
+    for (int g = 0; g < static_cast<int>(plan_.groups.size()); g++)
+      BandsToOutput(chunk, bands, plan_.groups[g], static_cast<Out *>(chunk.picture.outputs[g]));
+  }
+
+  void PixelsToPlanes(const Chunk &chunk, uint8_t *planes) const {
+    const int block = plan_.block, channels = plan_.channels(), width = chunk.picture.width;
+    const ptrdiff_t row_bytes = ptrdiff_t(width) * block * channels;
+    const bool mirror = chunk.picture.mirror;
+    const int step = block * channels;
+    const uint8_t *row = chunk.picture.pixels + chunk.first * block * row_bytes;
+    for (int y = 0; y < chunk.rows; y++) {
+      for (int r = 0; r < block; r++, row += row_bytes) {
+        for (int s = 0; s < block; s++) {
+          const uint8_t *from = row + (mirror ? block - 1 - s : s) * channels;
+          uint8_t *to = planes + size_t(r * block + s) * chunk.plane_stride + y * chunk.row_length;
+          const auto source = [=](int j) { return from + ptrdiff_t(mirror ? width - 1 - j : j) * step; };
+          if (!plan_.channels_last) {
+            for (int c = 0; c < channels; c++)
+              for (int j = 0; j < width; j++) to[c * chunk.run_stride + j] = source(j)[c];
+          } else if (channels == 3) {
+            CopyPixels(from, step, width, mirror, to);
+          } else {
+            for (int j = 0; j < width; j++)
+              for (int c = 0; c < channels; c++) to[j * channels + c] = source(j)[c];
+          }
         }
       }
     }
   }
 
-  /// RGB pixels `step` bytes apart to one after the other. Four bytes move at once, the fourth to be overwritten by the
-  /// next pixel; the pixel at the highest address moves alone, since what follows it may not be ours to read.
-  static void CopyPixels(const uint8_t *from, int step, int count, bool backwards, uint8_t *to) {
-    if (count == 0) return;
-    const int alone = backwards ? 0 : count - 1;
-    for (int j = backwards ? 1 : 0; j < (backwards ? count : count - 1); j++)
-      std::memcpy(to + 3 * j, from + ptrdiff_t(j) * step, 4);
-    std::memcpy(to + 3 * alone, from + ptrdiff_t(alone) * step, 3);
-  }
-
-  /// A tile: pixel n of kFloatsAtOnce places as floats, (N + 1, kFloatsAtOnce), the mean as the last row.
-  void LoadTile(const uint8_t *planes, int stride, const float *mean, float *tile) const {
-    for (int n = 0; n < plan_.pixels; n++, planes += stride, tile += kFloatsAtOnce)
-      for (int i = 0; i < kFloatsAtOnce; i++) tile[i] = planes[i];
-    std::copy_n(mean, kFloatsAtOnce, tile);
-  }
-
-  /// bands[k] = (Σ_n rows[k][n] tile[n]) * scale: a product of small matrices that stays in registers.
+  /// A stretch of all planes of pixels to the same stretch of all planes of coefficients.
   template <typename Out>
-  void TileToBands(const float *tile, const float *scale, Out *bands, int stride) const {
-    const int columns = plan_.pixels + 1;
-    const Lanes scale0 = Load(scale), scale1 = Load(scale + kLanes);
-    const float *weights = rows_.data();
-    for (int k = 0; k < plan_.row_count(); k += kBandsAtOnce) {
-      Lanes sum0[kBandsAtOnce] = {}, sum1[kBandsAtOnce] = {};
-      const float *pixels = tile;
-      for (int n = 0; n < columns; n++, weights += kBandsAtOnce, pixels += kFloatsAtOnce) {
-        const Lanes pixels0 = Load(pixels), pixels1 = Load(pixels + kLanes);
-        for (int i = 0; i < kBandsAtOnce; i++) {
-          sum0[i] += weights[i] * pixels0;
-          sum1[i] += weights[i] * pixels1;
-        }
-      }
-      for (int i = 0; i < kBandsAtOnce; i++) {
-        Store(bands + size_t(k + i) * stride, sum0[i] * scale0);
-        Store(bands + size_t(k + i) * stride + kLanes, sum1[i] * scale1);
-      }
-    }
-  }
-
-  static Lanes Load(const float *from) { return *reinterpret_cast<const Lanes *>(from); }
-
-  /// Row y of one output, from the bands of its group.
-  template <typename Out>
-  void BandsToOutput(const Out *bands, int stride, const std::vector<int> &group, const Picture &picture, int y,
-                     Out *output) const {
-    const int channels = plan_.channels(), row_length = picture.width * channels;
-    const int size = static_cast<int>(group.size());
-    if (!plan_.channels_last) {
-      for (int i = 0; i < size * channels; i++) {
-        const Out *from = bands + size_t(group[i / channels]) * stride + (i % channels) * picture.width;
-        std::copy_n(from, picture.width, output + (size_t(i) * picture.height + y) * picture.width);
-      }
+  void StretchToBands(const uint8_t *planes, const float *scale, const float *shift, float *middles, Out *bands,
+                      ptrdiff_t stride, int places) const {
+    const auto pixels = [=](int n, int place) {
+      return Load(planes + n * stride + place) * Load(scale + place) + Load(shift + place);
+    };
+    const auto to_bands = [=](int k, int place, Lanes lanes) { Store(bands + k * stride + place, lanes); };
+    if (first_.empty()) {
+      Multiply(last_[0], places, pixels, to_bands);
       return;
     }
-    output += size_t(y) * row_length * size;
+    const auto from_middles = [=](int i, int place) { return Load(middles + i * kStretch + place); };
+    const auto to_middles = [=](int i, int place, Lanes lanes) { Store(middles + i * kStretch + place, lanes); };
+    for (const Product &product : first_) Multiply(product, places, pixels, to_middles);
+    for (const Product &product : last_) Multiply(product, places, from_middles, to_bands);
+  }
+
+  /// The chunk's part of one output, from the bands of its group.
+  template <typename Out>
+  void BandsToOutput(const Chunk &chunk, const Out *bands, const std::vector<int> &group, Out *output) const {
+    const int channels = plan_.channels(), size = static_cast<int>(group.size());
+    const auto band = [&](int i) { return bands + ptrdiff_t(group[i]) * chunk.plane_stride; };
+    if (!plan_.channels_last) {
+      for (int i = 0; i < size * channels; i++)
+        Stream(output + (ptrdiff_t(i) * chunk.picture.height + chunk.first) * chunk.picture.width,
+               band(i / channels) + i % channels * chunk.run_stride, chunk.run_length * sizeof(Out));
+      return;
+    }
+    output += ptrdiff_t(chunk.first) * chunk.row_length * size;
     if (size == 1) {
-      std::copy_n(bands + size_t(group[0]) * stride, row_length, output);
+      Stream(output, band(0), chunk.run_length * sizeof(Out));
     } else if (channels == 3) {
-      for (int j = 0; j < row_length; j += 3)
-        for (int i = 0; i < size; i++, output += 3) std::copy_n(bands + size_t(group[i]) * stride + j, 3, output);
+      for (int j = 0; j < chunk.run_length; j += 3)
+        for (int i = 0; i < size; i++, output += 3) std::copy_n(band(i) + j, 3, output);
     } else {
-      for (int j = 0; j < row_length; j += channels)
-        for (int i = 0; i < size; i++, output += channels)
-          std::copy_n(bands + size_t(group[i]) * stride + j, channels, output);
+      for (int j = 0; j < chunk.run_length; j += channels)
+        for (int i = 0; i < size; i++, output += channels) std::copy_n(band(i) + j, channels, output);
     }
   }
 
-  const std::vector<float> rows_;
-  std::vector<Scratch> scratch_;  ///< one a thread
+  std::vector<Product> first_, last_;  ///< pixels to middles, and middles to bands; or only pixels to bands
+  int middles_ = 0;
+  std::vector<float> scale_, shift_;  ///< (channels, kStretch): of the lanes of a stretch, wherever it starts
+  std::vector<Scratch> scratch_;      ///< one a thread
 };
 
 DALI_REGISTER_OPERATOR(SpectralSplit, SpectralSplitCPU, ::dali::CPU);

@@ -6,10 +6,12 @@
 #ifndef BANDSPLIT_NATIVE_SPECTRAL_SPLIT_H_
 #define BANDSPLIT_NATIVE_SPECTRAL_SPLIT_H_
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <map>
 #include <numeric>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -58,12 +60,39 @@ inline std::vector<std::vector<int>> GroupsOf(const ::dali::OpSpec &spec) {
   return groups;
 }
 
+/// Two matrices A and B, (block, block) and row-major, whose Kronecker product a matrix is: entry (u block + v,
+/// r block + s) = A_ur B_vs. The transform is then A x Bᵀ on a block x of pixels, 2 block products a pixel, not block².
+struct Factors {
+  std::vector<float> vertical, horizontal;  ///< A and B
+};
+
+/// The factors, if there are any: the row and the column through the largest entry say what they would have to be.
+inline std::optional<Factors> FactorsOf(const std::vector<float> &matrix, int block) {
+  const auto largest = std::max_element(matrix.begin(), matrix.end(),
+                                        [](float a, float b) { return std::abs(a) < std::abs(b); });
+  if (*largest == 0) return std::nullopt;
+  const int pixels = block * block, at = static_cast<int>(largest - matrix.begin());
+  const int band = at / pixels, pixel = at % pixels;
+  const auto entry = [&](int u, int v, int r, int s) { return matrix[(u * block + v) * pixels + r * block + s]; };
+  Factors factors;
+  for (int i = 0; i < pixels; i++) {
+    factors.vertical.push_back(entry(i / block, band % block, i % block, pixel % block));
+    factors.horizontal.push_back(entry(band / block, i / block, pixel / block, i % block) / *largest);
+  }
+  // Further than rounding from the product, at any entry: not a Kronecker product.
+  const float tolerance = 1e-6f * std::abs(*largest);
+  for (int i = 0; i < pixels; i++)
+    for (int j = 0; j < pixels; j++)
+      if (!(std::abs(matrix[i * pixels + j] - factors.vertical[i / block * block + j / block] *
+                                                  factors.horizontal[i % block * block + j % block]) <= tolerance))
+        return std::nullopt;
+  return factors;
+}
+
 /// The arguments of the operator, checked, in the form that the kernels use.
 ///
 /// Only the bands that a group names are computed, each once: `rows` holds their rows of the matrix, and the groups
-/// name these rows. Mean and std are folded in: with w_k row k of the matrix,
-///   Σ_n w_kn (x_n - mean) / std  =  (Σ_n w_kn x_n  +  w_kN mean) / std,   w_kN = -Σ_n w_kn,
-/// so the mean is one more pixel, the N-th, of a block, and the pixels enter the sum as the bytes they are.
+/// name these rows. Pixels are normalised as they are loaded, x scale + shift, one instruction for all their bands.
 struct Plan {
   explicit Plan(const ::dali::OpSpec &spec)
       : block(BlockOf(spec)), pixels(block * block), dtype(spec.GetArgument<::dali::DALIDataType>("dtype")) {
@@ -76,26 +105,29 @@ struct Plan {
     channels_last = layout == "HWC";
   }
 
-  int channels() const { return static_cast<int>(mean.size()); }
-  int row_count() const { return static_cast<int>(rows.size()) / (pixels + 1); }
+  int channels() const { return static_cast<int>(scale.size()); }
+  int row_count() const { return static_cast<int>(bands.size()); }
 
   int block;   ///< side of a block of pixels
   int pixels;  ///< N = block²
   ::dali::DALIDataType dtype;
   bool channels_last;
-  std::vector<float> mean, inverse_std;  ///< one a colour channel
+  std::vector<float> scale, shift;       ///< one a colour channel: 1 / std, -mean / std
   std::vector<std::vector<int>> groups;  ///< for each output its rows
-  std::vector<float> rows;               ///< (row_count, N + 1), row-major
+  std::vector<int> bands;                ///< of each row its band
+  std::vector<float> rows;               ///< (row_count, N), row-major
+  std::optional<Factors> factors;        ///< of the whole matrix
 
  private:
   void ReadColours(const ::dali::OpSpec &spec) {
-    mean = spec.GetRepeatedArgument<float>("mean");
+    const auto mean = spec.GetRepeatedArgument<float>("mean");
     const auto std = spec.GetRepeatedArgument<float>("std");
     Require(!mean.empty() && mean.size() == std.size(), "mean has ", mean.size(), " and std ", std.size(),
             " entries: both need one a colour channel");
     for (size_t c = 0; c < std.size(); c++) {
       Require(std[c] > 0 && std::isfinite(std[c]), "std[", c, "] = ", std[c], ": must be positive");
-      inverse_std.push_back(1 / std[c]);
+      scale.push_back(1 / std[c]);
+      shift.push_back(-mean[c] / std[c]);
     }
   }
 
@@ -108,15 +140,14 @@ struct Plan {
     for (auto &group : groups) {
       for (int &band : group) {
         const auto [entry, is_new] = row_of_band.try_emplace(band, row_count());
-        if (is_new) AddRow(&matrix[size_t(band) * pixels]);
+        if (is_new) {
+          bands.push_back(band);
+          rows.insert(rows.end(), &matrix[size_t(band) * pixels], &matrix[size_t(band) * pixels] + pixels);
+        }
         band = entry->second;
       }
     }
-  }
-
-  void AddRow(const float *weights) {
-    rows.insert(rows.end(), weights, weights + pixels);
-    rows.push_back(static_cast<float>(-std::accumulate(weights, weights + pixels, 0.0)));
+    factors = FactorsOf(matrix, block);
   }
 };
 
