@@ -24,7 +24,7 @@ from filelock import FileLock
 HERE = Path(__file__).parent
 CPU_SOURCES = ("spectral_split.cc", "host_memory.cc")
 CUDA_SOURCE = "spectral_split.cu"
-SOURCES = ("spectral_split.h", *CPU_SOURCES, CUDA_SOURCE)
+SOURCES = ("spectral_split.h", "tiles.h", *CPU_SOURCES, CUDA_SOURCE)
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-march=native", "-ffp-contract=fast", "-w"]
 # Machine code for A100, A40 (and RTX 30) and H100; PTX for what comes after them.

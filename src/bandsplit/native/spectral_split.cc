@@ -306,7 +306,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     const int columns = static_cast<int>(rows_of_column.size());
     const int in_two_stages = plan_.pixels * columns + block * count;
     if (!plan_.factors || in_two_stages >= plan_.pixels * count) {
-      last_.emplace_back(0, 1, plan_.pixels, rows, [&](int k, int n) { return plan_.rows[k * plan_.pixels + n]; });
+      last_.emplace_back(0, 1, plan_.pixels, rows, [&](int k, int n) { return plan_.matrix[plan_.bands[k] * plan_.pixels + n]; });
       return;
     }
     std::vector<int> wanted;

@@ -91,8 +91,7 @@ inline std::optional<Factors> FactorsOf(const std::vector<float> &matrix, int bl
 
 /// The arguments of the operator, checked, in the form that the kernels use.
 ///
-/// Only the bands that a group names are computed, each once: `rows` holds their rows of the matrix, and the groups
-/// name these rows. Pixels are normalised as they are loaded, x scale + shift, one instruction for all their bands.
+/// Only the bands that a group names are computed, each once: they are numbered as rows, which the groups name. Pixels are normalised as they are loaded, x scale + shift, one instruction for all their bands.
 struct Plan {
   explicit Plan(const ::dali::OpSpec &spec)
       : block(BlockOf(spec)), pixels(block * block), dtype(spec.GetArgument<::dali::DALIDataType>("dtype")) {
@@ -115,8 +114,8 @@ struct Plan {
   std::vector<float> scale, shift;       ///< one a colour channel: 1 / std, -mean / std
   std::vector<std::vector<int>> groups;  ///< for each output its rows
   std::vector<int> bands;                ///< of each row its band
-  std::vector<float> rows;               ///< (row_count, N), row-major
-  std::optional<Factors> factors;        ///< of the whole matrix
+  std::vector<float> matrix;             ///< (N, N), row-major: a row each band
+  std::optional<Factors> factors;        ///< of the matrix
 
  private:
   void ReadColours(const ::dali::OpSpec &spec) {
@@ -132,7 +131,7 @@ struct Plan {
   }
 
   void ReadGroups(const ::dali::OpSpec &spec) {
-    const auto matrix = spec.GetRepeatedArgument<float>("matrix");
+    matrix = spec.GetRepeatedArgument<float>("matrix");
     Require(matrix.size() == size_t(pixels) * pixels, "matrix has ", matrix.size(), " entries: block = ", block,
             " needs ", pixels, " x ", pixels, " = ", pixels * pixels);
     groups = GroupsOf(spec);
@@ -140,10 +139,7 @@ struct Plan {
     for (auto &group : groups) {
       for (int &band : group) {
         const auto [entry, is_new] = row_of_band.try_emplace(band, row_count());
-        if (is_new) {
-          bands.push_back(band);
-          rows.insert(rows.end(), &matrix[size_t(band) * pixels], &matrix[size_t(band) * pixels] + pixels);
-        }
+        if (is_new) bands.push_back(band);
         band = entry->second;
       }
     }
