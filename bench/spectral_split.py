@@ -25,12 +25,11 @@ Subject = Callable[[], int]
 
 def dali(pictures: common.Pictures, threads: int, operator: Callable[[Any, Any], Any]) -> Subject:
     """A pipeline that hands the pictures to one operator without copying them, half of them to be mirrored."""
-    batch = list(pictures)
-    flips = [np.array(i % 2, dtype=np.int32) for i in range(len(batch))]
+    flips = np.arange(len(pictures), dtype=np.int32) % 2
 
-    @pipeline_def(batch_size=len(batch), num_threads=threads, device_id=None, prefetch_queue_depth=2)
+    @pipeline_def(batch_size=len(pictures), num_threads=threads, device_id=None, prefetch_queue_depth=2)
     def graph() -> Any:
-        images = fn.external_source(lambda: batch, layout="HWC", no_copy=True)
+        images = fn.external_source(lambda: pictures, layout="HWC", no_copy=True)
         mirror = fn.external_source(lambda: flips)
         outputs = operator(images, mirror)
         return tuple(outputs) if isinstance(outputs, list | tuple) else outputs
@@ -40,7 +39,7 @@ def dali(pictures: common.Pictures, threads: int, operator: Callable[[Any, Any],
 
     def step() -> int:
         pipe.run()
-        return len(batch)
+        return len(pictures)
 
     return step
 

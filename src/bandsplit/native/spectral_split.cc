@@ -89,26 +89,52 @@ void Store(float16 *to, Lanes values) {
 #endif
 }
 
-/// `count` RGB pixels, `step` bytes apart, to one after the other; backwards: the first to the last place.
-void CopyPixels(const uint8_t *from, int step, int count, bool backwards, uint8_t *to) {
+/// RGB pixels of `count` blocks, `step` bytes apart, to planes: pixel s of block j goes to place j of to + s stride, or,
+/// backwards, to place count - 1 - j. `pixels` pixels of a block are taken, which lie side by side.
+void CopyPixels(const uint8_t *from, int step, int count, int pixels, bool backwards, uint8_t *to, ptrdiff_t stride) {
   int j = 0;
 #ifdef __SSSE3__
-  // Four pixels at once, each read as four bytes and written as three, with four bytes too many that the next four
-  // pixels overwrite. So not the last pixel, after which nothing may be ours to read, nor where nothing overwrites.
+  // Four pixels of four blocks at once. They are read as 16 bytes, of which 12 count, so not the last two blocks, after
+  // which nothing may be ours to read; and written as 16, of which the next four overwrite 4, so not the last places.
+  const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
   const __m128i drop = backwards ? _mm_setr_epi8(-1, -1, -1, -1, 12, 13, 14, 8, 9, 10, 4, 5, 6, 0, 1, 2)
                                  : _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
-  const auto pixel = [=](int i) {
+  for (; pixels >= 4 && j + 4 < count - 1; j += 4) {
+    const ptrdiff_t place = backwards ? 3 * (count - 4 - j) - 4 : 3 * j;
+    for (int s = 0; s < pixels; s = s + 8 > pixels && s + 4 < pixels ? pixels - 4 : s + 4) {
+      const auto load = [&](int i) {
+        const uint8_t *block = from + ptrdiff_t(j + i) * step + 3 * s;
+        return _mm_shuffle_epi8(_mm_loadu_si128(reinterpret_cast<const __m128i *>(block)), spread);
+      };
+      const auto store = [&](int plane, __m128i four) {
+        _mm_storeu_si128(reinterpret_cast<__m128i *>(to + (s + plane) * stride + place), _mm_shuffle_epi8(four, drop));
+      };
+      const __m128i block0 = load(0), block1 = load(1), block2 = load(2), block3 = load(3);
+      const __m128i low01 = _mm_unpacklo_epi32(block0, block1), low23 = _mm_unpacklo_epi32(block2, block3);
+      const __m128i high01 = _mm_unpackhi_epi32(block0, block1), high23 = _mm_unpackhi_epi32(block2, block3);
+      store(0, _mm_unpacklo_epi64(low01, low23));
+      store(1, _mm_unpackhi_epi64(low01, low23));
+      store(2, _mm_unpacklo_epi64(high01, high23));
+      store(3, _mm_unpackhi_epi64(high01, high23));
+    }
+  }
+  // The same with one pixel of four blocks, where there are fewer than four.
+  const auto pixel = [=](int i, int s) {
     int bytes;
-    std::memcpy(&bytes, from + ptrdiff_t(i) * step, 4);
+    std::memcpy(&bytes, from + ptrdiff_t(i) * step + 3 * s, 4);
     return bytes;
   };
   for (; j + 4 < count - 1; j += 4) {
-    const __m128i four = _mm_setr_epi32(pixel(j), pixel(j + 1), pixel(j + 2), pixel(j + 3));
-    uint8_t *const there = backwards ? to + 3 * (count - 4 - j) - 4 : to + 3 * j;
-    _mm_storeu_si128(reinterpret_cast<__m128i *>(there), _mm_shuffle_epi8(four, drop));
+    const ptrdiff_t place = backwards ? 3 * (count - 4 - j) - 4 : 3 * j;
+    for (int s = 0; s < pixels; s++) {
+      const __m128i four = _mm_setr_epi32(pixel(j, s), pixel(j + 1, s), pixel(j + 2, s), pixel(j + 3, s));
+      _mm_storeu_si128(reinterpret_cast<__m128i *>(to + s * stride + place), _mm_shuffle_epi8(four, drop));
+    }
   }
 #endif
-  for (; j < count; j++) std::memcpy(to + 3 * (backwards ? count - 1 - j : j), from + ptrdiff_t(j) * step, 3);
+  for (; j < count; j++)
+    for (int s = 0; s < pixels; s++)
+      std::memcpy(to + s * stride + 3 * (backwards ? count - 1 - j : j), from + ptrdiff_t(j) * step + 3 * s, 3);
 }
 
 /// memcpy past the caches: what is written need not be read first, and does not push out what is still needed.
@@ -134,9 +160,10 @@ void FinishStreams() {
 
 // Products of small matrices -----------------------------------------------------------------------------------------
 
-// The inner loop makes 6 rows of a product for 2 vectors of places at once: 12 sums in the 16 registers there are.
+// The inner loop makes up to 6 rows of a product for 2 vectors of places at once, or fewer rows for 4, so that its sums
+// fill the 16 registers there are and none waits for the one before.
 constexpr int kRowsAtOnce = 6;
-constexpr int kPlacesAtOnce = 2 * kLanes;
+constexpr int kPlacesAtOnce = 4 * kLanes;
 
 int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
@@ -161,16 +188,18 @@ struct Product {
 template <int kRows, int kCount, typename Load, typename Store>
 void MultiplyRows(const Product &product, const float *matrix, const int *rows, int places, const Load &load,
                   const Store &store) {
+  constexpr int kVectors = kRows <= 2 ? 4 : 2;
   const int first = product.first, step = product.step, count = kCount ? kCount : product.count;
-  for (int place = 0; place < places; place += kPlacesAtOnce) {
-    Lanes sums[kRows][2] = {};
+  for (int place = 0; place < places; place += kVectors * kLanes) {
+    Lanes sums[kRows][kVectors] = {};
     for (int n = 0; n < count; n++) {
-      const Lanes x[2] = {load(first + n * step, place), load(first + n * step, place + kLanes)};
+      Lanes x[kVectors];
+      for (int v = 0; v < kVectors; v++) x[v] = load(first + n * step, place + v * kLanes);
       for (int i = 0; i < kRows; i++)
-        for (int half = 0; half < 2; half++) sums[i][half] += matrix[n * kRows + i] * x[half];
+        for (int v = 0; v < kVectors; v++) sums[i][v] += matrix[n * kRows + i] * x[v];
     }
     for (int i = 0; i < kRows; i++)
-      for (int half = 0; half < 2; half++) store(rows[i], place + half * kLanes, sums[i][half]);
+      for (int v = 0; v < kVectors; v++) store(rows[i], place + v * kLanes, sums[i][v]);
   }
 }
 
@@ -233,7 +262,7 @@ class Scratch {
 };
 
 /// Places that go through both stages of a transform together, so that what lies between them stays in the first cache.
-constexpr int kStretch = 4 * kPlacesAtOnce;
+constexpr int kStretch = 2 * kPlacesAtOnce;
 
 /// One picture of the batch.
 struct Picture {
@@ -266,6 +295,10 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
  public:
   explicit SpectralSplitCPU(const ::dali::OpSpec &spec) : SpectralSplit(spec) {
     PlanProducts();
+    for (const int band : plan_.bands) {
+      const float *row = &plan_.matrix[size_t(band) * plan_.pixels];
+      row_sums_.push_back(static_cast<float>(std::accumulate(row, row + plan_.pixels, 0.0)));
+    }
     for (int i = 0; i < kStretch * plan_.channels(); i++) {
       const int colour = plan_.channels_last ? i % plan_.channels() : i / kStretch;
       scale_.push_back(plan_.scale[colour]);
@@ -387,21 +420,22 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     const ptrdiff_t row_bytes = ptrdiff_t(width) * block * channels;
     const bool mirror = chunk.picture.mirror;
     const int step = block * channels;
+    const ptrdiff_t stride = mirror ? -chunk.plane_stride : chunk.plane_stride;  // to the plane of the next pixel
     const uint8_t *row = chunk.picture.pixels + chunk.first * block * row_bytes;
     for (int y = 0; y < chunk.rows; y++) {
       for (int r = 0; r < block; r++, row += row_bytes) {
-        for (int s = 0; s < block; s++) {
-          const uint8_t *from = row + (mirror ? block - 1 - s : s) * channels;
-          uint8_t *to = planes + size_t(r * block + s) * chunk.plane_stride + y * chunk.row_length;
-          const auto source = [=](int j) { return from + ptrdiff_t(mirror ? width - 1 - j : j) * step; };
-          if (!plan_.channels_last) {
+        const int first_plane = r * block + (mirror ? block - 1 : 0);
+        uint8_t *to = planes + ptrdiff_t(first_plane) * chunk.plane_stride + y * chunk.row_length;
+        if (plan_.channels_last && channels == 3) {
+          CopyPixels(row, step, width, block, mirror, to, stride);
+          continue;
+        }
+        for (int s = 0; s < block; s++, to += stride) {
+          const uint8_t *from = row + s * channels;
+          for (int j = 0; j < width; j++, from += step) {
+            const int place = mirror ? width - 1 - j : j;
             for (int c = 0; c < channels; c++)
-              for (int j = 0; j < width; j++) to[c * chunk.run_stride + j] = source(j)[c];
-          } else if (channels == 3) {
-            CopyPixels(from, step, width, mirror, to);
-          } else {
-            for (int j = 0; j < width; j++)
-              for (int c = 0; c < channels; c++) to[j * channels + c] = source(j)[c];
+              to[plan_.channels_last ? place * channels + c : c * chunk.run_stride + place] = from[c];
           }
         }
       }
@@ -412,10 +446,16 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
   template <typename Out>
   void StretchToBands(const uint8_t *planes, const float *scale, const float *shift, float *middles, Out *bands,
                       ptrdiff_t stride, int places) const {
-    const auto pixels = [=](int n, int place) {
-      return Load(planes + n * stride + place) * Load(scale + place) + Load(shift + place);
-    };
+    const auto bytes = [=](int n, int place) { return Load(planes + n * stride + place); };
+    const auto pixels = [=](int n, int place) { return bytes(n, place) * Load(scale + place) + Load(shift + place); };
     const auto to_bands = [=](int k, int place, Lanes lanes) { Store(bands + k * stride + place, lanes); };
+    if (first_.empty() && 2 * plan_.row_count() < plan_.pixels) {  // fewer bands than pixels to normalise
+      const float *row_sums = row_sums_.data();
+      Multiply(last_[0], places, bytes, [=](int k, int place, Lanes lanes) {
+        to_bands(k, place, lanes * Load(scale + place) + row_sums[k] * Load(shift + place));
+      });
+      return;
+    }
     if (first_.empty()) {
       Multiply(last_[0], places, pixels, to_bands);
       return;
@@ -451,6 +491,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
 
   std::vector<Product> first_, last_;  ///< pixels to middles, and middles to bands; or only pixels to bands
   int middles_ = 0;
+  std::vector<float> row_sums_;       ///< Σ_n of each row: by linearity, the normalisation may come after the product
   std::vector<float> scale_, shift_;  ///< (channels, kStretch): of the lanes of a stretch, wherever it starts
   std::vector<Scratch> scratch_;      ///< one a thread
 };
