@@ -59,10 +59,14 @@ def decoded(files: list[Path], side: int) -> Pictures:
     return np.stack(pictures)
 
 
-def interleaved(subjects: Mapping[str, Callable[[], int]], rounds: int, seconds: float = 0.3) -> dict[str, list[float]]:
+def interleaved(
+    subjects: Mapping[str, Callable[[], int]], rounds: int, seconds: float, pause: float = 0, skip: int = 0
+) -> dict[str, list[float]]:
     """Pictures a second of every subject in every round; in each round all subjects run, in a new order.
 
     A subject does a little work and returns how many pictures that was; it is called again until `seconds` are over.
+    Subjects that prepare batches ahead get `pause` seconds, in which the queues of all fill and the machine comes to
+    rest, and `skip` calls that are not counted, which empty their own again.
     """
     for subject in subjects.values():  # first calls build, allocate and fill caches
         for _ in range(3):
@@ -72,6 +76,9 @@ def interleaved(subjects: Mapping[str, Callable[[], int]], rounds: int, seconds:
     for n in range(rounds):
         random.Random(n).shuffle(order)
         for name in order:
+            time.sleep(pause)
+            for _ in range(skip):
+                subjects[name]()
             count, began = 0, time.perf_counter()
             while (spent := time.perf_counter() - began) < seconds:
                 count += subjects[name]()

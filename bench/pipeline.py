@@ -1,20 +1,22 @@
 """From JPEG files to training batches: python bench/pipeline.py [--pictures FOLDER]
 
 The same files, random-resized-crop and flip for every subject: our pipeline with the split, the same DALI pipeline
-ending in crop_mirror_normalize, torchvision's ImageFolder with v2 transforms in a DataLoader. Rates are pictures a
-second.
+ending in crop_mirror_normalize, torchvision's ImageFolder with v2 transforms in a DataLoader, and FFCV where it is
+installed. Rates are pictures a second.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import common
+import numpy as np
 import torch
 from nvidia.dali import fn, pipeline_def
+from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -70,8 +72,11 @@ def without_split(files: list[Path], side: int, share: Share) -> Subject:
 
 
 def torchvision_loader(files: list[Path], folder: Path, side: int, batch_size: int, workers: int) -> Subject:
-    for n, file in enumerate(files):
-        (folder / "all" / f"{n:06d}.jpg").symlink_to(file.resolve())
+    links = folder / "pictures" / "all"
+    if not links.exists():
+        links.mkdir(parents=True)
+        for n, file in enumerate(files):
+            (links / f"{n:06d}.jpg").symlink_to(file.resolve())
     data = config(side, 1).data
     transform = v2.Compose(
         [
@@ -83,7 +88,7 @@ def torchvision_loader(files: list[Path], folder: Path, side: int, batch_size: i
         ]
     )
     loader = DataLoader(
-        ImageFolder(folder, transform),
+        ImageFolder(links.parent, transform),
         batch_size,
         shuffle=True,
         num_workers=workers,
@@ -91,16 +96,61 @@ def torchvision_loader(files: list[Path], folder: Path, side: int, batch_size: i
         persistent_workers=True,
     )
 
-    def endless() -> Iterator[Any]:
+    return endless(loader)
+
+
+def endless(loader: Iterable[Any]) -> Subject:
+    def all_batches() -> Iterator[Any]:
         while True:
             yield from loader
 
-    batches = endless()
+    batches = all_batches()
 
     def step() -> int:
-        return len(next(batches)[1])
+        return len(next(batches)[0])
 
     return step
+
+
+def ffcv_loader(files: list[Path], folder: Path, side: int, batch_size: int, workers: int) -> Subject | None:
+    """FFCV reading the same JPEG files, byte by byte, from its own container; None where it is not installed."""
+    try:
+        from ffcv.fields import IntField, RGBImageField
+        from ffcv.fields.basics import IntDecoder
+        from ffcv.fields.rgb_image import IMAGE_MODES, RandomResizedCropRGBImageDecoder
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
+        from ffcv.writer import DatasetWriter
+    except ImportError as error:
+        print(f"FFCV is left out ({error}): apt install libopencv-dev libturbojpeg0-dev pkg-config; pip install ffcv")
+        return None
+
+    class StoredJpeg(RGBImageField):
+        def encode(self, destination: Any, file: Any, malloc: Any) -> None:
+            content = np.fromfile(file, dtype=np.uint8)
+            destination["mode"] = IMAGE_MODES["jpg"]
+            destination["width"], destination["height"] = Image.open(file).size
+            destination["data_ptr"], storage = malloc(content.nbytes)
+            storage[:] = content
+
+    container = folder / "pictures.beton"
+    if not container.exists():
+        writer = DatasetWriter(str(container), {"image": StoredJpeg(), "label": IntField()}, num_workers=1)
+        writer.from_indexed_dataset([(str(file), 0) for file in files])
+    data = config(side, 1).data
+    normalise = NormalizeImage(np.float32(data.mean), np.float32(data.std), np.float32)
+    image = [RandomResizedCropRGBImageDecoder((side, side)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
+    loader = Loader(
+        str(container),
+        batch_size,
+        num_workers=workers,
+        order=OrderOption.RANDOM,
+        os_cache=True,
+        custom_fields={"image": StoredJpeg},
+        drop_last=True,
+        pipelines={"image": [*image[:2], normalise, *image[2:]], "label": [IntDecoder(), ToTensor()]},
+    )
+    return endless(loader)
 
 
 def main() -> None:
@@ -111,21 +161,20 @@ def main() -> None:
     files = common.jpeg_files(options.pictures, options.files)
     share = Share(0, 1, options.batch, options.threads, None)
     results = {}
-    with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "all").mkdir()
-        torchvision = torchvision_loader(files, Path(folder), 224, options.batch, options.threads)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         for block, side in ((2, 224), (4, 224), (6, 228)):
-            name = f"with the split, s = {block}"
+            split = f"with the split, s = {block}"
+            ffcv = ffcv_loader(files, folder, side, options.batch, options.threads)
             subjects = {
-                name: ours(files, side, block, share),
+                split: ours(files, side, block, share),
                 "crop_mirror_normalize instead": without_split(files, side, share),
-                "torchvision + DataLoader": torchvision,
+                "torchvision + DataLoader": torchvision_loader(files, folder, side, options.batch, options.threads),
+                **({"FFCV": ffcv} if ffcv else {}),
             }
-            rates = common.interleaved(subjects, options.rounds, seconds=1.0)
-            common.print_table(
-                f"pipeline at {side} x {side}, batch {options.batch}, {options.threads} threads", rates, name
-            )
-            results[f"block {block}"] = rates
+            results[f"block {block}"] = rates = common.interleaved(subjects, options.rounds, 1.5, pause=0.7, skip=5)
+            title = f"pipeline at {side} x {side}, batch {options.batch}, {options.threads} threads"
+            common.print_table(title, rates, split)
     settings = {"batch": options.batch, "threads": options.threads, "rounds": options.rounds, "files": len(files)}
     common.write(options.output, settings, results)
 

@@ -95,7 +95,7 @@ def torch_subjects(pictures: common.Pictures, block: int) -> dict[str, Subject]:
     try:
         import torch_dct
     except ImportError:
-        print("torch-dct is not installed: left out (pip install torch-dct)")
+        print("torch-dct is not installed: left out (pip install -e .[bench])")
         return subjects
 
     def dct_package() -> int:
@@ -136,7 +136,7 @@ def main() -> None:
         }
         if block == 4:
             subjects["spectral_split, s = 4, one band"] = dali(pictures, options.threads, split_operator(4, [0]))
-        rates = common.interleaved(subjects, options.rounds)
+        rates = common.interleaved(subjects, options.rounds, seconds=0.3)
         common.print_table(
             f"block {block}, {SIDE} x {SIDE}, batch {options.batch}, {options.threads} threads", rates, ours
         )

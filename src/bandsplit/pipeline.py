@@ -14,7 +14,7 @@ from nvidia.dali import fn as dali_fn
 
 from bandsplit import native, seeds, spectral
 from bandsplit.dataset import Pictures
-from bandsplit.schema import RunConfig
+from bandsplit.schema import Decoder, RunConfig
 
 fn: Any = dali_fn  # operators are made at run time, ours among them: DALI's stubs do not know them all
 
@@ -129,18 +129,32 @@ def augmented(share: Share, config: RunConfig, pictures: Pictures) -> tuple[Any,
         num_shards=share.world_size,
         shuffle_after_epoch=True,
         shuffle_after_epoch_seed=order_seed,
+        prefetch_queue_depth=data.decoder.read_ahead,
         name="reader",
     )
     crop = {"random_area": list(data.random_area), "random_aspect_ratio": list(data.random_aspect)}
     size = [data.image_size, data.image_size]
-    if share.device == "cpu":  # decodes only what the crop needs
-        images = fn.decoders.image_random_crop(encoded, device="cpu", **_DECODE, **crop)
+    if data.decoder.crop_only if data.decoder.crop_only is not None else share.device == "cpu":
+        images = fn.decoders.image_random_crop(encoded, **_decoding(data.decoder, share), **crop)
         images = fn.resize(images, size=size)
     else:
-        images = fn.decoders.image(encoded, device="mixed", **_DECODE)
+        images = fn.decoders.image(encoded, **_decoding(data.decoder, share))
         images = fn.random_resized_crop(images, size=size, **crop)
     mirror = fn.random.coin_flip(probability=data.mirror, dtype=types.INT32)
     return images, mirror, labels
+
+
+def _decoding(decoder: Decoder, share: Share) -> dict[str, Any]:
+    if share.device == "cpu":
+        return {"device": "cpu", **_DECODE}
+    return {
+        "device": "mixed",
+        "hw_decoder_load": decoder.hw_load,
+        "jpeg_fancy_upsampling": decoder.fancy_upsampling,
+        "device_memory_padding": decoder.device_padding_mib * 2**20,
+        "host_memory_padding": decoder.host_padding_mib * 2**20,
+        **_DECODE,
+    }
 
 
 def _validation_graph(share: Share, config: RunConfig, pictures: Pictures) -> Any:
@@ -150,9 +164,10 @@ def _validation_graph(share: Share, config: RunConfig, pictures: Pictures) -> An
         labels=pictures.labels,
         pad_last_batch=True,
         stick_to_shard=True,
+        prefetch_queue_depth=data.decoder.read_ahead,
         name="reader",
     )
-    images = fn.decoders.image(encoded, device="cpu" if share.device == "cpu" else "mixed", **_DECODE)
+    images = fn.decoders.image(encoded, **_decoding(data.decoder, share))
     images = fn.resize(images, resize_shorter=data.resize_size)
     images = fn.crop(images, crop=(data.image_size, data.image_size))
     return _finish(images, fn.zeros(shape=[], dtype=types.INT32), labels, share, config)

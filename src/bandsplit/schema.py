@@ -42,6 +42,24 @@ class Generate(_Table):
     val_per_class: int = Field(50, ge=1)
 
 
+class Decoder(_Table):
+    """How JPEG files are read and decoded."""
+
+    crop_only: bool | None = None
+    """Training: decode only what the random crop shows. Unset: on the CPU yes, on a GPU no, since there DALI's decoder
+    for it has been reported to crash (H100)."""
+    hw_load: Fraction = 0.65
+    """Share of a batch for the JPEG engine of the GPU; one without an engine, such as the A40, ignores it."""
+    fancy_upsampling: bool = False
+    """GPU: smooth chroma as the CPU's decoder does, instead of faster."""
+    device_padding_mib: int = Field(16, ge=0)
+    """GPU: MiB reserved a picture on the GPU, so that larger ones need no new allocation while training."""
+    host_padding_mib: int = Field(8, ge=0)
+    """GPU: the same in pinned memory of the host."""
+    read_ahead: int = Field(2, ge=1)
+    """Batches of files that are read ahead; more for a network file system."""
+
+
 class Data(_Table):
     """Where the pictures are and how they become a batch (config/data/*.toml)."""
 
@@ -70,6 +88,7 @@ class Data(_Table):
     """DALI threads a rank; unset: the machine's cores shared among its ranks."""
     prefetch: int = Field(2, ge=1)
     """Batches that DALI prepares ahead."""
+    decoder: Decoder = Decoder()
     generate: Generate | None = None
 
     @model_validator(mode="after")
