@@ -316,6 +316,26 @@ def test_photographs(kind: spectral.Kind, block: int) -> None:
         assert_equal_bands(got, reference(pictures, matrix, block, groups, mirror))
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_random_calls_with_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A build with AddressSanitizer and UBSan over random shapes, blocks, bands, batches and threads."""
+    monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path))
+    # DALI's headers bind references to the first entry of empty vectors: not null
+    sanitizers = "-fsanitize=address,undefined -fno-sanitize=null -fno-sanitize-recover=all"
+    monkeypatch.setenv("CXX", f"g++ {sanitizers} -g")
+    monkeypatch.setattr(native, "CXX_FLAGS", ["-O1" if flag == "-O3" else flag for flag in native.CXX_FLAGS])
+    plugin = native.build(cuda=False)
+    runtimes = [
+        subprocess.run(["g++", f"-print-file-name={name}"], stdout=subprocess.PIPE, text=True).stdout.strip()
+        for name in ("libasan.so", "libubsan.so")
+    ]
+    # Python and DALI never free some of what they allocate
+    env = environment(LD_PRELOAD=":".join(runtimes), ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1")
+    script = REPOSITORY / "tests" / "native" / "random_splits.py"
+    output, errors = python(str(script), str(plugin), "120", env=env).communicate()
+    assert output.endswith("all equal\n"), output[-500:] + errors[-3000:]
+
+
 IDENTITY = np.eye(4)
 PICTURE = np.zeros((4, 6, 3), np.uint8)
 

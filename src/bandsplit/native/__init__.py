@@ -99,7 +99,8 @@ def build(cuda: bool | None = None) -> Path:
         return prebuilt
 
     compilers = [cxx, [nvcc]] if cuda and nvcc else [cxx]
-    plugin = _cache_folder() / f"{_stem(cuda)}-{_hash(_output([*compiler, '--version']) for compiler in compilers)}.so"
+    versions = [word for compiler in compilers for word in (*compiler, _output([*compiler, "--version"]))]
+    plugin = _cache_folder() / f"{_stem(cuda)}-{_hash(versions)}.so"
     if plugin.exists():
         return plugin
     try:
@@ -198,7 +199,7 @@ def _gpu_is_visible() -> bool:
 
 
 def _find_cxx() -> list[str] | None:
-    """The command of the C++ compiler: $CXX, which may have words before the compiler's name (ccache), g++ or c++."""
+    """The command of the C++ compiler: $CXX, which may have several words ("ccache g++"), g++ or c++."""
     if chosen := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(chosen[0]) is None:
             raise BuildError(f"the build of spectral_split: CXX names the compiler {chosen[0]!r}, which is not here")
