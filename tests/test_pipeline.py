@@ -129,6 +129,24 @@ def test_validation_pictures_are_torchvisions(config_file: Path, numbered: Pictu
     assert difference.max() < 4
 
 
+@pytest.mark.parametrize("crop_only", [True, False])
+def test_crops_have_the_areas_that_the_config_allows(config_file: Path, tmp_path: Path, crop_only: bool) -> None:
+    """Whether a crop is decoded alone or cut from the whole picture: red rises with x and green with y."""
+    shade = np.linspace(0, 255, 128, dtype=np.uint8)
+    x, y = np.meshgrid(shade, shade)
+    path = tmp_path / "ramps.jpg"
+    Image.fromarray(np.stack([x, y, x // 2 + y // 2], axis=-1)).save(path, quality=95)
+    found = Pictures([str(path)] * 64, [0] * 64, ["ramps"])
+    area = "data.random_area=[0.2, 0.4]"
+    keys = [f"data.decoder.crop_only={crop_only}".lower(), area, "data.mirror=0", "split.block=1"]
+    batch = next(TrainingLoader(schema.load(config_file, keys), found, share(batch_size=64))).inputs[0]
+    red, green = (batch[:, c] * std for c, std in enumerate(schema.Data(name="d", root="r", classes=2).std[:2]))
+    areas = (red[:, :, -1] - red[:, :, 0]).mean(1) / 255 * (green[:, -1] - green[:, 0]).mean(1) / 255
+    # the outermost pixels of a crop have their centres half a pixel inside
+    assert 0.17 < areas.min() < 0.24
+    assert 0.33 < areas.max() < 0.41
+
+
 def test_flips_and_crops_follow_the_config(config_file: Path, tmp_path: Path) -> None:
     ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))
     path = tmp_path / "ramp.png"

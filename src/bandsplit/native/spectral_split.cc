@@ -328,7 +328,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
   }
 
  private:
-  /// The transform as one product a tile, or, for a Kronecker product where that is less work, as two stages: first
+  /// The transform as one product, or, for a Kronecker product where that is less work, as two stages: first
   /// each row of a block by the horizontal factor, then each column of the result by the vertical one.
   void PlanProducts() {
     const int block = plan_.block, count = plan_.row_count();
@@ -339,7 +339,8 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     const int columns = static_cast<int>(rows_of_column.size());
     const int in_two_stages = plan_.pixels * columns + block * count;
     if (!plan_.factors || in_two_stages >= plan_.pixels * count) {
-      last_.emplace_back(0, 1, plan_.pixels, rows, [&](int k, int n) { return plan_.matrix[plan_.bands[k] * plan_.pixels + n]; });
+      last_.emplace_back(0, 1, plan_.pixels, rows,
+                         [&](int k, int n) { return plan_.matrix[plan_.bands[k] * plan_.pixels + n]; });
       return;
     }
     std::vector<int> wanted;
