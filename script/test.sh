@@ -7,4 +7,4 @@ ruff check .
 ruff format --check .
 mypy
 lint-imports
-python -m pytest -m "not slow" "$@"
+python -m pytest "$@"

@@ -474,6 +474,14 @@ def test_the_command_prints_a_build_error_and_ends_with_2(tmp_path: Path) -> Non
     assert "Traceback" not in errors
 
 
+def test_a_plugin_is_kept_for_one_kind_of_processor(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache in a home folder that unlike nodes share."""
+    monkeypatch.setattr(native, "_cpu_features", lambda: "avx2 fma")
+    older = native._stem(cuda=False)
+    monkeypatch.setattr(native, "_cpu_features", lambda: "avx2 avx512f fma")
+    assert native._stem(cuda=False) != older
+
+
 def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "own"))
@@ -485,7 +493,6 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert native._cache_folder() == tmp_path / ".cache" / "bandsplit"
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(native._find_nvcc() is None or shutil.which("g++") is None, reason="no nvcc or no g++")
 def test_the_plugin_with_the_gpu_kernel_builds_and_its_cpu_operator_needs_no_gpu() -> None:
     """In the usual cache: it compiles when the sources change, not at every run of the tests."""

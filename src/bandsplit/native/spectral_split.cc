@@ -286,7 +286,7 @@ struct Chunk {
   const Picture &picture;
   int first, rows;  ///< rows of blocks
   int runs, row_length, run_length;
-  int run_stride, plane_stride;  ///< from a run or plane to the next, with room for a tile or a pixel that overhangs
+  int run_stride, plane_stride;  ///< from a run or plane to the next, with room for vectors and pixels that overhang
 };
 
 }  // namespace
