@@ -1,4 +1,4 @@
-"""Validate a run's checkpoint again: torchrun src/evaluate.py RUN"""
+"""Validate a checkpoint again, or runs of some branches each as one ensemble: torchrun src/evaluate.py RUN [RUN …]"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from bandsplit import cli
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", type=Path, help="run directory")
+    parser.add_argument("run", type=Path, nargs="+", help="run directory; the branches of several are joined")
     parser.add_argument("--checkpoint", default="best", help="best (default), last or the number of a step")
     parser.add_argument(
         "--set",
@@ -24,7 +24,7 @@ def main() -> None:
 
     from bandsplit import evaluation
 
-    evaluation.evaluate_run(arguments.run, arguments.checkpoint, arguments.set, arguments.output)
+    evaluation.evaluate_runs(arguments.run, arguments.checkpoint, arguments.set, arguments.output)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,16 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="override any key, for example optim.lr=0.02; may be repeated",
     )
-    parser.add_argument("--run-dir", type=Path, help="where the run is written (default: runs/NAME-seedSEED)")
+    parser.add_argument(
+        "--branches",
+        metavar="0,3",
+        help="train these branches alone, as a run of their own; evaluate.py joins such runs into one ensemble",
+    )
+    parser.add_argument(
+        "--run-dir",
+        type=Path,
+        help="where the run is written (default: runs/NAME-seedSEED, and -branches0,3 where they are named)",
+    )
     parser.add_argument(
         "--resume", action="store_true", help="go on from the run directory's last checkpoint, if there is one"
     )
@@ -37,7 +46,8 @@ def main() -> None:
     if arguments.world_size and not arguments.dry_run:
         parser.error("--world-size goes with --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")
 
-    config = schema.load(arguments.config, arguments.set, arguments.data)
+    overrides = [*arguments.set, *([f"split.only=[{arguments.branches}]"] if arguments.branches is not None else [])]
+    config = schema.load(arguments.config, overrides, arguments.data)
     if arguments.dry_run:
         from bandsplit import parallel, summary
 
@@ -45,7 +55,8 @@ def main() -> None:
         return
     from bandsplit import training
 
-    run_dir = arguments.run_dir or Path("runs") / f"{config.name}-seed{config.seed}"
+    of_branches = f"-branches{','.join(map(str, config.split.only))}" if config.split.only else ""
+    run_dir = arguments.run_dir or Path("runs") / f"{config.name}-seed{config.seed}{of_branches}"
     training.train(config, run_dir, arguments.resume)
 
 

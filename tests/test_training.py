@@ -95,6 +95,66 @@ def test_a_run_writes_everything_it_promises(finished: Callable[[int], Path]) ->
     assert "top-1" in (run_dir / "logs/rank0.log").read_text()
 
 
+@pytest.fixture(scope="module")
+def parts(finished: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """The same training in two runs: branches 0 and 2, and branches 3 and 1."""
+    folder = tmp_path_factory.mktemp("parts")
+    for branches in ("0,2", "3,1"):
+        arguments = ("--branches", branches, "--run-dir", folder / branches)
+        done = run("train.py", finished(1).parent / "tiny.toml", *arguments)
+        assert done.returncode == 0, done.stderr
+    return [folder / "0,2", folder / "3,1"]
+
+
+def test_branches_trained_alone_are_those_trained_together(
+    finished: Callable[[int], Path], parts: list[Path], run_here: Callable[..., Done], tmp_path: Path
+) -> None:
+    """Bit for bit, since branches share nothing; and joined again they are the same ensemble."""
+    together = checkpoint.load(finished(1) / "checkpoints/last.pt")
+    for run_dir, numbers in zip(parts, ((0, 2), (3, 1)), strict=True):
+        alone = checkpoint.load(run_dir / "checkpoints/last.pt")
+        for i, k in enumerate(numbers):
+            assert_equal(alone["learners"][i], together["learners"][k])
+            for name, tensor in alone["ensemble"].items():
+                if name.startswith(f"branches.{i}."):
+                    assert torch.equal(tensor, together["ensemble"][name.replace(f".{i}.", f".{k}.", 1)])
+    done = run_here("evaluate.py", *parts, "--checkpoint", "last", "--output", tmp_path / "joined.json")
+    assert done.returncode == 0, done.stderr
+    joined, whole = json.loads((tmp_path / "joined.json").read_text()), together["progress"]["validation"]
+    assert joined["step"] == [26, 26]
+    assert (joined["top1"], joined["top5"]) == pytest.approx((whole["top1"], whole["top5"]))
+    assert joined["loss"] == pytest.approx(whole["loss"], abs=1e-5)
+    assert [joined["branch_top1"][i] for i in (0, 3, 1, 2)] == whole["branch_top1"]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ('transform = "dct2d"', 'transform = "identity"', "split.transform: 'identity', but"),
+        ("resize_size = 40", "resize_size = 44", "data.resize_size: 44, but"),
+        ("classes = 10", "classes = 11", "data.classes: 11, but"),
+    ],
+)
+def test_runs_that_saw_other_data_are_not_joined(
+    parts: list[Path], run_here: Callable[..., Done], tmp_path: Path, old: str, new: str, message: str
+) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(parts[1], other, symlinks=True)
+    text = (other / "config.toml").read_text()
+    assert old in text
+    (other / "config.toml").write_text(text.replace(old, new))
+    if "classes" in new:  # a checkpoint of that config
+        state = checkpoint.load(other / "checkpoints/last.pt")
+        for name, tensor in state["ensemble"].items():
+            if ".fc." in name:
+                state["ensemble"][name] = torch.zeros(11, *tensor.shape[1:])
+        checkpoint.save(other / "checkpoints", 26, state, best=True)
+    done = run_here("evaluate.py", parts[0], other, "--checkpoint", "last")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_equals_undisturbed(
     finished: Callable[[int], Path], config_file: Path, tmp_path: Path, ranks: int

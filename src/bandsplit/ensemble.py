@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -11,13 +11,17 @@ from bandsplit import models, schema, seeds
 
 
 class Ensemble(nn.Module):
-    """Independent networks, branch k reading the bands of ``split.groups[k]`` as 3·len(bands) channels."""
+    """Independent networks, one a group of bands, which it reads as 3·len(group) channels."""
 
-    def __init__(self, config: schema.RunConfig) -> None:
+    def __init__(self, branches: Iterable[nn.Module]) -> None:
         super().__init__()
-        self.branches = nn.ModuleList(
-            _build_branch(config, k, 3 * len(group)) for k, group in enumerate(config.split.groups)
-        )
+        self.branches = nn.ModuleList(branches)
+
+    @classmethod
+    def of(cls, config: schema.RunConfig) -> Ensemble:
+        """The branches of a run, freshly initialised."""
+        numbers, groups = config.split.numbers, config.split.groups
+        return cls(_build_branch(config, k, 3 * len(group)) for k, group in zip(numbers, groups, strict=True))
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Inputs: one (B, 3·bands, h, w) a branch.  Returns the branches' logits (branches, B, classes), float32."""

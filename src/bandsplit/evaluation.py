@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from bandsplit import checkpoint, dataset, parallel, schema
@@ -19,6 +19,7 @@ from bandsplit.loader import Batch, ValidationLoader, share_of
 from bandsplit.parallel import Ranks
 from bandsplit.recipe import Precision
 from bandsplit.runlog import RunDirectory, replace_text
+from bandsplit.schema import RunConfig
 
 
 @dataclass(frozen=True)
@@ -68,37 +69,81 @@ def evaluate(
     return Accuracy(pictures, loss_sum / pictures, percent[0], percent[1], percent[2::2], percent[3::2])
 
 
-def evaluate_run(run_dir: Path, which: str, overrides: Sequence[str] = (), output: Path | None = None) -> Accuracy:
-    """Validates a checkpoint of a run ("best", "last" or a step); prints the accuracy and writes it as JSON.
+@dataclass(frozen=True)
+class Trained:
+    """A run's branches at one of its checkpoints."""
 
-    Raises UserError where there is no such run or checkpoint.
+    run_dir: Path
+    config: RunConfig
+    branches: list[nn.Module]
+    step: int
+
+
+def evaluate_runs(
+    run_dirs: Sequence[Path], which: str, overrides: Sequence[str] = (), output: Path | None = None
+) -> Accuracy:
+    """Validates the branches of one or several runs at a checkpoint ("best", "last" or a step) as one ensemble.
+
+    Prints the accuracy and writes it as JSON. Pictures come from where the first run's config says, or `overrides`.
+    Raises UserError where there is no such run or checkpoint, or where the runs saw different data or bands.
     """
-    directory = RunDirectory(run_dir)
-    if not directory.config.exists():
-        raise UserError(f"{run_dir}: not a run directory: it has no {directory.config.name}")
-    config = schema.load(directory.config, overrides)
     with parallel.ranks() as ranks:
-        state = checkpoint.load(
-            directory.checkpoints / (f"step_{int(which):08d}.pt" if which.isdigit() else f"{which}.pt")
-        )
+        runs = [_trained(run_dir, which, overrides) for run_dir in run_dirs]
+        for run in runs[1:]:
+            _require_same_data(runs[0], run)
+        config = runs[0].config
+        groups = [list(group) for run in runs for group in run.config.split.groups]
+        joined = config.split.model_copy(update={"branches": groups, "only": None})
+        config = config.model_copy(update={"split": joined})
         precision = Precision(config.train.precision, ranks.device)
-        ensemble = Ensemble(config).to(ranks.device).to(memory_format=torch.channels_last)
-        ensemble.load_state_dict(state["ensemble"])
+        ensemble = Ensemble(branch for run in runs for branch in run.branches)
+        ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
         _, pictures = dataset.open_data(config.data)
         parts = ranks.world_size * config.train.accumulation  # need not divide: validation takes any number of ranks
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = ValidationLoader(config, pictures, share_of(config, ranks, batch_size, precision.half_bands))
         accuracy = evaluate(ensemble, loader, len(pictures), ranks, precision)
         if ranks.is_first:
-            _report(accuracy, config, state["progress"]["step"], output)
+            _report(accuracy, runs, output)
         return accuracy
 
 
-def _report(accuracy: Accuracy, config: schema.RunConfig, step: int, output: Path | None) -> None:
-    print(f"{config.name}, step {step}, {accuracy.pictures} pictures: loss {accuracy.loss:.4f}")
+def _trained(run_dir: Path, which: str, overrides: Sequence[str]) -> Trained:
+    directory = RunDirectory(run_dir)
+    if not directory.config.exists():
+        raise UserError(f"{run_dir}: not a run directory: it has no {directory.config.name}")
+    config = schema.load(directory.config, overrides)
+    file = f"step_{int(which):08d}.pt" if which.isdigit() else f"{which}.pt"
+    state = checkpoint.load(directory.checkpoints / file)
+    ensemble = Ensemble.of(config)
+    ensemble.load_state_dict(state["ensemble"])
+    return Trained(run_dir, config, list(ensemble.branches), state["progress"]["step"])
+
+
+def _require_same_data(one: Trained, other: Trained) -> None:
+    """Branches of one ensemble see the same validation pictures, cut, normalised and transformed alike."""
+    for table, keys in (
+        ("data", ("name", "classes", "image_size", "resize_size", "mean", "std")),
+        ("split", ("block", "transform", "norm")),
+    ):
+        for key in keys:
+            a, b = (getattr(getattr(run.config, table), key) for run in (one, other))
+            if a != b:
+                raise UserError(
+                    f"{other.run_dir}: {table}.{key}: {b!r}, but {one.run_dir} has {a!r}; runs are joined into one "
+                    "ensemble only where they agree"
+                )
+
+
+def _report(accuracy: Accuracy, runs: Sequence[Trained], output: Path | None) -> None:
+    for run in runs:
+        print(f"{run.config.name}, step {run.step}, {run.run_dir}")
+    print(f"{accuracy.pictures} pictures: loss {accuracy.loss:.4f}")
     print(f"{'ensemble':>24}  top-1 {accuracy.top1:6.2f} %  top-5 {accuracy.top5:6.2f} %")
-    for group, top1, top5 in zip(config.split.groups, accuracy.branch_top1, accuracy.branch_top5, strict=True):
+    groups = [group for run in runs for group in run.config.split.groups]
+    for group, top1, top5 in zip(groups, accuracy.branch_top1, accuracy.branch_top5, strict=True):
         bands = f"band{'s' * (len(group) > 1)} {', '.join(map(str, group[:6]))}{' …' * (len(group) > 6)}"
         print(f"{bands:>24}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %")
     if output is not None:
-        replace_text(output, json.dumps({"step": step, **accuracy.as_dict()}, indent=2) + "\n")
+        steps = runs[0].step if len(runs) == 1 else [run.step for run in runs]
+        replace_text(output, json.dumps({"step": steps, **accuracy.as_dict()}, indent=2) + "\n")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -68,25 +69,30 @@ def validation(config: RunConfig, pictures: Pictures, share: Share) -> Pipeline:
     return _build(_validation_graph, share, config, pictures)
 
 
-def first_undecodable(files: Sequence[str], threads: int, batch_size: int = 64) -> str | None:
-    """Decodes the files in order on the CPU until one fails, and returns its path."""
-    for start in range(0, len(files), batch_size):
-        chunk = list(files[start : start + batch_size])
-        if not _decodes(chunk, threads):
-            return next((file for file in chunk if not _decodes([file], threads)), None)
-    return None
+def first_undecodable(files: Sequence[str], threads: int) -> str | None:
+    """Decodes the files on the CPU and returns the first one that fails.
+
+    One at a time: DALI's decoder may crash the process when a file fails that it decodes together with others.
+    """
+    with ThreadPoolExecutor(threads) as pool:
+        failed = set(pool.map(_first_failure, [files[i::threads] for i in range(threads)]))
+    return next((file for file in files if file in failed), None)
 
 
-def _decodes(files: list[str], threads: int) -> bool:
+def _first_failure(files: Sequence[str]) -> str | None:
     def graph() -> Any:
-        encoded, _ = fn.readers.file(files=files, labels=[0] * len(files))
+        encoded, _ = fn.readers.file(files=list(files), labels=[0] * len(files))
         return fn.decoders.image(encoded, device="cpu", **_DECODE)
 
-    try:
-        pipeline_def(graph)(batch_size=len(files), num_threads=threads, device_id=None, prefetch_queue_depth=1).run()
-    except RuntimeError:
-        return False
-    return True
+    if not files:
+        return None
+    pipe = pipeline_def(graph)(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
+    for file in files:
+        try:
+            pipe.run()
+        except RuntimeError:
+            return file
+    return None
 
 
 def _build(

@@ -298,8 +298,11 @@ def draw_branches(axes: Axes, group: Group, divisor: float) -> None:
     draw_curve(axes, group_curve(group, "step", ACCURACY[0]), divisor, color="black", linewidth=2)
     bounds = np.arange(len(colors) + 1) - 0.5
     shades = ScalarMappable(BoundaryNorm(bounds, len(colors)), ListedColormap(colors))
-    label = "Band" if group.runs[0].settings["split.branches"] == "each" else "Branch"
-    bar = axes.figure.colorbar(shades, ax=axes, label=label, ticks=range(0, len(colors), max(1, len(colors) // 8)))
+    settings = group.runs[0].settings
+    label = "Band" if settings["split.branches"] == "each" else "Branch"
+    ticks = range(0, len(colors), max(1, len(colors) // 8))
+    bar = axes.figure.colorbar(shades, ax=axes, label=label, ticks=ticks)
+    bar.ax.set_yticklabels([str((settings.get("split.only") or range(len(colors)))[k]) for k in ticks])
     bar.ax.tick_params(which="both", length=0)
     bar.outline.set_visible(False)
 

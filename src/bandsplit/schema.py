@@ -127,6 +127,12 @@ def _branches(value: object) -> object:
     raise _mistake("split.branches", value, '"each", "all" or lists of band numbers such as [[0], [0, 1], [0, 2, 3]]')
 
 
+def _only(value: object) -> object:
+    if value is None or (isinstance(value, list | tuple) and value and all(type(k) is int and k >= 0 for k in value)):
+        return None if value is None else tuple(value)
+    raise _mistake("split.only", value, "numbers of branches, such as [0, 3]")
+
+
 class Split(_Table):
     """The spectral split and who learns which bands."""
 
@@ -137,6 +143,8 @@ class Split(_Table):
     """`none`: the un-normalised transform, as the published dct1d runs used it."""
     branches: Annotated[Literal["each", "all"] | tuple[tuple[int, ...], ...], BeforeValidator(_branches)] = "each"
     """Bands of each branch: "each" band its own, "all" in one network, or explicit groups."""
+    only: Annotated[tuple[int, ...] | None, BeforeValidator(_only)] = None
+    """Numbers of the branches that this run trains; unset: all of them."""
 
     @property
     def bands(self) -> int:
@@ -144,7 +152,16 @@ class Split(_Table):
 
     @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """Band numbers of every branch."""
+        """Band numbers of every branch of this run."""
+        groups = self._all_groups()
+        return groups if self.only is None else tuple(groups[k] for k in self.only)
+
+    @property
+    def numbers(self) -> tuple[int, ...]:
+        """Which branch of the whole ensemble each branch of this run is."""
+        return self.only or tuple(range(len(self._all_groups())))
+
+    def _all_groups(self) -> tuple[tuple[int, ...], ...]:
         if self.branches == "each":
             return tuple((k,) for k in range(self.bands))
         if self.branches == "all":
@@ -153,7 +170,10 @@ class Split(_Table):
 
     @model_validator(mode="after")
     def _check(self) -> Split:
-        for group in self.groups:
+        groups = self._all_groups()
+        if self.only is not None and (len(set(self.only)) < len(self.only) or max(self.only) >= len(groups)):
+            raise _mistake("split.only", list(self.only), f"branches 0 to {len(groups) - 1}, each once")
+        for group in groups:
             if len(set(group)) != len(group):
                 raise _mistake("split.branches", list(group), "each band once in a branch")
             if not all(0 <= k < self.bands for k in group):

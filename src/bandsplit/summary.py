@@ -58,7 +58,7 @@ def show(config: RunConfig, world_size: int) -> None:
     batch_size = config.rank_batch_size(world_size)
     size = config.data.image_size // config.split.block
     with torch.device("meta"):
-        branches = list(Ensemble(config).branches)
+        branches = list(Ensemble.of(config).branches)
     costs = [
         branch_cost(branch, 3 * len(group), size, batch_size)
         for branch, group in zip(branches, config.split.groups, strict=True)

@@ -52,7 +52,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
 
         # ------------------------------------------------------------------ branches and what feeds them
         precision = Precision(config.train.precision, ranks.device)
-        ensemble = Ensemble(config).to(ranks.device).to(memory_format=torch.channels_last)
+        ensemble = Ensemble.of(config).to(ranks.device).to(memory_format=torch.channels_last)
         learners = [Learner(branch, config, precision, ranks) for branch in ensemble.branches]
         torch.manual_seed(seeds.derived(config.seed, "training", ranks.rank))
         share = share_of(config, ranks, batch_size, precision.half_bands)
