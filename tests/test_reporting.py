@@ -176,6 +176,15 @@ def test_branch_panels_share_limits_that_hold_every_run(tmp_path: Path) -> None:
         assert axes.get_ylim()[1] >= 80
 
 
+def test_a_run_of_some_branches_shows_their_numbers(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "some", finished([10, 50], branches=[30, 20]))
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(config.replace('branches = "each"', 'branches = "each"\nonly = [3, 1]'))
+    figure = reporting.branches_figure(groups_of(folder))
+    assert figure is not None
+    assert [label.get_text() for axes in figure.axes[-1:] for label in axes.get_yticklabels()] == ["3", "1"]
+
+
 def test_command_writes_every_figure_and_the_table(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / str(seed), finished([50, 60 + seed]), seed=seed) for seed in range(2)]
     folders.append(write_run(tmp_path / "growing", curve([40]), name="growing", tail='{"ev'))

@@ -81,16 +81,15 @@ def first_undecodable(files: Sequence[str], threads: int) -> str | None:
 
 def _first_failure(files: Sequence[str]) -> str | None:
     def graph() -> Any:
-        encoded, _ = fn.readers.file(files=list(files), labels=[0] * len(files))
+        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
         return fn.decoders.image(encoded, device="cpu", **_DECODE)
 
-    if not files:
-        return None
     pipe = pipeline_def(graph)(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
     for file in files:
         try:
+            pipe.feed_input("encoded", [np.fromfile(file, dtype=np.uint8)])
             pipe.run()
-        except RuntimeError:
+        except (OSError, RuntimeError):
             return file
     return None
 

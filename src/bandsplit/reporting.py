@@ -302,7 +302,8 @@ def draw_branches(axes: Axes, group: Group, divisor: float) -> None:
     label = "Band" if settings["split.branches"] == "each" else "Branch"
     ticks = range(0, len(colors), max(1, len(colors) // 8))
     bar = axes.figure.colorbar(shades, ax=axes, label=label, ticks=ticks)
-    bar.ax.set_yticklabels([str((settings.get("split.only") or range(len(colors)))[k]) for k in ticks])
+    numbers = json.loads(settings["split.only"]) if "split.only" in settings else range(len(colors))
+    bar.ax.set_yticklabels([str(numbers[k]) for k in ticks])
     bar.ax.tick_params(which="both", length=0)
     bar.outline.set_visible(False)
 
