@@ -138,8 +138,13 @@ def ffcv_loader(files: list[Path], folder: Path, side: int, batch_size: int, wor
         writer = DatasetWriter(str(container), {"image": StoredJpeg(), "label": IntField()}, num_workers=1)
         writer.from_indexed_dataset([(str(file), 0) for file in files])
     data = config(side, 1).data
-    normalise = NormalizeImage(np.float32(data.mean), np.float32(data.std), np.float32)
-    image = [RandomResizedCropRGBImageDecoder((side, side)), RandomHorizontalFlip(), ToTensor(), ToTorchImage()]
+    image = [
+        RandomResizedCropRGBImageDecoder((side, side)),
+        RandomHorizontalFlip(),
+        NormalizeImage(np.float32(data.mean), np.float32(data.std), np.float32),
+        ToTensor(),
+        ToTorchImage(),
+    ]
     loader = Loader(
         str(container),
         batch_size,
@@ -148,7 +153,7 @@ def ffcv_loader(files: list[Path], folder: Path, side: int, batch_size: int, wor
         os_cache=True,
         custom_fields={"image": StoredJpeg},
         drop_last=True,
-        pipelines={"image": [*image[:2], normalise, *image[2:]], "label": [IntDecoder(), ToTensor()]},
+        pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
     )
     return endless(loader)
 

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandsplit import native, spectral
@@ -84,7 +84,7 @@ def assert_same(outputs: Sequence[Array], wanted: Sequence[Array], channels_last
         np.testing.assert_allclose(got, want, atol=1e-5 * np.ptp(want))
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_tiles_of_any_pictures(library: ctypes.CDLL, data: st.DataObject) -> None:
     block = data.draw(st.sampled_from([1, 2, 4, 6, 8]), "block")

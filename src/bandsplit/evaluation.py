@@ -92,7 +92,7 @@ def evaluate_runs(
         for run in runs[1:]:
             _require_same_data(runs[0], run)
         config = runs[0].config
-        groups = [list(group) for run in runs for group in run.config.split.groups]
+        groups = tuple(group for run in runs for group in run.config.split.groups)
         joined = config.split.model_copy(update={"branches": groups, "only": None})
         config = config.model_copy(update={"split": joined})
         precision = Precision(config.train.precision, ranks.device)

@@ -139,7 +139,8 @@ def augmented(share: Share, config: RunConfig, pictures: Pictures) -> tuple[Any,
     )
     crop = {"random_area": list(data.random_area), "random_aspect_ratio": list(data.random_aspect)}
     size = [data.image_size, data.image_size]
-    if data.decoder.crop_only if data.decoder.crop_only is not None else share.device == "cpu":
+    crop_only = share.device == "cpu" if data.decoder.crop_only is None else data.decoder.crop_only
+    if crop_only:
         images = fn.decoders.image_random_crop(encoded, **_decoding(data.decoder, share), **crop)
         images = fn.resize(images, size=size)
     else:

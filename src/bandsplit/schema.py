@@ -51,7 +51,7 @@ class Decoder(_Table):
     hw_load: Fraction = 0.65
     """Share of a batch for the JPEG engine of the GPU; one without an engine, such as the A40, ignores it."""
     fancy_upsampling: bool = False
-    """GPU: smooth chroma as the CPU's decoder does, instead of faster."""
+    """GPU: smooth chroma as the CPU's decoder does."""
     device_padding_mib: int = Field(16, ge=0)
     """GPU: MiB reserved a picture on the GPU, so that larger ones need no new allocation while training."""
     host_padding_mib: int = Field(8, ge=0)
@@ -128,8 +128,10 @@ def _branches(value: object) -> object:
 
 
 def _only(value: object) -> object:
-    if value is None or (isinstance(value, list | tuple) and value and all(type(k) is int and k >= 0 for k in value)):
-        return None if value is None else tuple(value)
+    if value is None:
+        return None
+    if isinstance(value, list | tuple) and value and all(type(k) is int and k >= 0 for k in value):
+        return tuple(value)
     raise _mistake("split.only", value, "numbers of branches, such as [0, 3]")
 
 

@@ -1,4 +1,4 @@
-// The GPU side of fn.spectral_split: which kernel of tiles.h spans over which pictures.
+// The GPU side of fn.spectral_split: which kernel of tiles.h runs over which pictures.
 
 #include "spectral_split.h"
 

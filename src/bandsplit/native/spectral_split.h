@@ -91,7 +91,8 @@ inline std::optional<Factors> FactorsOf(const std::vector<float> &matrix, int bl
 
 /// The arguments of the operator, checked, in the form that the kernels use.
 ///
-/// Only the bands that a group names are computed, each once: they are numbered as rows, which the groups name. Pixels are normalised as they are loaded, x scale + shift, one instruction for all their bands.
+/// Only the bands that a group names are computed, each once: they are numbered as rows, which the groups name.
+/// Normalised is a pixel x times scale plus shift.
 struct Plan {
   explicit Plan(const ::dali::OpSpec &spec)
       : block(BlockOf(spec)), pixels(block * block), dtype(spec.GetArgument<::dali::DALIDataType>("dtype")) {
