@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from pathlib import Path
 
 from bandsplit import cli, schema
@@ -41,6 +42,7 @@ def main() -> None:
         "--resume", action="store_true", help="go on from the run directory's last checkpoint, if there is one"
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
+    parser.add_argument("--print-run-dir", action="store_true", help="print where the run would be written, and stop")
     parser.add_argument("--world-size", type=int, help="with --dry-run: number of ranks to check for")
     arguments = parser.parse_args()
     if arguments.world_size and not arguments.dry_run:
@@ -48,6 +50,11 @@ def main() -> None:
 
     overrides = [*arguments.set, *([f"split.only=[{arguments.branches}]"] if arguments.branches is not None else [])]
     config = schema.load(arguments.config, overrides, arguments.data)
+    of_branches = f"-branches{','.join(map(str, config.split.only))}" if config.split.only else ""
+    run_dir = arguments.run_dir or Path("runs") / f"{config.name}-seed{config.seed}{of_branches}"
+    if arguments.print_run_dir:
+        print(run_dir)
+        return
     if arguments.dry_run:
         from bandsplit import parallel, summary
 
@@ -55,9 +62,8 @@ def main() -> None:
         return
     from bandsplit import training
 
-    of_branches = f"-branches{','.join(map(str, config.split.only))}" if config.split.only else ""
-    run_dir = arguments.run_dir or Path("runs") / f"{config.name}-seed{config.seed}{of_branches}"
-    training.train(config, run_dir, arguments.resume)
+    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
+    training.train(config, run_dir, arguments.resume or restarted)
 
 
 if __name__ == "__main__":

@@ -13,10 +13,10 @@ from bandsplit import schema
 from bandsplit.ensemble import Ensemble
 from bandsplit.evaluation import count_correct, evaluate
 from bandsplit.loader import Batch
-from bandsplit.parallel import Ranks
+from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
 
-ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
+ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 4)
 
 
 def naive_counts(logits: Tensor, labels: Tensor) -> list[int]:
@@ -50,7 +50,7 @@ def test_accuracy_does_not_depend_on_the_batches(config_file: Path, batch_size: 
             part = slice(start, start + batch_size)
             yield Batch([x[part] for x in inputs], labels[part])
 
-    accuracy = evaluate(ensemble, batches(), 20, ALONE, Precision("fp32", ALONE.device))
+    accuracy = evaluate(ensemble, batches(), 20, ALONE, Precision("fp32", ALONE.ranks.device))
     ensemble.eval()
     with torch.no_grad():
         logits = ensemble(inputs)
@@ -66,4 +66,4 @@ def test_a_missing_picture_is_noticed(config_file: Path) -> None:
     ensemble = Ensemble.of(schema.load(config_file))
     batch = Batch([torch.zeros(3, 3, 16, 16)] * 4, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(AssertionError, match="validated 3 pictures of 4"):
-        evaluate(ensemble, [batch], 4, ALONE, Precision("fp32", ALONE.device))
+        evaluate(ensemble, [batch], 4, ALONE, Precision("fp32", ALONE.ranks.device))

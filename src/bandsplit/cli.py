@@ -4,22 +4,47 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
+from functools import partial
 
-from bandsplit.errors import UserError
+from bandsplit.errors import Interrupted, ToldElsewhere, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main`; UserError becomes a message on stderr and exit code 2, Ctrl-C exit code 130.
+    """Calls `main` and turns how it ends into a message and an exit code.
 
-    Under torchrun every rank meets the same mistake, and rank 0 speaks for all, unless one rank alone met it.
+    UserError: its message and 2; Ctrl-C: 130; another rank's error: 1, without a word; a run stopped by a signal: 128
+    + signal, or 0 under torchrun, which would take anything else for a failure and start again.  Every other error
+    goes to the log and to torchrun's report.  Under torchrun every rank meets the same user's mistake, and rank 0
+    speaks for all, unless one rank alone met it.
     """
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    attempt: Callable[[], UserError | Interrupted | ToldElsewhere | None] = partial(_attempt, main)
+    if under_torchrun:
+        from torch.distributed.elastic.multiprocessing.errors import record
+
+        attempt = record(attempt)
     try:
-        main()
-    except UserError as error:
-        if error.one_rank or os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        ended = attempt()
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
+    if isinstance(ended, UserError):
+        if ended.one_rank or os.environ.get("RANK", "0") == "0":
+            print(f"error: {ended}", file=sys.stderr)
+        else:
+            time.sleep(20)  # torchrun ends all ranks when the first one has ended: let that be the one that speaks
+        sys.exit(2)
+    if isinstance(ended, Interrupted):
+        sys.exit(0 if under_torchrun else 128 + ended.signal)
+    if isinstance(ended, ToldElsewhere):
+        sys.exit(1)
+
+
+def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ToldElsewhere | None:
+    try:
+        main()
+    except (UserError, Interrupted, ToldElsewhere) as ended:
+        return ended
+    return None

@@ -18,10 +18,11 @@ class Ensemble(nn.Module):
         self.branches = nn.ModuleList(branches)
 
     @classmethod
-    def of(cls, config: schema.RunConfig) -> Ensemble:
-        """The branches of a run, freshly initialised."""
+    def of(cls, config: schema.RunConfig, own: range | None = None) -> Ensemble:
+        """The branches of a run, freshly initialised; with `own` those alone, counted within the run."""
         numbers, groups = config.split.numbers, config.split.groups
-        return cls(_build_branch(config, k, 3 * len(group)) for k, group in zip(numbers, groups, strict=True))
+        chosen = own if own is not None else range(len(groups))
+        return cls(_build_branch(config, numbers[i], 3 * len(groups[i])) for i in chosen)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
         """Inputs: one (B, 3·bands, h, w) a branch.  Returns the branches' logits (branches, B, classes), float32."""
@@ -33,6 +34,12 @@ def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Modu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derived(config.seed, "weights", k))
         return models.build(config.model, in_channels, config.data.classes)
+
+
+def parameters_of_branches(config: schema.RunConfig) -> list[int]:
+    """Number of parameters of every branch of a run; no weights are allocated."""
+    with torch.device("meta"):
+        return [models.count_parameters(branch) for branch in Ensemble.of(config).branches]
 
 
 def fuse(logits: Tensor) -> Tensor:

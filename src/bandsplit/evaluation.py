@@ -15,8 +15,8 @@ from torch.nn.functional import cross_entropy
 from bandsplit import checkpoint, dataset, parallel, schema
 from bandsplit.ensemble import Ensemble, fuse
 from bandsplit.errors import UserError
-from bandsplit.loader import Batch, ValidationLoader, share_of
-from bandsplit.parallel import Ranks
+from bandsplit.loader import Batch, Deliveries, ValidationLoader, share_of
+from bandsplit.parallel import Mesh
 from bandsplit.recipe import Precision
 from bandsplit.runlog import RunDirectory, replace_text
 from bandsplit.schema import RunConfig
@@ -44,25 +44,26 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 @torch.inference_mode()
-def evaluate(
-    ensemble: Ensemble, batches: Iterable[Batch], pictures: int, ranks: Ranks, precision: Precision
-) -> Accuracy:
+def evaluate(ensemble: Ensemble, batches: Iterable[Batch], pictures: int, mesh: Mesh, precision: Precision) -> Accuracy:
     """Accuracy over the batches of all ranks, which together have to be `pictures` pictures.
 
-    Counts and the sum of losses stay on the device until one reduction at the end.
+    `ensemble` holds this rank's branches; every rank has equally many batches of equal size.  Counts and the sum of
+    losses stay on the device until one reduction at the end.
     """
     ensemble.eval()
-    counts = torch.zeros(1 + len(ensemble.branches), 2, dtype=torch.int64, device=ranks.device)
-    seen = torch.zeros(1, dtype=torch.int64, device=ranks.device)
-    loss = torch.zeros(1, dtype=torch.float64, device=ranks.device)
-    for batch in batches:
+    device, deliveries = mesh.ranks.device, Deliveries(batches, mesh)
+    counts = torch.zeros(1 + mesh.branches, 2, dtype=torch.int64, device=device)
+    seen = torch.zeros(1, dtype=torch.int64, device=device)
+    loss = torch.zeros(1, dtype=torch.float64, device=device)
+    for batch in deliveries:
         with precision.autocast():
-            logits = ensemble(batch.inputs)
+            own = ensemble(batch.inputs)
+        logits, labels = deliveries.of_own_pictures(own, batch.labels)
         fused = fuse(logits)
-        counts += count_correct(torch.cat([fused[None], logits]), batch.labels)
-        loss += cross_entropy(fused.double(), batch.labels, reduction="sum")
-        seen += len(batch)
-    totals = ranks.sum(torch.cat([counts.flatten().double(), seen.double(), loss]))
+        counts += count_correct(torch.cat([fused[None], logits]), labels)
+        loss += cross_entropy(fused.double(), labels, reduction="sum", ignore_index=-1)
+        seen += (labels >= 0).sum()
+    totals = mesh.ranks.sum(torch.cat([counts.flatten().double(), seen.double(), loss]))
     *correct, total, loss_sum = totals.tolist()
     assert total == pictures, f"validated {total:.0f} pictures of {pictures}"
     percent = [100 * c / pictures for c in correct]
@@ -102,7 +103,7 @@ def evaluate_runs(
         parts = ranks.world_size * config.train.accumulation  # need not divide: validation takes any number of ranks
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = ValidationLoader(config, pictures, share_of(config, ranks, batch_size, precision.half_bands))
-        accuracy = evaluate(ensemble, loader, len(pictures), ranks, precision)
+        accuracy = evaluate(ensemble, loader, len(pictures), Mesh(ranks, len(groups)), precision)
         if ranks.is_first:
             _report(accuracy, runs, output)
         return accuracy
@@ -113,11 +114,14 @@ def _trained(run_dir: Path, which: str, overrides: Sequence[str]) -> Trained:
     if not directory.config.exists():
         raise UserError(f"{run_dir}: not a run directory: it has no {directory.config.name}")
     config = schema.load(directory.config, overrides)
-    file = f"step_{int(which):08d}.pt" if which.isdigit() else f"{which}.pt"
-    state = checkpoint.load(directory.checkpoints / file)
+    folder = directory.checkpoints / (f"step_{int(which):08d}" if which.isdigit() else which)
+    run = checkpoint.read(folder, checkpoint.RUN)
+    wrong = checkpoint.damage(folder)
+    if wrong:
+        raise UserError(f"{folder}: this checkpoint is damaged: {wrong}")
     ensemble = Ensemble.of(config)
-    ensemble.load_state_dict(state["ensemble"])
-    return Trained(run_dir, config, list(ensemble.branches), state["progress"]["step"])
+    ensemble.load_state_dict(checkpoint.read_ensemble(folder, run["branches"]))
+    return Trained(run_dir, config, list(ensemble.branches), run["progress"]["step"])
 
 
 def _require_same_data(one: Trained, other: Trained) -> None:

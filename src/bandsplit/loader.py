@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,23 +15,20 @@ from torch import Tensor
 from bandsplit import pipeline, spectral
 from bandsplit.dataset import Pictures
 from bandsplit.errors import UserError
-from bandsplit.parallel import Ranks
+from bandsplit.parallel import Exchange, Mesh, Ranks, Transfer
 from bandsplit.pipeline import Share
 from bandsplit.schema import RunConfig
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs: one tensor (B, 3·bands, h, w) in channels_last a branch.  Labels: (B,), int64."""
+    """Inputs: one tensor (B, 3·bands, h, w) in channels_last a branch.  Labels: (B,), int64; -1: no picture."""
 
     inputs: list[Tensor]
     labels: Tensor
 
     def __len__(self) -> int:
         return len(self.labels)
-
-    def first(self, count: int) -> Batch:
-        return Batch([x[:count] for x in self.inputs], self.labels[:count])
 
 
 class UndecodablePicture(UserError):
@@ -40,37 +38,96 @@ class UndecodablePicture(UserError):
 
 
 def share_of(config: RunConfig, ranks: Ranks, batch_size: int, half: bool) -> Share:
+    """This rank's share of the pictures."""
     threads = config.data.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size)
     return Share(ranks.rank, ranks.world_size, batch_size, threads, ranks.device.index, half)
 
 
 class TrainingLoader:
-    """Endless training batches of this rank; `state` continues after the last one that was handed out."""
+    """Endless training batches from one or several streams of pictures; `states` continue after the last ones.
 
-    def __init__(self, config: RunConfig, pictures: Pictures, share: Share, state: bytes | None = None) -> None:
-        self._config, self._pictures, self._share = config, pictures, share
-        self._pipeline = pipeline.training(config, pictures, share, state)
+    A run has as many streams as it had ranks when it began: a stream is a fixed share of every pass over the data with
+    random numbers of its own, so that fewer ranks, with several streams each, see the same pictures in the same steps.
+    """
 
-    def __next__(self) -> Batch:
-        return _next_batch(self._pipeline, self._config, self._pictures, self._share)
+    def __init__(
+        self, config: RunConfig, pictures: Pictures, shares: Sequence[Share], states: Sequence[bytes] | None = None
+    ) -> None:
+        self._config, self._pictures, self._shares = config, pictures, shares
+        from_states: Sequence[bytes | None] = states or [None] * len(shares)
+        self._pipelines = [
+            pipeline.training(config, pictures, share, state) for share, state in zip(shares, from_states, strict=True)
+        ]
 
-    def state(self) -> bytes:
-        return bytes(self._pipeline.checkpoint())
+    def __iter__(self) -> Iterator[Batch]:
+        while True:
+            for pipe, share in zip(self._pipelines, self._shares, strict=True):
+                yield _next_batch(pipe, self._config, self._pictures, share)
+
+    def states(self) -> list[bytes]:
+        return [bytes(pipe.checkpoint()) for pipe in self._pipelines]
 
 
 class ValidationLoader:
-    """This rank's part of the validation pictures, each of them exactly once an iteration."""
+    """This rank's part of the validation pictures, each of them exactly once an iteration.
+
+    Every rank has the same number of batches of the same size: what fills them up has the label -1.
+    """
 
     def __init__(self, config: RunConfig, pictures: Pictures, share: Share) -> None:
         mine = slice(share.rank, None, share.world_size)
-        self._config, self._share = config, share
-        self._pictures = replace(pictures, files=pictures.files[mine], labels=pictures.labels[mine])
-        self._pipeline = pipeline.validation(config, self._pictures, share) if len(self._pictures) else None
+        self._config, self._share, self._count = config, share, len(pictures.files[mine])
+        first = slice(self._count or 1)  # a rank without any pictures fills its batches with the first
+        files, labels = pictures.files[mine] or pictures.files, pictures.labels[mine] or pictures.labels
+        self._pictures = replace(pictures, files=files[first], labels=labels[first])
+        self._batches = math.ceil(len(pictures) / share.world_size / share.batch_size)
+        self._pipeline = pipeline.validation(config, self._pictures, share)
 
     def __iter__(self) -> Iterator[Batch]:
-        for start in range(0, len(self._pictures), self._share.batch_size):
+        for n in range(self._batches):
             batch = _next_batch(self._pipeline, self._config, self._pictures, self._share)
-            yield batch.first(len(self._pictures) - start)  # the last batch is filled up with repetitions
+            batch.labels[max(0, self._count - n * self._share.batch_size) :] = -1
+            yield batch
+
+
+class Deliveries:
+    """Batches as this rank's branches learn or validate them, those of a whole row where branches are spread over it.
+
+    Then the next batch is made and sent while the device works on the one before.
+    """
+
+    def __init__(self, batches: Iterable[Batch], mesh: Mesh) -> None:
+        self._batches = iter(batches)
+        self._exchange = Exchange(mesh) if mesh.branch_groups > 1 else None
+        self._under_way: Transfer | None = None
+
+    def __iter__(self) -> Iterator[Batch]:
+        while (batch := self._next(ahead=True)) is not None:
+            yield batch
+
+    def take(self, count: int, ahead: bool) -> list[Batch]:
+        """The next `count` of endless batches; `ahead`: one more is made and sent, and streams are further by one."""
+        batches = [self._next(ahead or n + 1 < count) for n in range(count)]
+        return [batch for batch in batches if batch is not None]
+
+    def of_own_pictures(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits (own branches, B, classes) and labels of a batch -> (all branches, B', classes), labels (B',).
+
+        B' are the pictures of it that this rank has decoded.
+        """
+        return (logits, labels) if self._exchange is None else self._exchange.give_back(logits, labels)
+
+    def _next(self, ahead: bool) -> Batch | None:
+        if self._exchange is None:
+            return next(self._batches, None)
+        transfer = self._under_way or self._send(self._exchange)
+        self._under_way = self._send(self._exchange) if ahead and transfer else None
+        return Batch(*transfer.wait()) if transfer else None
+
+    def _send(self, exchange: Exchange) -> Transfer | None:
+        with exchange.on_side_stream():
+            batch = next(self._batches, None)
+            return exchange.send(batch.inputs, batch.labels) if batch else None
 
 
 def _next_batch(pipe: Any, config: RunConfig, pictures: Pictures, share: Share) -> Batch:

@@ -17,6 +17,7 @@ from typing import Any
 
 import tomli
 import tomli_w
+from filelock import FileLock, Timeout
 from loguru import logger
 from tqdm import tqdm
 
@@ -55,10 +56,33 @@ class RunDirectory:
         if changed:
             raise UserError(f"{self.path} holds a run of another config: {'; '.join(changed)}")
 
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Inside, no other process can train into this directory.  Raises UserError where one does, and says which."""
+        with _writing_to(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        lock, owner = FileLock(self.path / ".lock", blocking=False), self.path / ".lock_owner"
+        try:
+            lock.acquire()
+        except Timeout:
+            by = f" by {owner.read_text(encoding='utf-8')}" if owner.exists() else ""
+            raise UserError(f"{self.path} is in use{by}; wait for it to end, or name another --run-dir") from None
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be locked: {error}") from error
+        try:
+            job = os.environ.get("SLURM_JOB_ID")
+            described = f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}"
+            replace_text(owner, described)
+            yield
+            owner.unlink(missing_ok=True)
+        finally:
+            lock.release()
+
     def create(self, config: RunConfig, environment: Mapping[str, Any]) -> None:
         """Makes the folders, writes config.toml the first time and adds this launch to environment.json."""
-        for folder in (self.path, self.checkpoints, self.logs):
-            folder.mkdir(parents=True, exist_ok=True)
+        with _writing_to(self.path):
+            for folder in (self.path, self.checkpoints, self.logs):
+                folder.mkdir(parents=True, exist_ok=True)
         if not self.config.exists():
             replace_text(self.config, tomli_w.dumps(resolved(config)))
         launches = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.exists() else []
@@ -80,11 +104,23 @@ def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def replace_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
     temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with _writing_to(path):
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+
+
+@contextmanager
+def _writing_to(path: Path) -> Iterator[None]:
+    """Turns what the file system refuses (full, read-only, gone) into a message for the user."""
+    try:
+        yield
+    except OSError as error:
+        told = UserError(f"{path}: cannot be written: {error}")
+        told.one_rank = True
+        raise told from error
 
 
 def environment(world_size: int, device: str) -> dict[str, Any]:
@@ -120,7 +156,7 @@ class Metrics:
 
     def write(self, event: str, **values: Any) -> None:
         line = json.dumps({"event": event, **values})
-        with self._path.open("a", encoding="utf-8") as file:
+        with _writing_to(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def forget_after(self, step: int) -> None:
@@ -148,6 +184,8 @@ def start_logging(directory: RunDirectory, rank: int) -> None:
         logger.add(
             lambda text: tqdm.write(text, end="", file=sys.stderr), format="{time:HH:mm:ss} {message}", level=level
         )
+    else:
+        logger.add(sys.stderr, format=f"{{time:HH:mm:ss}} rank {rank}: {{message}}", level="ERROR")
 
 
 class Stopwatch:

@@ -106,6 +106,17 @@ class Data(_Table):
         return self
 
 
+def _count_or(key: str, *words: str) -> BeforeValidator:
+    """Accepts a positive whole number or one of some words, with one message for everything else."""
+
+    def check(value: object) -> object:
+        if value in words or (type(value) is int and value >= 1):
+            return value
+        raise _mistake(key, value, f"{', '.join(map(repr, words))} or a number from 1")
+
+    return BeforeValidator(check)
+
+
 class Model(_Table):
     """The network of every branch."""
 
@@ -115,6 +126,10 @@ class Model(_Table):
     """Factor on the number of channels of every stage."""
     stem: Literal["standard", "small"] = "standard"
     """`standard`: 7x7 stride 2 and max-pooling; `small`: 3x3 stride 1, no pooling, for small bands."""
+    norm_batch: Annotated[Literal["rank", "all"] | int, _count_or("model.norm_batch", "rank", "all")] = "rank"
+    """Pictures over which batch normalisation takes its statistics: "rank", those that a rank takes through a branch
+    at once, which depends on the number of ranks and on `parallel.branch_groups`; "all", those of all ranks together;
+    or a number, which makes accuracy independent of the launch."""
 
 
 def _branches(value: object) -> object:
@@ -219,6 +234,20 @@ class Train(_Table):
     """`auto`: bf16 autocast on a GPU, fp32 on a CPU; `fp16` scales the loss."""
     log_every: int = Field(50, ge=1)
     """Steps between lines of metrics.jsonl."""
+    on_nonfinite: Literal["stop", "skip", "lower_lr"] = "stop"
+    """What a branch does about a loss (`stop`) or a gradient (the others) that is infinite or not a number: end the run
+    with the last good checkpoint; leave the step out; leave it out and halve this branch's learning rate from there
+    on. `lower_lr` waits for the device in every step."""
+
+
+class Parallel(_Table):
+    """How branches and pictures are spread over ranks."""
+
+    branch_groups: Annotated[Literal["auto"] | int, _count_or("parallel.branch_groups", "auto")] = "auto"
+    """Groups of branches that different ranks train; 1: every rank trains all of them (plain data parallelism).
+    "auto": the number that sends the fewest bytes."""
+    timeout_seconds: int = Field(300, ge=5)
+    """How long ranks wait for each other before the ones that hang are named and the run ends."""
 
 
 class Validation(_Table):
@@ -231,6 +260,10 @@ class Validation(_Table):
 class Checkpoint(_Table):
     every_steps: int | None = Field(None, ge=1)
     """Also write a checkpoint every so many steps; the end of an epoch always writes one."""
+    every_minutes: float | None = Field(15.0, gt=0)
+    """Also write one when the last is so many minutes old."""
+    keep: int = Field(2, ge=1)
+    """Checkpoints to keep beside the best one; with 2 there is one to go back to if the last is damaged."""
 
 
 class RunConfig(_Table):
@@ -244,6 +277,7 @@ class RunConfig(_Table):
     optim: Optim
     schedule: Schedule = Schedule()
     train: Train
+    parallel: Parallel = Parallel()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
 
