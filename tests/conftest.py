@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
+import pickle
 import runpy
 import signal
 import socket
@@ -14,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -95,19 +97,7 @@ class Launch:
     def __init__(self, script: str, *arguments: object, ranks: int = 1, env: dict[str, str] | None = None) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="launch"))
         argv = [str(REPOSITORY / "src" / script), *map(str, arguments)]
-        port = str(_free_port())
-        self.ranks = []
-        for rank in range(ranks):
-            place = {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(ranks),
-                "LOCAL_WORLD_SIZE": str(ranks),
-            }
-            place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(env or {})}
-            process = _forks.Process(target=_rank, args=(argv, place, str(self._folder / str(rank))))
-            process.start()
-            self.ranks.append(process)
+        self.ranks = _start(ranks, env or {}, _script, argv, self._folder)
 
     @property
     def running(self) -> bool:
@@ -134,16 +124,45 @@ class Launch:
         return Done(next((code for code in codes if code), 0), out, err)
 
 
-def _rank(argv: list[str], env: dict[str, str], output: str) -> None:
+def _start(count: int, env: dict[str, str], function: Callable[..., None], *args: object) -> list[Any]:
+    """Processes that call ``function(rank, *args)``, with what torchrun puts into their environment."""
+    common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    processes = []
+    for rank in range(count):
+        place = {key: str(value) for key, value in {**common, "RANK": rank, "LOCAL_RANK": rank, **env}.items()}
+        processes.append(_forks.Process(target=_rank, args=(place, function, rank, *args)))
+        processes[-1].start()
+    return processes
+
+
+def _rank(env: dict[str, str], function: Callable[..., None], *args: object) -> None:
     import torch
 
-    for number, end in ((1, "out"), (2, "err")):
-        os.dup2(os.open(f"{output}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     os.environ.update(env)
-    sys.argv = argv
     torch.set_num_threads(1)
+    function(*args)
+
+
+def _script(rank: int, argv: list[str], output: Path) -> None:
+    for number, end in ((1, "out"), (2, "err")):
+        os.dup2(os.open(output / f"{rank}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
+    sys.argv = argv
     runpy.run_path(argv[0], run_name="__main__")
+
+
+def on_ranks(count: int, function: Callable[..., Any], *args: object) -> list[Any]:
+    """What a function returns on each of so many ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = _start(count, {}, _call, Path(folder), function, *args)
+        for process in processes:
+            process.join(120)
+            assert process.exitcode == 0
+        return [pickle.loads((Path(folder) / str(rank)).read_bytes()) for rank in range(count)]
+
+
+def _call(rank: int, folder: Path, function: Callable[..., Any], *args: object) -> None:
+    (folder / str(rank)).write_bytes(pickle.dumps(function(*args)))
 
 
 def _free_port() -> int:

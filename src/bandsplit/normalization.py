@@ -14,12 +14,12 @@ from bandsplit.parallel import Mesh
 from bandsplit.schema import RunConfig
 
 
-def norm_batch(config: RunConfig, streams: int, mesh: Mesh) -> int:
+def norm_batch(config: RunConfig, at_once: int, rows: int) -> int:
     """Pictures over which batch normalisation takes its statistics in training.
 
+    `at_once`: pictures that a rank takes through a branch at once; `rows`: ranks that train the same branch.
     Raises UserError where `model.norm_batch` can be had neither by parting a rank's pictures nor by joining ranks'.
     """
-    at_once, rows = config.rank_batch_size(streams) * mesh.branch_groups, mesh.rows
     wanted = config.model.norm_batch
     if wanted == "rank":
         return at_once
@@ -36,9 +36,8 @@ def norm_batch(config: RunConfig, streams: int, mesh: Mesh) -> int:
     return wanted
 
 
-def fit(branch: nn.Module, config: RunConfig, streams: int, mesh: Mesh) -> nn.Module:
-    """The branch with batch normalisation over `norm_batch` pictures."""
-    at_once, pictures = config.rank_batch_size(streams) * mesh.branch_groups, norm_batch(config, streams, mesh)
+def fit(branch: nn.Module, pictures: int, at_once: int, mesh: Mesh) -> nn.Module:
+    """The branch with batch normalisation over `pictures`, where a rank takes `at_once` through it in training."""
     if pictures < at_once:
         return _converted(branch, lambda norm: GhostBatchNorm2d(pictures, norm.num_features))
     if pictures == at_once:

@@ -295,10 +295,10 @@ class Mesh:
 
         A running mean of means is the mean of running means, so that statistics count the pictures of all ranks.
         """
-        if self.rows == 1:
+        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
+        if self.rows == 1 or not buffers:
             yield
             return
-        buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         own = [buffer.clone() for buffer in buffers]
         together = torch.cat([buffer.flatten() for buffer in buffers])
         dist.all_reduce(together, group=self.column_group)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from bandsplit import dataset
+from bandsplit import dataset, normalization, parallel
 from bandsplit.ensemble import Ensemble
 from bandsplit.errors import UserError
 from bandsplit.models import count_parameters
@@ -57,13 +57,16 @@ def show(config: RunConfig, world_size: int) -> None:
     """
     batch_size = config.rank_batch_size(world_size)
     size = config.data.image_size // config.split.block
+    half = config.train.precision != "fp32"
     with torch.device("meta"):
         branches = list(Ensemble.of(config).branches)
+    parameters = [count_parameters(branch) for branch in branches]
+    groups = parallel.branch_groups(config, world_size, parameters, half)
+    at_once = batch_size * groups
     costs = [
-        branch_cost(branch, 3 * len(group), size, batch_size)
+        branch_cost(branch, 3 * len(group), size, at_once)
         for branch, group in zip(branches, config.split.groups, strict=True)
     ]
-    parameters = sum(cost.parameters for cost in costs)
     print(f"{config.name}: {config.model.arch}, {config.data.name} at {config.data.image_size} pixels")
     print(
         f"split     block {config.split.block}, {config.split.transform}: "
@@ -71,15 +74,34 @@ def show(config: RunConfig, world_size: int) -> None:
     )
     parts = f"{world_size} rank{'s' * (world_size > 1)} x {config.train.accumulation} x {batch_size}"
     print(f"batch     {config.train.batch_size} pictures = {parts} (ranks x accumulation x pictures at once)")
-    print(f"weights   {parameters:,} parameters, {parameters * 4 / MIB:,.2f} MiB in float32")
+    print(f"weights   {sum(parameters):,} parameters, {sum(parameters) * 4 / MIB:,.2f} MiB in float32")
     print(f"compute   {sum(cost.macs for cost in costs) / 1e9:.3f} GMACs a picture forward, all branches")
     for cost, number in _alike(costs):
         print(
             f"          {number} x {cost.channels} channels: {cost.parameters:,} parameters, "
             f"{cost.macs / 1e9:.3f} GMACs, {cost.activation_bytes / MIB:,.0f} MiB activations"
         )
-    print(f"memory    {_memory_bytes(config, costs, size, batch_size) / MIB:,.0f} MiB a rank in float32 (estimate)")
+    own = costs[: len(costs) // groups]
+    print(f"memory    {_memory_bytes(config, own, size, at_once) / MIB:,.0f} MiB a rank in float32 (estimate)")
+    _show_ranks(config, world_size, groups, parameters, half)
     _show_steps(config)
+
+
+def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: list[int], half: bool) -> None:
+    """What each number of branch groups costs, the chosen one marked."""
+    possible = parallel.possible_groups(config, world_size)
+    if len(possible) > 1:
+        bands = f"bands MB, float{16 if half else 32}"
+        print(f"ranks     what a rank sends in a step, by parallel.branch_groups = {config.parallel.branch_groups!r}:")
+        print(f"           groups  branches a rank  gradients MB  {bands}  pictures through a branch at once")
+        for groups in possible:
+            sent = parallel.traffic(config, world_size, groups, parameters, half)
+            print(
+                f"{'*' if groups == chosen else '':>11}{groups:>6}  {sent.branches:>15}  {sent.gradients / 1e6:>12,.1f}  "
+                f"{sent.bands / 1e6:>{len(bands)},.1f}  {config.rank_batch_size(world_size) * groups:>33}"
+            )
+    norm_batch = normalization.norm_batch(config, config.rank_batch_size(world_size) * chosen, world_size // chosen)
+    print(f"norm      batch normalisation over {norm_batch} pictures (model.norm_batch = {config.model.norm_batch!r})")
 
 
 def _alike(costs: list[BranchCost]) -> list[tuple[BranchCost, int]]:

@@ -57,9 +57,10 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
 
         # ------------------------------------------------------------------ branches and what feeds them
         streams = Streams(config, before, ranks)
+        norm_batch = normalization.norm_batch(config, streams.batch_size * mesh.branch_groups, mesh.rows)
         ensemble = Ensemble.of(config, mesh.own)
         for branch in ensemble.branches:
-            normalization.fit(branch, config, streams.count, mesh)
+            normalization.fit(branch, norm_batch, streams.batch_size * mesh.branch_groups, mesh)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
         learners = [Learner(branch, config, precision, mesh) for branch in ensemble.branches]
         torch.manual_seed(seeds.derived(config.seed, "training", ranks.rank))
@@ -72,7 +73,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
 
         # ------------------------------------------------------------------ where the last checkpoint left them
         progress, meter = Progress(), Meter(mesh)
-        _log_start(config, directory, parameters, (len(train_pictures), len(val_pictures)), streams, mesh, precision)
+        _log_start(config, directory, parameters, (len(train_pictures), len(val_pictures)), norm_batch, mesh, precision)
         if before is not None:
             progress = Progress(**before.run["progress"])
             _restore(before, config, ensemble, learners, meter, mesh)
@@ -165,7 +166,7 @@ def _take_directory(
     path = checkpoint.latest(directory.checkpoints)
     before = None if path is None else Before(path, checkpoint.read(path, checkpoint.RUN))
     streams = Streams(config, before, mesh.ranks)
-    norm_batch = normalization.norm_batch(config, streams.count, mesh)
+    norm_batch = normalization.norm_batch(config, streams.batch_size * mesh.branch_groups, mesh.rows)
     checkpoint.clean_up(directory.checkpoints, path)
     environment = runlog.environment(mesh.ranks.world_size, _device_name(mesh.ranks))
     directory.create(config, {**environment, "branch_groups": mesh.branch_groups, "norm_batch": norm_batch})
@@ -504,7 +505,7 @@ def _log_start(
     directory: RunDirectory,
     parameters: Sequence[int],
     pictures: tuple[int, int],
-    streams: Streams,
+    norm_batch: int,
     mesh: Mesh,
     precision: Precision,
 ) -> None:
@@ -519,7 +520,7 @@ def _log_start(
     sent = parallel.traffic(config, ranks.world_size, mesh.branch_groups, parameters, precision.half_bands)
     logger.info(
         f"each rank trains {sent.branches} of {branches} branches and sends {sent.bytes / 1e6:,.1f} MB a step; "
-        f"batch normalisation sees {normalization.norm_batch(config, streams.count, mesh)} pictures"
+        f"batch normalisation sees {norm_batch} pictures"
     )
 
 

@@ -1,0 +1,155 @@
+"""Bytes that a rank sends in one step, for every number of branch groups: computed, and measured over gloo.
+
+    python bench/communication.py [CONFIG] [--set KEY=VALUE …] [--world-size 8] [--processes 2,4]
+
+The first table is computed from the config alone.  For the second, the config's own branches are trained for a few
+steps on random bands, on that many processes of this machine, at a smaller batch; what the loopback interface has
+carried meanwhile, headers included, is set beside the formula.  Run it on a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import socket
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import common
+import torch
+
+from bandsplit import normalization, parallel, schema
+from bandsplit.ensemble import Ensemble, parameters_of_branches
+from bandsplit.loader import Batch, Deliveries
+from bandsplit.parallel import Mesh, Traffic
+from bandsplit.recipe import Precision
+from bandsplit.schema import RunConfig
+from bandsplit.training import Learner
+
+DEFAULT = ["train.batch_size=2048"]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", type=Path, default=Path("config/train/resnet34_sub16.toml"))
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--world-size", type=int, default=8, help="ranks of the computed table")
+    parser.add_argument("--processes", default="2,4", help="numbers of processes to measure with")
+    parser.add_argument("--pictures", type=int, default=8, help="global batch to measure with")
+    parser.add_argument("--steps", type=int, default=2, help="steps to measure")
+    parser.add_argument("--output", type=Path, default=Path("bench/results/communication.json"))
+    arguments = parser.parse_args()
+
+    config = schema.load(arguments.config, [*DEFAULT, *arguments.set])
+    parameters = parameters_of_branches(config)
+    print(
+        f"\n{config.name}: {len(parameters)} branches, {sum(parameters) / 1e6:.1f} M parameters, "
+        f"{config.train.batch_size} pictures of {config.data.image_size}², float16 bands, {arguments.world_size} ranks"
+    )
+    print("| branch groups | branches a rank | gradients MB | bands MB |  all MB | less than plain DDP by |")
+    print("|--------------:|----------------:|-------------:|---------:|--------:|-----------------------:|")
+    computed = [
+        parallel.traffic(config, arguments.world_size, g, parameters, half=True)
+        for g in parallel.possible_groups(config, arguments.world_size)
+    ]
+    for sent in computed:
+        print(
+            f"| {sent.branch_groups:>13} | {sent.branches:>15} | {sent.gradients / 1e6:>12,.1f} | "
+            f"{sent.bands / 1e6:>8,.1f} | {sent.bytes / 1e6:>7,.1f} | {computed[0].bytes / sent.bytes:>22.1f} |"
+        )
+
+    small = schema.load(
+        arguments.config, [*DEFAULT, *arguments.set, f"train.batch_size={arguments.pictures}", "optim.momentum=0"]
+    )
+    print(f"\nmeasured: {arguments.pictures} pictures a step, {arguments.steps} steps")
+    print("| processes | branch groups | computed MB | measured MB | measured / computed |")
+    print("|----------:|--------------:|------------:|------------:|--------------------:|")
+    measured = []
+    for processes in map(int, arguments.processes.split(",")):
+        for groups in parallel.possible_groups(small, processes):
+            sent = parallel.traffic(small, processes, groups, parameters, half=True)
+            found = _measure(small, processes, groups, arguments.steps)
+            measured.append({"processes": processes, "computed": _as_dict(sent), "measured": found})
+            print(
+                f"| {processes:>9} | {groups:>13} | {sent.bytes / 1e6:>11,.2f} | {found / 1e6:>11,.2f} | "
+                f"{found / sent.bytes:>19.3f} |",
+                flush=True,
+            )
+    settings = {"config": str(arguments.config), "set": arguments.set, "pictures": arguments.pictures}
+    common.write(arguments.output, settings, {"computed": list(map(_as_dict, computed)), "measured": measured})
+
+
+def _as_dict(sent: Traffic) -> dict[str, Any]:
+    return {**vars(sent), "bytes": sent.bytes}
+
+
+def _measure(config: RunConfig, processes: int, groups: int, steps: int) -> float:
+    """Bytes that one of the processes sends in a step, on average."""
+    with socket.socket() as any_port:
+        any_port.bind(("127.0.0.1", 0))
+        port = any_port.getsockname()[1]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["bandsplit.training"])
+    results = context.SimpleQueue()
+    work = partial(_train, config, processes, groups, steps, port, results)
+    ranks = [context.Process(target=work, args=(rank,)) for rank in range(processes)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+        if process.exitcode:
+            raise SystemExit(f"error: a rank ended with code {process.exitcode}")
+    found: float = results.get()
+    return found / processes / steps
+
+
+def _train(config: RunConfig, processes: int, groups: int, steps: int, port: int, results: Any, rank: int) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({key: str(value) for key, value in place.items()}, GLOO_SOCKET_IFNAME="lo")
+    torch.set_num_threads(1)
+    with parallel.ranks() as ranks:
+        mesh = Mesh(ranks, len(config.split.groups), groups)
+        ensemble = Ensemble.of(config, mesh.own).to(memory_format=torch.channels_last)
+        at_once = config.rank_batch_size(processes) * groups
+        norm_batch = normalization.norm_batch(config, at_once, mesh.rows)
+        for branch in ensemble.branches:
+            normalization.fit(branch, norm_batch, at_once, mesh)
+        precision = Precision("fp32", ranks.device)
+        learners = [Learner(branch, config, precision, mesh) for branch in ensemble.branches]
+        deliveries = Deliveries(_random_batches(config, processes), mesh)
+
+        def step(ahead: bool) -> None:
+            (batch,) = deliveries.take(1, ahead)
+            for x, learner in zip(batch.inputs, learners, strict=True):
+                learner.step([x.float()], [batch.labels], lr=1e-3)
+
+        step(ahead=False)  # DDP tells the ranks its buckets in the first step
+        ranks.wait()
+        before = _loopback_bytes()
+        for n in range(steps):
+            step(ahead=n + 1 < steps)
+        ranks.wait()
+        if ranks.is_first:
+            results.put(_loopback_bytes() - before)
+        ranks.wait()
+
+
+def _random_batches(config: RunConfig, processes: int) -> Any:
+    size = config.data.image_size // config.split.block
+    count = config.rank_batch_size(processes)
+    inputs = [
+        torch.randn(count, 3 * len(group), size, size).half().to(memory_format=torch.channels_last)
+        for group in config.split.groups
+    ]
+    while True:
+        yield Batch(inputs, torch.zeros(count, dtype=torch.int64))
+
+
+def _loopback_bytes() -> int:
+    return int(Path("/sys/class/net/lo/statistics/tx_bytes").read_text())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,227 @@
+"""Spreading branches over ranks changes nothing but who computes what: four gloo processes against one."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from bandsplit import normalization, parallel, schema
+from bandsplit.ensemble import Ensemble, parameters_of_branches
+from bandsplit.errors import UserError
+from bandsplit.evaluation import Accuracy, evaluate
+from bandsplit.loader import Batch, Deliveries
+from bandsplit.parallel import Mesh, Ranks
+from bandsplit.recipe import Precision
+from bandsplit.schema import RunConfig
+from bandsplit.training import Learner
+from tests.conftest import on_ranks
+
+RANKS, BATCH, PARTS = 4, 4, 2  # BATCH pictures of a rank at once, in PARTS batches a step
+Gradients = dict[str, Tensor]
+
+
+def batches(groups: tuple[tuple[int, ...], ...], rank: int) -> list[Batch]:
+    """What this rank's pipeline gives: inputs of all branches, channels_last as the operator makes them."""
+    generator = torch.Generator().manual_seed(rank)
+
+    def inputs() -> list[Tensor]:
+        sizes = [(BATCH, 3 * len(group), 16, 16) for group in groups]
+        return [torch.randn(s, generator=generator).to(memory_format=torch.channels_last) for s in sizes]
+
+    return [Batch(inputs(), torch.randint(0, 10, (BATCH,), generator=generator)) for _ in range(PARTS)]
+
+
+def without_norms(module: nn.Module) -> nn.Module:
+    for name, child in module.named_children():
+        if isinstance(child, nn.BatchNorm2d):
+            setattr(module, name, nn.Identity())
+        without_norms(child)
+    return module
+
+
+def step_on_mesh(config: RunConfig, branch_groups: int, norms: bool) -> tuple[Gradients, Gradients]:
+    """Gradients and buffers of this rank's branches, by branch and name, after one real step of the mesh."""
+    with parallel.ranks(60) as ranks:
+        mesh = Mesh(ranks, len(config.split.groups), branch_groups)
+        ensemble = Ensemble.of(config, mesh.own)
+        at_once = BATCH * branch_groups
+        norm_batch = normalization.norm_batch(config, at_once, mesh.rows)
+        for branch in ensemble.branches:
+            normalization.fit(branch, norm_batch, at_once, mesh) if norms else without_norms(branch)
+        ensemble = ensemble.double().to(memory_format=torch.channels_last)
+        gradients: Gradients = {}
+        deliveries = Deliveries(itertools.cycle(batches(config.split.groups, ranks.rank)), mesh)
+        parts = deliveries.take(PARTS, ahead=True)
+        for i, branch in enumerate(ensemble.branches):
+            learner = Learner(branch, config, Precision("fp32", ranks.device), mesh)
+
+            def keep(*_: object, k: int = mesh.own[i], branch: nn.Module = branch) -> None:
+                gradients.update({f"{k}.{name}": p.grad.clone() for name, p in branch.named_parameters()})
+
+            learner.optimizer.register_step_pre_hook(keep)
+            learner.step([part.inputs[i].double() for part in parts], [part.labels for part in parts], lr=0.1)
+        with mesh.mean_buffers(ensemble):
+            buffers = {
+                f"{k}.{name}": buffer.clone()
+                for k, branch in zip(mesh.own, ensemble.branches, strict=True)
+                for name, buffer in branch.named_buffers()
+            }
+        return gradients, buffers
+
+
+def step_alone(config: RunConfig, norm_batch: int | None) -> tuple[Gradients, Gradients]:
+    """The same with plain autograd: torch's batch normalisation over `norm_batch` pictures at a time."""
+    ensemble = Ensemble.of(config).double()
+    of_rank = [batches(config.split.groups, rank) for rank in range(RANKS)]
+    gradients, buffers = {}, {}
+    for k, branch in enumerate(ensemble.branches):
+        if norm_batch is None:
+            without_norms(branch)
+        for part in range(PARTS):
+            x = torch.cat([each[part].inputs[k] for each in of_rank]).double()
+            y = torch.cat([each[part].labels for each in of_rank])
+            at_start = [buffer.clone() for buffer in branch.buffers()]
+            moved = []
+            pieces = list(zip(x.split(norm_batch or len(x)), y.split(norm_batch or len(y)), strict=True))
+            for piece, labels in pieces:
+                for buffer, before in zip(branch.buffers(), at_start, strict=True):
+                    buffer.copy_(before)
+                loss = nn.functional.cross_entropy(branch(piece), labels) / PARTS / len(pieces)
+                loss.backward()
+                moved.append([buffer.clone() for buffer in branch.buffers()])
+            for buffer, *values in zip(branch.buffers(), *moved, strict=True):
+                buffer.copy_(torch.stack(values).double().mean(dim=0))
+        gradients |= {f"{k}.{name}": p.grad for name, p in branch.named_parameters()}
+        buffers |= {f"{k}.{name}": buffer for name, buffer in branch.named_buffers()}
+    return gradients, buffers
+
+
+@pytest.mark.parametrize("norms", ["all", 8, 2, "absent"])
+def test_gradients_do_not_depend_on_the_number_of_branch_groups(config_file: Path, norms: str | int) -> None:
+    """Batch normalisation over all 16 pictures; over 8, which joins ranks, is a rank's own batch, or parts it, for 1,
+    2 and 4 groups; over 2; and no normalisation at all.  In float64: what differs is the order of additions."""
+    keys = [f"train.batch_size={RANKS * BATCH * PARTS}", f"train.accumulation={PARTS}", "model.stem=small"]
+    config = schema.load(config_file, [*keys, f"model.norm_batch={'all' if norms == 'absent' else norms}"])
+    alone, alone_buffers = step_alone(config, {"all": 16, "absent": None}.get(norms, norms))  # type: ignore[call-overload]
+    for groups in (1, 2, 4):
+        results = on_ranks(RANKS, step_on_mesh, config, groups, norms != "absent")
+        seen = set()
+        for gradients, buffers in results:
+            assert len({name.split(".")[0] for name in gradients}) == 4 // groups
+            seen |= gradients.keys()
+            for name, gradient in gradients.items():
+                scale = alone[name].abs().max()
+                torch.testing.assert_close(gradient, alone[name], rtol=0, atol=1e-9 * float(scale), msg=name)
+            for name, buffer in buffers.items():
+                torch.testing.assert_close(buffer, alone_buffers[name], rtol=1e-9, atol=1e-9, msg=name)
+        assert seen == alone.keys()
+
+
+def exchange_and_give_back(groups: tuple[tuple[int, ...], ...], half: bool) -> list[bool]:
+    """Whether every value arrives where it should, in order and in channels_last; and logits come back to it."""
+    with parallel.ranks(60) as ranks:
+        mesh = Mesh(ranks, len(groups), 2)
+        sent = batches(groups, ranks.rank)
+        if half:
+            sent = [Batch([x.half() for x in batch.inputs], batch.labels) for batch in sent]
+        right = []
+        deliveries = Deliveries(iter(sent), mesh)
+        for n, batch in enumerate(deliveries):
+            row = [batches(groups, 2 * mesh.row + i)[n] for i in range(2)]
+            for x, k in zip(batch.inputs, mesh.own, strict=True):
+                wanted = torch.cat([each.inputs[k] for each in row])
+                right.append(torch.equal(x, wanted.half() if half else wanted))
+                right.append(x.is_contiguous(memory_format=torch.channels_last))
+            right.append(torch.equal(batch.labels, torch.cat([each.labels for each in row])))
+            pooled = torch.stack([x.float().sum(dim=(1, 2, 3))[:, None] for x in batch.inputs])
+            logits, labels = deliveries.of_own_pictures(pooled, batch.labels)
+            right.append(torch.equal(labels, sent[n].labels))
+            wanted = torch.stack([x.float().sum(dim=(1, 2, 3))[:, None] for x in sent[n].inputs])
+            right.append(torch.allclose(logits, wanted, atol=1e-3))
+        return [*right, n + 1 == PARTS]
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("groups", [((0,), (1,), (2,), (3,)), ((0,), (1, 2)), ((0, 1, 2), (3,), (1,), (2, 3))])
+def test_every_band_arrives_where_it_is_learnt(groups: tuple[tuple[int, ...], ...], half: bool) -> None:
+    for right in on_ranks(RANKS, exchange_and_give_back, groups, half):
+        assert all(right), right
+
+
+def evaluate_on_mesh(config: RunConfig, branch_groups: int) -> Accuracy:
+    with parallel.ranks(60) as ranks:
+        mesh = Mesh(ranks, len(config.split.groups), branch_groups)
+        return evaluate(
+            Ensemble.of(config, mesh.own), validation(config, ranks), 25, mesh, Precision("fp32", ranks.device)
+        )
+
+
+def validation(config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
+    """25 pictures on any number of ranks, in batches that are filled up with none."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = [torch.randn(25, 3 * len(group), 16, 16, generator=generator) for group in config.split.groups]
+    labels = torch.randint(0, 10, (25,), generator=generator)
+    count = -(-25 // ranks.world_size // BATCH)
+    for n in range(count):
+        mine = [ranks.rank + ranks.world_size * (n * BATCH + i) for i in range(BATCH)]
+        kept = torch.tensor([labels[i] if i < 25 else -1 for i in mine])
+        yield Batch([x[[min(i, 24) for i in mine]] for x in inputs], kept)
+
+
+def test_validation_counts_do_not_depend_on_the_number_of_branch_groups(config_file: Path) -> None:
+    config = schema.load(config_file)
+    (alone,) = on_ranks(1, evaluate_on_mesh, config, 1)
+    for groups in (1, 2, 4):
+        for accuracy in on_ranks(RANKS, evaluate_on_mesh, config, groups):
+            assert accuracy.loss == pytest.approx(alone.loss, abs=1e-6)
+            assert (accuracy.top1, accuracy.top5) == (alone.top1, alone.top5)
+            assert (accuracy.branch_top1, accuracy.branch_top5) == (alone.branch_top1, alone.branch_top5)
+
+
+SUB16 = Path(__file__).resolve().parent.parent / "config/train/resnet34_sub16.toml"
+
+
+def test_traffic_of_the_published_ensemble() -> None:
+    """Sixteen ResNet-34, 2048 pictures of 224², eight ranks: from the formula by hand."""
+    config = schema.load(SUB16, ["train.batch_size=2048"])
+    parameters = parameters_of_branches(config)
+    plain, spread = (parallel.traffic(config, 8, g, parameters, half=True) for g in (1, 8))
+    assert plain.bytes == pytest.approx(2 * 7 / 8 * 4 * sum(parameters))
+    assert plain.bytes == pytest.approx(2.4e9, rel=0.02)
+    assert spread.bytes == pytest.approx(256 * 224 * 224 * 3 * 2 * 7 / 8)
+    assert plain.bytes / spread.bytes > 30
+    assert spread.branches == 2
+    assert parallel.branch_groups(config, 8, parameters, half=True) == 8
+
+
+def test_auto_takes_the_least_traffic() -> None:
+    """Large pictures and few of many branches' parameters are better off with plain data parallelism."""
+    config = schema.load(SUB16, ["train.batch_size=2048"])
+    assert parallel.branch_groups(config, 1, [10] * 16, half=True) == 1
+    assert parallel.branch_groups(config, 8, [10] * 16, half=True) == 1
+    assert parallel.branch_groups(config, 8, [10**8] * 16, half=True) == 8
+    assert parallel.possible_groups(config, 24) == [1, 2, 4, 8]
+
+
+@pytest.mark.parametrize(("groups", "world_size"), [(3, 6), (8, 4), (5, 1)])
+def test_groups_that_do_not_divide_are_refused(groups: int, world_size: int) -> None:
+    config = schema.load(SUB16, [f"parallel.branch_groups={groups}"])
+    with pytest.raises(
+        UserError, match=rf"parallel.branch_groups: {groups} given, but it has to divide {world_size} r"
+    ):
+        parallel.branch_groups(config, world_size, [1] * 16, half=True)
+
+
+def test_a_norm_batch_that_cannot_be_had_is_refused(config_file: Path) -> None:
+    config = schema.load(config_file, ["model.norm_batch=5"])
+    with pytest.raises(
+        UserError, match="5 given, but a rank takes 12 pictures .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"
+    ):
+        normalization.norm_batch(config, at_once=12, rows=1)
+    with pytest.raises(UserError, match="model.norm_batch: 'some' given; allowed: 'rank', 'all' or a number from 1"):
+        schema.load(config_file, ["model.norm_batch=some"])
