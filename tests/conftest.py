@@ -191,3 +191,21 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         return Done(code, *capsys.readouterr())
 
     return call
+
+
+@pytest.fixture(scope="session")
+def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Run directories of undisturbed runs on so many processes, with overrides; made when first asked for."""
+    folder = tmp_path_factory.mktemp("finished")
+    (folder / "data.toml").write_text(DATA_TOML.format(root=pictures))
+    (folder / "tiny.toml").write_text(TRAIN_TOML)
+
+    def make(ranks: int, *overrides: str) -> Path:
+        run_dir = folder / "-".join([str(ranks), *overrides])
+        if not run_dir.exists():
+            sets = [argument for override in overrides for argument in ("--set", override)]
+            done = run("train.py", folder / "tiny.toml", "--run-dir", run_dir, *sets, ranks=ranks)
+            assert done.returncode == 0, done.stderr
+        return run_dir
+
+    return make

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -16,72 +14,13 @@ import torch
 from bandsplit import checkpoint, runlog, schema, training
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
-from tests.conftest import DATA_TOML, TRAIN_TOML, VAL_PER_CLASS, Done, Launch, run
+from tests.conftest import VAL_PER_CLASS, Done, Launch, run
+from tests.runs import assert_equal, assert_same_run, metrics, wait_for
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
-VOLATILE = {"seconds", "images_per_second", "data_wait", "peak_memory_mib", "validation_seconds"}
 
 
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what the clock decides."""
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
-
-
-def assert_same_run(first: Path, second: Path) -> None:
-    """Metrics and every tensor of the last and the best checkpoint are equal bit for bit."""
-    assert metrics(first) == metrics(second)
-    for name in ("last", "best"):
-        a, b = (run_dir / "checkpoints" / name for run_dir in (first, second))
-        assert a.resolve().name == b.resolve().name
-        files = {path.name for path in a.iterdir() if path.name.startswith("branch")}
-        assert files == {path.name for path in b.iterdir() if path.name.startswith("branch")}
-        for file in files:
-            assert_equal(checkpoint.read(a, file), checkpoint.read(b, file))
-
-
-def wait_for(path: Path, launch: Launch, seconds: float = 120) -> None:
-    """Until a file or folder is there."""
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert launch.running, f"ended before {path} was there: {launch.wait().stderr}"
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
-
-
-def assert_equal(a: Any, b: Any) -> None:
-    assert type(a) is type(b)
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b)
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys()
-        for key in a:
-            assert_equal(a[key], b[key])
-    elif isinstance(a, list):
-        for x, y in zip(a, b, strict=True):
-            assert_equal(x, y)
-    else:
-        assert a == b
-
-
-@pytest.fixture(scope="module")
-def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Run directories of undisturbed runs on one and on two processes, made when first asked for."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "data.toml").write_text(DATA_TOML.format(root=pictures))
-    (folder / "tiny.toml").write_text(TRAIN_TOML)
-
-    def make(ranks: int) -> Path:
-        run_dir = folder / f"ranks{ranks}"
-        if not run_dir.exists():
-            done = run("train.py", folder / "tiny.toml", "--run-dir", run_dir, ranks=ranks)
-            assert done.returncode == 0, done.stderr
-        return run_dir
-
-    return make
-
-
-def test_a_run_writes_everything_it_promises(finished: Callable[[int], Path]) -> None:
+def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> None:
     run_dir = finished(1)
     config = schema.load(run_dir / "config.toml")
     assert (config.name, config.train.epochs) == ("tiny", 2)
@@ -107,7 +46,7 @@ def test_a_run_writes_everything_it_promises(finished: Callable[[int], Path]) ->
 
 
 @pytest.fixture(scope="module")
-def parts(finished: Callable[[int], Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def parts(finished: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """The same training in two runs: branches 0 and 2, and branches 3 and 1."""
     folder = tmp_path_factory.mktemp("parts")
     for branches in ("0,2", "3,1"):
@@ -118,7 +57,7 @@ def parts(finished: Callable[[int], Path], tmp_path_factory: pytest.TempPathFact
 
 
 def test_branches_trained_alone_are_those_trained_together(
-    finished: Callable[[int], Path], parts: list[Path], run_here: Callable[..., Done], tmp_path: Path
+    finished: Callable[..., Path], parts: list[Path], run_here: Callable[..., Done], tmp_path: Path
 ) -> None:
     """Bit for bit, since branches share nothing; and joined again they are the same ensemble."""
     together = finished(1) / "checkpoints/last"
@@ -169,7 +108,7 @@ def test_runs_that_saw_other_data_are_not_joined(
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_killed_and_resumed_equals_undisturbed(
-    finished: Callable[[int], Path], config_file: Path, tmp_path: Path, ranks: int
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path, ranks: int
 ) -> None:
     undisturbed, run_dir = finished(ranks), tmp_path / "killed"
     arguments = (config_file, "--run-dir", run_dir, "--resume")
@@ -185,7 +124,7 @@ def test_killed_and_resumed_equals_undisturbed(
 
 
 def test_resuming_a_finished_run_changes_nothing(
-    finished: Callable[[int], Path], config_file: Path, tmp_path: Path
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
     done = run("train.py", config_file, "--run-dir", copy, "--resume")
@@ -193,7 +132,7 @@ def test_resuming_a_finished_run_changes_nothing(
     assert_same_run(copy, finished(1))
 
 
-def test_any_number_of_processes_validates_like_one(finished: Callable[[int], Path], tmp_path: Path) -> None:
+def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path], tmp_path: Path) -> None:
     figures = []
     for ranks in (1, 2, 5):  # 5 does not divide the training batch
         output = tmp_path / f"{ranks}.json"
@@ -275,7 +214,7 @@ def test_a_mistake_ends_with_one_message_and_writes_nothing(
 
 
 def test_a_run_directory_in_use_is_left_alone(
-    finished: Callable[[int], Path], config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:
     copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
@@ -291,7 +230,7 @@ def test_a_run_directory_in_use_is_left_alone(
 
 
 def test_another_number_of_ranks_has_to_divide(
-    finished: Callable[[int], Path], config_file: Path, tmp_path: Path
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(finished(2), tmp_path / "copy", symlinks=True))
     done = run("train.py", config_file, "--run-dir", copy, "--resume", ranks=3)

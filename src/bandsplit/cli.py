@@ -33,7 +33,7 @@ def run(main: Callable[[], None]) -> None:
     if isinstance(ended, UserError):
         if ended.one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {ended}", file=sys.stderr)
-        else:
+        elif under_torchrun:
             time.sleep(20)  # torchrun ends all ranks when the first one has ended: let that be the one that speaks
         sys.exit(2)
     if isinstance(ended, Interrupted):

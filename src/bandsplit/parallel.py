@@ -167,7 +167,8 @@ def _who_is_missing(store: Any, rank: int, seconds: float = 8.0) -> Exception:
     if "of its own error" in told.values() or not missing or rank != speaks:
         return ToldElsewhere()
     named = ", ".join(map(str, missing))
-    error = UserError(f"rank{'s' * (len(missing) > 1)} {named} ended without a word or hang; the others cannot go on")
+    what = f"ranks {named} have ended or hang" if len(missing) > 1 else f"rank {named} has ended or hangs"
+    error = UserError(f"{what}; the others cannot go on alone; see logs/rank{missing[0]}.log")
     error.one_rank = True
     return error
 

@@ -96,8 +96,9 @@ def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: lis
         print(f"           groups  branches a rank  gradients MB  {bands}  pictures through a branch at once")
         for groups in possible:
             sent = parallel.traffic(config, world_size, groups, parameters, half)
+            mark = "*" if groups == chosen else ""
             print(
-                f"{'*' if groups == chosen else '':>11}{groups:>6}  {sent.branches:>15}  {sent.gradients / 1e6:>12,.1f}  "
+                f"{mark:>11}{groups:>6}  {sent.branches:>15}  {sent.gradients / 1e6:>12,.1f}  "
                 f"{sent.bands / 1e6:>{len(bands)},.1f}  {config.rank_batch_size(world_size) * groups:>33}"
             )
     norm_batch = normalization.norm_batch(config, config.rank_batch_size(world_size) * chosen, world_size // chosen)

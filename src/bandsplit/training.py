@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from loguru import logger
@@ -392,8 +392,7 @@ class Saver:
         minutes = self._config.checkpoint.every_minutes
         over = self._ranks.is_first and minutes is not None and time.monotonic() - self._last >= 60 * minutes
         signal_anywhere, over_anywhere, failed = self._ranks.largest([signal_here, over, self._failed])
-        if failed:
-            self._end()
+        self._end_if(failed)
         return signal_anywhere, bool(over_anywhere)
 
     def settle(self) -> None:
@@ -401,8 +400,7 @@ class Saver:
         deadline = time.monotonic() + self._config.parallel.timeout_seconds
         while True:
             busy, failed, late = self._ranks.largest([self._writer.busy, self._failed, time.monotonic() > deadline])
-            if failed:
-                self._end()
+            self._end_if(failed)
             if not busy:
                 return
             if late:
@@ -415,12 +413,14 @@ class Saver:
         self._last = time.monotonic()
 
     @property
-    def _failed(self) -> bool:
-        return self._writer.error is not None
+    def _failed(self) -> int:
+        """0: nothing; otherwise larger, the earlier this rank comes, since the first of those that failed tells it."""
+        return self._ranks.world_size - self._ranks.rank if self._writer.error is not None else 0
 
-    def _end(self) -> NoReturn:
-        self._writer.give_up()
-        raise self._writer.error or ToldElsewhere()
+    def _end_if(self, failed: int) -> None:
+        if failed:
+            self._writer.give_up()
+            raise self._writer.error if self._writer.error and failed == self._failed else ToldElsewhere()
 
 
 def _snapshot(

@@ -1,0 +1,314 @@
+"""What goes wrong on clusters, at random moments: nothing is lost beyond the last checkpoint, and the message helps.
+
+Seed 0 of every case is part of the usual tests; `python -m pytest -m long` runs the others.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from bandsplit import checkpoint
+from tests.conftest import Done, Launch, command, run
+from tests.runs import assert_same_run, metrics, wait_for
+
+LONGER = "train.epochs=4"  # 52 steps, a checkpoint every 3
+SEEDS = [pytest.param(0), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
+
+
+@pytest.fixture(params=SEEDS)
+def chance(request: pytest.FixtureRequest) -> random.Random:
+    return random.Random(request.param)
+
+
+class Victim:
+    """A run of two ranks with something about to happen to it, and what it is compared with in the end."""
+
+    def __init__(self, config: Path, run_dir: Path, undisturbed: Path, groups: int) -> None:
+        self.run_dir, self._undisturbed = run_dir, undisturbed
+        self._arguments = (config, "--run-dir", run_dir, "--resume", "--set", LONGER)
+        self._arguments += ("--set", f"parallel.branch_groups={groups}")
+
+    def start(self, *more: object) -> Launch:
+        return Launch("train.py", *self._arguments, *more, ranks=2)
+
+    def reach(self, launch: Launch, chance: random.Random) -> None:
+        """Until a random moment between the first checkpoint and the last epoch."""
+        wait_for(self.run_dir / f"checkpoints/step_{chance.choice(range(3, 40, 3)):08d}", launch)
+        time.sleep(chance.random() * 0.15)
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there."""
+        return sorted(int(path.name[-8:]) for path in (self.run_dir / "checkpoints").glob("step_*"))
+
+    def finish(self, at_least: int) -> Done:
+        """Goes on to the end, from step `at_least` or later, and is then the undisturbed run, bit for bit."""
+        done = self.start().wait()
+        assert done.returncode == 0, done.stderr
+        assert int(re.findall(r"resuming after step (\d+)", done.stderr)[0]) >= at_least
+        assert_same_run(self.run_dir, self._undisturbed)
+        return done
+
+
+@pytest.fixture
+def victim(config_file: Path, tmp_path: Path, finished: Callable[..., Path], chance: random.Random) -> Victim:
+    groups = chance.choice([1, 2])
+    return Victim(config_file, tmp_path / "run", finished(2, LONGER, f"parallel.branch_groups={groups}"), groups)
+
+
+def test_all_ranks_are_killed(victim: Victim, chance: random.Random) -> None:
+    launch = victim.start()
+    victim.reach(launch, chance)
+    launch.signal(signal.SIGKILL)
+    launch.wait()
+    victim.finish(at_least=max(victim.steps()))
+
+
+def test_one_rank_is_killed(victim: Victim, chance: random.Random) -> None:
+    launch = victim.start()
+    victim.reach(launch, chance)
+    launch.signal(signal.SIGKILL, chance.randrange(2))
+    done = launch.wait(60)
+    assert done.returncode != 0
+    assert "Traceback" not in done.stderr, "a broken connection is not what went wrong"
+    victim.finish(at_least=max(victim.steps()))
+
+
+def test_all_ranks_are_killed_while_a_checkpoint_is_written(victim: Victim, chance: random.Random) -> None:
+    launch = victim.start()
+    before = 3 * chance.randrange(1, 12)
+    wait_for(victim.run_dir / f"checkpoints/step_{before:08d}", launch)
+    while not list(victim.run_dir.glob("checkpoints/.step_*")):
+        assert launch.running
+    launch.signal(signal.SIGKILL)
+    launch.wait()
+    victim.finish(at_least=before)
+
+
+def test_sigterm_loses_nothing(victim: Victim, chance: random.Random) -> None:
+    launch = victim.start()
+    victim.reach(launch, chance)
+    rank = chance.randrange(2)
+    launch.signal(signal.SIGTERM, rank)  # one rank is enough to stop all
+    done = launch.wait(60)
+    assert done.returncode == 128 + signal.SIGTERM
+    (stopped,) = re.findall(r"stopped by SIGTERM after step (\d+)", done.stderr)
+    assert max(victim.steps()) == int(stopped)
+    victim.finish(at_least=int(stopped))
+
+
+def test_the_last_checkpoint_is_damaged(victim: Victim, chance: random.Random) -> None:
+    launch = victim.start()
+    victim.reach(launch, chance)
+    launch.signal(signal.SIGUSR1)
+    launch.wait(60)
+    before, last = victim.steps()[-2:]
+    damaged = chance.choice(sorted((victim.run_dir / f"checkpoints/step_{last:08d}").glob("*.pt")))
+    damaged.write_bytes(damaged.read_bytes()[: chance.randrange(damaged.stat().st_size)])
+    done = victim.finish(at_least=before)
+    assert f"step_{last:08d} is damaged ({damaged.name}: " in done.stderr
+    assert f"resuming after step {before} " in done.stderr
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40m", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip("only root can mount a small disk")
+    yield folder
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)
+
+
+def test_the_disk_is_full(victim: Victim, chance: random.Random, small_disk: Path) -> None:
+    victim.run_dir.symlink_to(small_disk / "run")
+    (small_disk / "run").mkdir()
+    launch = victim.start()
+    victim.reach(launch, chance)
+    filler = small_disk / "filler"
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(b"0" * 4096)
+    done = launch.wait(60)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "cannot be written: [Errno 28] No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr
+    good = checkpoint.latest(victim.run_dir / "checkpoints")
+    assert good is not None
+    filler.unlink()
+    victim.finish(at_least=int(good.name[-8:]))
+
+
+def test_the_run_directory_goes_away(victim: Victim, chance: random.Random) -> None:
+    """A mount that is lost, as its users see it."""
+    launch = victim.start()
+    victim.reach(launch, chance)
+    victim.run_dir.rename(victim.run_dir.with_name("elsewhere"))
+    done = launch.wait(60)
+    assert done.returncode == 2
+    assert "cannot be written: [Errno 2] No such file or directory" in done.stderr
+    assert done.stderr.count("error: ") >= 1
+    shutil.rmtree(victim.run_dir, ignore_errors=True)
+    victim.run_dir.with_name("elsewhere").rename(victim.run_dir)
+    victim.finish(at_least=3)
+
+
+def test_the_pictures_go_away(victim: Victim, chance: random.Random, pictures: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(pictures, tmp_path / "copy"))
+    data = tmp_path / "data.toml"
+    data.write_text(data.read_text().replace(str(pictures), str(root)))
+    launch = victim.start()
+    victim.reach(launch, chance)
+    root.rename(tmp_path / "away")
+    done = launch.wait(60)
+    assert done.returncode == 2
+    assert f"{root}" in done.stderr
+    assert "cannot be read" in done.stderr
+    assert "Traceback" not in done.stderr
+    (tmp_path / "away").rename(root)
+    # the config says where the pictures are, so compare all but that
+    again = victim.start().wait()
+    assert again.returncode == 0, again.stderr
+    assert_same_run(victim.run_dir, victim._undisturbed)
+
+
+def test_a_rank_that_hangs_is_named(config_file: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    sets = ("--set", LONGER, "--set", "parallel.timeout_seconds=5")
+    launch = Launch("train.py", config_file, "--run-dir", run_dir, *sets, ranks=4)
+    wait_for(run_dir / "checkpoints/step_00000006", launch)
+    launch.signal(signal.SIGSTOP, 2)
+    try:
+        for rank in (0, 1, 3):
+            launch.ranks[rank].join(60)
+            assert launch.ranks[rank].exitcode in (1, 2)
+    finally:
+        launch.signal(signal.SIGKILL, 2)
+    done = launch.wait()
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "error: rank 2 has ended or hangs" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_error_of_one_rank_is_the_one_that_is_told(config_file: Path, pictures: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(pictures, tmp_path / "copy"))
+    (tmp_path / "data.toml").write_text((tmp_path / "data.toml").read_text().replace(str(pictures), str(root)))
+    bad = sorted((root / "train").rglob("*.jpg"))[40]
+    bad.write_bytes(bad.read_bytes()[:400])
+    done = run("train.py", config_file, "--run-dir", tmp_path / "run", ranks=3)
+    assert done.returncode in (1, 2)
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert f"error: {bad}: this picture cannot be read or decoded" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_two_runs_do_not_share_a_directory(config_file: Path, tmp_path: Path) -> None:
+    arguments = (config_file, "--run-dir", tmp_path / "run", "--resume", "--set", "train.epochs=40")
+    first = Launch("train.py", *arguments)
+    wait_for(tmp_path / "run/checkpoints/step_00000003", first)
+    second = run("train.py", *arguments)
+    assert second.returncode == 2
+    assert f"{tmp_path / 'run'} is in use by process {first.ranks[0].pid} on " in second.stderr
+    first.signal(signal.SIGTERM)
+    assert first.wait().returncode == 128 + signal.SIGTERM
+
+
+def test_fewer_ranks_go_on(config_file: Path, tmp_path: Path, finished: Callable[..., Path]) -> None:
+    """Four ranks, then two, then one: the same pictures in the same steps, so the same losses but for rounding."""
+    keys = ("train.batch_size=16", "model.norm_batch=4", "model.stem=small", "optim.lr=0.01")
+    undisturbed, run_dir = finished(4, *keys), tmp_path / "run"
+    sets = [argument for key in keys for argument in ("--set", key)]
+    for ranks in (4, 2, 1):
+        launch = Launch("train.py", config_file, "--run-dir", run_dir, "--resume", *sets, ranks=ranks)
+        if ranks > 1:
+            wait_for(run_dir / f"checkpoints/step_{ {4: 6, 2: 12}[ranks]:08d}", launch)
+            launch.signal(signal.SIGTERM, 0)
+        done = launch.wait()
+    assert done.returncode == 0, done.stderr
+    assert "2 ranks with 2 groups of branches wrote this checkpoint, 1 with 1 go on" in done.stderr
+    for line, wanted in zip(metrics(run_dir), metrics(undisturbed), strict=True):
+        assert (line["event"], line["step"], line["images"]) == (wanted["event"], wanted["step"], wanted["images"])
+        if line["event"] == "train":
+            assert line["branch_loss"] == pytest.approx(wanted["branch_loss"], rel=1e-3)
+
+
+@pytest.fixture
+def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
+    """Starts torchrun itself, and ends what a failed test has left of it."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: object, ranks: int, options: tuple[str, ...]) -> subprocess.Popen[str]:
+        line = command("train.py", *arguments, ranks=ranks, torchrun=options)
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        process = subprocess.Popen(line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        process.kill()
+
+
+def test_torchrun_starts_again_after_a_rank_was_killed(
+    config_file: Path, tmp_path: Path, finished: Callable[..., Path], torchrun: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """From the last checkpoint, without --resume."""
+    run_dir = tmp_path / "run"
+    process = torchrun(config_file, "--run-dir", run_dir, ranks=2, options=("--standalone", "--max-restarts=1"))
+    deadline = time.monotonic() + 180
+    while not (run_dir / "checkpoints/step_00000006").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, output
+    assert re.search(r"resuming after step ([6-9]|1\d)", output)
+    assert_same_run(run_dir, finished(2))
+
+
+def test_two_nodes_are_one_training(
+    config_file: Path, tmp_path: Path, finished: Callable[..., Path], torchrun: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """Two torchrun agents of one rank each, which meet as in the Slurm script: equal to two ranks on one node."""
+    options = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29613", "--rdzv-id=test")
+    nodes = [torchrun(config_file, "--run-dir", tmp_path / "run", ranks=1, options=options) for _ in range(2)]
+    for node in nodes:
+        output, _ = node.communicate(timeout=240)
+        assert node.returncode == 0, output
+    assert_same_run(tmp_path / "run", finished(2))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_loss_that_is_not_finite_stops_the_run(config_file: Path, tmp_path: Path, groups: int) -> None:
+    sets = [
+        f"parallel.branch_groups={groups}",
+        "optim.lr=1e30",
+        "checkpoint.every_steps=1",
+        "schedule.warmup_epochs=0.5",
+    ]
+    arguments = [argument for key in sets for argument in ("--set", key)]
+    done = run("train.py", config_file, "--run-dir", tmp_path / "run", *arguments, ranks=2)
+    assert done.returncode == 2
+    (told,) = re.findall(
+        r"error: branch (\d): the loss of step (\d+) is not finite \(learning rate (.*?)\)", done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    good = checkpoint.latest(tmp_path / "run/checkpoints")
+    if good is not None:
+        assert int(good.name[-8:]) < int(told[1])
+        for path in good.glob("branch_*.pt"):
+            assert all(w.isfinite().all() for w in checkpoint.read(good, path.name)["network"].values())
