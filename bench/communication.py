@@ -22,11 +22,11 @@ import torch
 
 from bandsplit import normalization, parallel, schema
 from bandsplit.ensemble import Ensemble, parameters_of_branches
+from bandsplit.learner import Learner
 from bandsplit.loader import Batch, Deliveries
 from bandsplit.parallel import Mesh, Traffic
 from bandsplit.recipe import Precision
 from bandsplit.schema import RunConfig
-from bandsplit.training import Learner
 
 DEFAULT = ["train.batch_size=2048"]
 

@@ -14,11 +14,11 @@ from bandsplit import normalization, parallel, schema
 from bandsplit.ensemble import Ensemble, parameters_of_branches
 from bandsplit.errors import UserError
 from bandsplit.evaluation import Accuracy, evaluate
+from bandsplit.learner import Learner
 from bandsplit.loader import Batch, Deliveries
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
 from bandsplit.schema import RunConfig
-from bandsplit.training import Learner
 from tests.conftest import on_ranks
 
 RANKS, BATCH, PARTS = 4, 4, 2  # BATCH pictures of a rank at once, in PARTS batches a step

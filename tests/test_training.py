@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandsplit import checkpoint, runlog, schema, training
+from bandsplit import checkpoint, runlog, schema
+from bandsplit.learner import Learner
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
 from tests.conftest import VAL_PER_CLASS, Done, Launch, run
@@ -156,7 +157,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) 
     for parts in (1, 3):
         torch.manual_seed(0)
         network = torch.nn.Linear(5, 3)
-        learner = training.Learner(network, config, Precision("fp32", ALONE.ranks.device), ALONE)
+        learner = Learner(network, config, Precision("fp32", ALONE.ranks.device), ALONE)
         losses = [learner.step(x.chunk(parts), y.chunk(parts), lr=0.1) for _ in range(3)]
         weights.append((network.weight.detach().clone(), torch.stack(losses)))
         assert network.weight.grad is None  # nothing of this branch stays behind
@@ -164,12 +165,37 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) 
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("policy", ["skip", "lower_lr"])
+def test_a_step_with_gradients_that_are_not_finite_is_left_out(config_file: Path, policy: str) -> None:
+    """Weights, momentum and running statistics are those of a run that never saw that batch."""
+    config = schema.load(config_file, [f"train.on_nonfinite={policy}"])
+    good, bad = torch.randn(4, 3, 8, 8), torch.full((4, 3, 8, 8), float("inf"))
+    labels, networks = torch.zeros(4, dtype=torch.int64), []
+    for batches in ([good, bad, good], [good, good]):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.BatchNorm2d(3), torch.nn.Flatten(), torch.nn.Linear(192, 2))
+        learner = Learner(network, config, Precision("fp32", ALONE.ranks.device), ALONE)
+        factor = 0.5 if policy == "lower_lr" else 1.0
+        for n, x in enumerate(batches):
+            lr = 0.1 if len(batches) == 3 or n == 0 else 0.1 * factor
+            loss = learner.step([x], [labels], lr)
+            assert (loss is None) == (x is bad)
+            assert network[2].weight.grad is None
+        networks.append((network.state_dict(), learner.optimizer.state_dict()["state"]))
+        if len(batches) == 3:
+            assert learner.lr_factor == factor
+            again = Learner(network, config, Precision("fp32", ALONE.ranks.device), ALONE)
+            again.load_state_dict(learner.state_dict())
+            assert again.lr_factor == factor
+    assert_equal(*networks)
+
+
 def test_a_step_is_torchs_sgd(config_file: Path) -> None:
     config = schema.load(config_file, ["optim.weight_decay=0.01"])
     network = torch.nn.Linear(5, 3)
     weight, bias = (p.detach().clone().requires_grad_() for p in network.parameters())
     reference = torch.optim.SGD([weight, bias], lr=1, momentum=0.9, weight_decay=0.01, fused=False)
-    learner = training.Learner(network, config, Precision("fp32", ALONE.ranks.device), ALONE)
+    learner = Learner(network, config, Precision("fp32", ALONE.ranks.device), ALONE)
     for lr in (0.1, 0.2, 0.05):
         x, y = torch.randn(4, 5), torch.randint(0, 3, (4,))
         learner.step([x], [y], lr)

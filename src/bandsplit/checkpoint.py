@@ -25,7 +25,9 @@ from typing import Any
 import torch
 from loguru import logger
 
-from bandsplit.errors import UserError
+from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.parallel import Ranks
+from bandsplit.schema import RunConfig
 
 State = dict[str, Any]
 
@@ -238,3 +240,50 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+class Saver:
+    """When checkpoints are written, and whether they were: what the ranks have to agree on."""
+
+    def __init__(self, folder: Path, config: RunConfig, ranks: Ranks) -> None:
+        self._folder, self._config, self._ranks = folder, config, ranks
+        self._writer = Writer(folder, ranks.is_first, config.checkpoint.keep)
+        self._last = time.monotonic()
+
+    def agree(self, signal_here: int) -> tuple[int, bool]:
+        """A signal that any rank has received (0: none), and whether `checkpoint.every_minutes` are over.
+
+        Raises UserError where this rank could not write the last checkpoint, ToldElsewhere where another could not.
+        """
+        minutes = self._config.checkpoint.every_minutes
+        over = self._ranks.is_first and minutes is not None and time.monotonic() - self._last >= 60 * minutes
+        signal_anywhere, over_anywhere, failed = self._ranks.largest([signal_here, over, self._failed])
+        self._end_if(failed)
+        return signal_anywhere, bool(over_anywhere)
+
+    def settle(self) -> None:
+        """Waits until the last checkpoint is written on every rank; raises as `agree` does."""
+        deadline = time.monotonic() + self._config.parallel.timeout_seconds
+        while True:
+            busy, failed, late = self._ranks.largest([self._writer.busy, self._failed, time.monotonic() > deadline])
+            self._end_if(failed)
+            if not busy:
+                return
+            if late:
+                raise UserError(f"{self._folder}: a checkpoint is still not written; does the file system answer?")
+            time.sleep(0.01)
+
+    def save(self, step: int, files: Mapping[str, State], streams: int, best: bool) -> None:
+        names = files_of(self._config.split.numbers, streams)
+        self._writer.start(step, files, names, best)
+        self._last = time.monotonic()
+
+    @property
+    def _failed(self) -> int:
+        """0: nothing; otherwise larger, the earlier this rank comes, since the first of those that failed tells it."""
+        return self._ranks.world_size - self._ranks.rank if self._writer.error is not None else 0
+
+    def _end_if(self, failed: int) -> None:
+        if failed:
+            self._writer.give_up()
+            raise self._writer.error if self._writer.error and failed == self._failed else ToldElsewhere()

@@ -68,6 +68,35 @@ class TrainingLoader:
         return [bytes(pipe.checkpoint()) for pipe in self._pipelines]
 
 
+class Streams:
+    """Streams of pictures: as many as the run had ranks when it began, shared out evenly among those it has now.
+
+    Raises UserError where that cannot be.
+    """
+
+    def __init__(self, config: RunConfig, count: int, ranks: Ranks) -> None:
+        if count % ranks.world_size:
+            possible = [str(n) for n in range(count, 0, -1) if count % n == 0]
+            raise UserError(
+                f"this run began on {count} ranks; it can go on with {' or '.join(possible)}, not with "
+                f"{ranks.world_size}"
+            )
+        self.count = count
+        each = count // ranks.world_size
+        self.own = range(ranks.rank * each, (ranks.rank + 1) * each)
+        self.batch_size = config.rank_batch_size(count)
+        """Pictures of a stream at once."""
+        self.parts = each * config.train.accumulation
+        """Batches of a rank's streams in one optimizer step."""
+        self._config, self._ranks = config, ranks
+
+    def loader(self, pictures: Pictures, half: bool, states: Sequence[bytes] | None) -> TrainingLoader:
+        share = share_of(self._config, self._ranks, self.batch_size, half)
+        threads = max(1, share.threads // len(self.own))
+        shares = [replace(share, rank=s, world_size=self.count, threads=threads) for s in self.own]
+        return TrainingLoader(self._config, pictures, shares, states)
+
+
 class ValidationLoader:
     """This rank's part of the validation pictures, each of them exactly once an iteration.
 
