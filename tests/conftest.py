@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import pickle
 import runpy
+import shutil
 import signal
 import socket
 import sys
@@ -120,6 +121,7 @@ class Launch:
             "".join(path.read_text() for path in sorted(self._folder.glob(f"*.{end}"))) for end in ("out", "err")
         )
         assert not late, f"still running after {seconds} s: {err}"
+        shutil.rmtree(self._folder)
         codes = [process.exitcode or 0 for process in self.ranks]
         return Done(next((code for code in codes if code), 0), out, err)
 

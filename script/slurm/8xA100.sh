@@ -2,12 +2,14 @@
 # sbatch [-A account] script/slurm/8xA100.sh CONFIG [arguments of src/train.py …]        one node, eight A100
 #SBATCH --job-name=bandsplit
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:a100:8
 #SBATCH --cpus-per-task=128
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%j.out
-set -euo pipefail
-cd "$SLURM_SUBMIT_DIR"
-export PATH="$PWD/.venv/bin:$PATH"
-srun torchrun --standalone --nproc-per-node "${NPROC_PER_NODE:-8}" src/train.py "$@"
+# shellcheck source=script/slurm/launch.sh
+source "$(scontrol show job "$SLURM_JOB_ID" | grep -oPm1 "Command=\K.*?/script/slurm/")launch.sh"
+train 8 "$@"

@@ -3,12 +3,14 @@
 # One job a branch, one GPU each, no communication; python src/evaluate.py RUN RUN … joins them into one ensemble.
 #SBATCH --job-name=bandsplit
 #SBATCH --nodes=1
-#SBATCH --ntasks=1
+#SBATCH --ntasks-per-node=1
 #SBATCH --gres=gpu:1
 #SBATCH --cpus-per-task=16
 #SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@120
+#SBATCH --requeue
+#SBATCH --open-mode=append
 #SBATCH --output=slurm-%A_%a.out
-set -euo pipefail
-cd "$SLURM_SUBMIT_DIR"
-export PATH="$PWD/.venv/bin:$PATH"
-srun torchrun --standalone --nproc-per-node "${NPROC_PER_NODE:-1}" src/train.py --branches "$SLURM_ARRAY_TASK_ID" "$@"
+# shellcheck source=script/slurm/launch.sh
+source "$(scontrol show job "$SLURM_JOB_ID" | grep -oPm1 "Command=\K.*?/script/slurm/")launch.sh"
+train 1 --branches "$SLURM_ARRAY_TASK_ID" "$@"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import re
 import time
@@ -22,9 +21,6 @@ from bandsplit.errors import ToldElsewhere, UserError
 from bandsplit.schema import RunConfig
 
 T = TypeVar("T")
-
-_DDP_PARAMETERS = inspect.signature(nn.parallel.DistributedDataParallel.__init__).parameters
-_SYNC_BUFFERS = "forward_sync_buffers" if "forward_sync_buffers" in _DDP_PARAMETERS else "broadcast_buffers"
 
 GRADIENT_BYTES = 4  # gradients are float32 whatever the precision
 
@@ -285,9 +281,12 @@ class Mesh:
         if self.rows == 1:
             return branch
         ids = [self.ranks.device.index] if self.ranks.device.type == "cuda" else None
-        buffers: dict[str, Any] = {_SYNC_BUFFERS: False}  # older versions of torch have another name for it
         return nn.parallel.DistributedDataParallel(
-            branch, device_ids=ids, process_group=self.column_group, gradient_as_bucket_view=True, **buffers
+            branch,
+            device_ids=ids,
+            process_group=self.column_group,
+            gradient_as_bucket_view=True,
+            forward_sync_buffers=False,
         )
 
     @contextmanager
