@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import DATA_TOML, REPOSITORY, TRAIN_TOML, run
-from tests.slurm.conftest import Slurm
 from tests.runs import assert_same_run, metrics
+from tests.slurm.conftest import Slurm
 
 SCRIPTS = REPOSITORY / "script/slurm"
 TWO_RANKS = {"NPROC_PER_NODE": "2"}
