@@ -244,6 +244,17 @@ def test_fewer_ranks_go_on(config_file: Path, tmp_path: Path, finished: Callable
             assert line["branch_loss"] == pytest.approx(wanted["branch_loss"], rel=1e-3)
 
 
+def test_minutes_make_checkpoints_too(config_file: Path, tmp_path: Path) -> None:
+    """Every 6 ms here, with none asked for by steps."""
+    text = config_file.read_text().replace("every_steps = 3", "every_minutes = 0.0001")
+    config_file.write_text(text)
+    done = run("train.py", config_file, "--run-dir", tmp_path / "run", ranks=2)
+    assert done.returncode == 0, done.stderr
+    steps = [int(step) for step in re.findall(r"checkpoint of step (\d+)", done.stderr)]
+    assert len(steps) > 4
+    assert any(step % 13 for step in steps)
+
+
 @pytest.fixture
 def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
     """Starts torchrun itself, and ends what a failed test has left of it."""

@@ -26,6 +26,15 @@ def test_a_run_is_not_overwritten_and_not_changed(tmp_path: Path, config_file: P
         directory.check(changed, resume=True)
 
 
+def test_where_a_run_is_computed_may_change(tmp_path: Path, config_file: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.create(schema.load(config_file, ["parallel.branch_groups=4"]), {"world_size": 8})
+    moved = schema.load(config_file, ["parallel.branch_groups=2", "data.root=/elsewhere", "checkpoint.every_minutes=3"])
+    directory.check(moved, resume=True)
+    directory.create(moved, {"world_size": 4})
+    assert schema.load(directory.config).data.root == "/elsewhere"
+
+
 def test_every_launch_is_noted_and_the_config_is_complete(tmp_path: Path, config_file: Path) -> None:
     config, directory = schema.load(config_file), RunDirectory(tmp_path / "run")
     for ranks in (1, 2):

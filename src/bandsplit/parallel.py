@@ -40,7 +40,7 @@ class Ranks:
     hosts: Any = None
     """Process group of all ranks that joins their hosts (gloo), whatever joins their devices; None: one rank."""
     timeout: timedelta = timedelta(minutes=5)
-    """After which a collective fails."""
+    """After which a collective of the devices fails."""
 
     @property
     def is_first(self) -> bool:
@@ -115,19 +115,19 @@ def ranks(timeout_seconds: int = 300) -> Iterator[Ranks]:
         yield Ranks(rank, 1, local_rank, local_world_size, device)
         return
     store, _, _ = next(dist.rendezvous("env://", rank, world_size()))
-    on_gpu, timeout = device.type == "cuda", timedelta(seconds=timeout_seconds)
-    hosts = None
+    on_gpu, hosts_timeout = device.type == "cuda", timedelta(seconds=timeout_seconds)
+    # NCCL ends the process without a word, so the hosts' group is to notice first who is missing
+    timeout = hosts_timeout + timedelta(seconds=60) if on_gpu else hosts_timeout
     try:
-        # on GPUs the hosts' group notices first who is missing: NCCL ends the process without a word
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=store,
             rank=rank,
             world_size=world_size(),
-            timeout=timeout + timedelta(seconds=60) if on_gpu else timeout,
+            timeout=timeout,
             device_id=device if on_gpu else None,
         )
-        hosts = dist.new_group(backend="gloo", timeout=timeout) if on_gpu else dist.group.WORLD
+        hosts = dist.new_group(backend="gloo", timeout=hosts_timeout) if on_gpu else dist.group.WORLD
         yield Ranks(rank, world_size(), local_rank, local_world_size, device, hosts, timeout)
     except Exception as error:
         if _comes_from_others(error):

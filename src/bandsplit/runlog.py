@@ -24,6 +24,12 @@ from tqdm import tqdm
 from bandsplit.errors import UserError
 from bandsplit.schema import RunConfig
 
+MAY_CHANGE = (
+    "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.decoder.read_ahead",
+    "train.log_every", "validation.batch_size",
+)  # fmt: skip
+"""Keys that say where and how a run is computed, not what: they may change when it is resumed."""
+
 PACKAGES = ("bandsplit", "torch", "torchvision", "nvidia-dali-cuda120", "numpy")
 
 
@@ -51,7 +57,7 @@ class RunDirectory:
         changed = [
             f"{key} was {before.get(key, 'unset')!r}, now {now.get(key, 'unset')!r}"
             for key in sorted({*before, *now})
-            if before.get(key) != now.get(key)
+            if before.get(key) != now.get(key) and not key.startswith(MAY_CHANGE)
         ]
         if changed:
             raise UserError(f"{self.path} holds a run of another config: {'; '.join(changed)}")
@@ -79,12 +85,11 @@ class RunDirectory:
             lock.release()
 
     def create(self, config: RunConfig, environment: Mapping[str, Any]) -> None:
-        """Makes the folders, writes config.toml the first time and adds this launch to environment.json."""
+        """Makes the folders, writes config.toml and adds this launch to environment.json."""
         with _writing_to(self.path):
             for folder in (self.path, self.checkpoints, self.logs):
                 folder.mkdir(parents=True, exist_ok=True)
-        if not self.config.exists():
-            replace_text(self.config, tomli_w.dumps(resolved(config)))
+        replace_text(self.config, tomli_w.dumps(resolved(config)))
         launches = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.exists() else []
         replace_text(self.environment, json.dumps([*launches, environment], indent=2) + "\n")
 

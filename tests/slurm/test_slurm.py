@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +14,7 @@ from tests.runs import assert_same_run, metrics
 from tests.slurm.conftest import Slurm
 
 SCRIPTS = REPOSITORY / "script/slurm"
+SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
 TWO_RANKS = {"NPROC_PER_NODE": "2"}
 
 
@@ -44,15 +47,18 @@ def last(run_dir: Path) -> Path:
     return (run_dir / "checkpoints/last").resolve()
 
 
+@pytest.mark.parametrize("seed", SEEDS)
 def test_a_job_that_is_requeued_and_cancelled_ends_as_if_undisturbed(
-    slurm: Slurm, folder: Path, finished: Path
+    slurm: Slurm, folder: Path, finished: Path, seed: int
 ) -> None:
-    run_dir = folder / "runs/long-seed0"
-    line = (SCRIPTS / "8xA100.sh", "long.toml")
+    """At random moments."""
+    chance, run_dir = random.Random(seed), folder / f"runs/disturbed{seed}"
+    line = (SCRIPTS / "8xA100.sh", "long.toml", "--run-dir", run_dir.relative_to(folder))
     job = slurm.sbatch(*line, cwd=folder, **TWO_RANKS)
     log = run_dir / f"logs/slurm-{job}.out"
     assert slurm.show(job)["TresPerNode"] == "gres:gpu:a100:8"
     slurm.running_until(job, lambda: steps(run_dir))
+    time.sleep(chance.random())
     slurm.command("scancel", "--batch", "--signal=USR1", job)
     told = slurm.until(job, "PENDING")
     assert told["Restarts"] == "1"
@@ -62,6 +68,7 @@ def test_a_job_that_is_requeued_and_cancelled_ends_as_if_undisturbed(
 
     slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for two minutes otherwise
     slurm.running_until(job, lambda: last(run_dir) != stopped)
+    time.sleep(chance.random())
     slurm.command("scancel", job)
     told = slurm.until(job, "CANCELLED")
     assert told["Restarts"] == "1"
@@ -79,9 +86,12 @@ def test_a_job_that_is_requeued_and_cancelled_ends_as_if_undisturbed(
     assert (folder / f"slurm-{again}.out").read_text() == f"job {again} writes to {log.relative_to(folder)}\n"
 
 
-def test_a_config_of_the_repository_on_two_nodes(slurm: Slurm, folder: Path) -> None:
-    """Reaches the training loop; asked to stop, both nodes write the checkpoint before the job is queued again."""
-    run_dir = folder / "runs/two_nodes"
+@pytest.mark.parametrize(
+    ("script", "processes"), [(("--nodes=2", SCRIPTS / "nodes_8xA100.sh"), 1), ((SCRIPTS / "8xA100.sh",), 2)]
+)
+def test_a_config_of_the_repository(slurm: Slurm, folder: Path, script: tuple[object, ...], processes: int) -> None:
+    """Reaches the training loop; asked to stop, all nodes write the checkpoint before the job is queued again."""
+    run_dir = folder / f"runs/processes{processes}"
     config = REPOSITORY / "config/train/resnet34_sub16.toml"
     sizes = (
         "model.width=0.125",
@@ -91,10 +101,8 @@ def test_a_config_of_the_repository_on_two_nodes(slurm: Slurm, folder: Path) -> 
         "data.resize_size=64",
     )
     overrides = [word for size in sizes for word in ("--set", size)]
-    script = ("--nodes=2", SCRIPTS / "nodes_8xA100.sh")
-    job = slurm.sbatch(
-        *script, config, "--data", "data.toml", *overrides, "--run-dir", run_dir, cwd=folder, NPROC_PER_NODE="1"
-    )
+    line = (*script, config, "--data", "data.toml", *overrides, "--run-dir", run_dir)
+    job = slurm.sbatch(*line, cwd=folder, NPROC_PER_NODE=str(processes))
     slurm.running_until(job, lambda: (run_dir / "metrics.jsonl").exists() and metrics(run_dir))
     slurm.command("scancel", "--batch", "--signal=USR1", job)
     slurm.until(job, "PENDING")
