@@ -43,7 +43,7 @@ def config(side: int, block: int) -> schema.RunConfig:
 
 
 def ours(files: list[Path], side: int, block: int, share: Share) -> Subject:
-    loader = TrainingLoader(config(side, block), Pictures([*map(str, files)], [0] * len(files), ["all"]), share)
+    loader = TrainingLoader(config(side, block), Pictures([*map(str, files)], [0] * len(files), ["all"]), [share])
 
     def step() -> int:
         return len(next(loader))

@@ -78,7 +78,7 @@ def command(script: str, *arguments: object, ranks: int, torchrun: tuple[str, ..
 
 @dataclass(frozen=True)
 class Done:
-    """What an entry point did, as `subprocess.CompletedProcess` tells it; of several ranks the first failure's code."""
+    """What an entry point did; of several ranks the largest exit code of a failure."""
 
     returncode: int
     stdout: str
@@ -123,7 +123,7 @@ class Launch:
         assert not late, f"still running after {seconds} s: {err}"
         shutil.rmtree(self._folder)
         codes = [process.exitcode or 0 for process in self.ranks]
-        return Done(next((code for code in codes if code), 0), out, err)
+        return Done(max((code for code in codes if code), default=0), out, err)
 
 
 def _start(count: int, env: dict[str, str], function: Callable[..., None], *args: object) -> list[Any]:

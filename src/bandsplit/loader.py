@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -53,16 +54,21 @@ class TrainingLoader:
     def __init__(
         self, config: RunConfig, pictures: Pictures, shares: Sequence[Share], states: Sequence[bytes] | None = None
     ) -> None:
-        self._config, self._pictures, self._shares = config, pictures, shares
+        self._config, self._pictures = config, pictures
         from_states: Sequence[bytes | None] = states or [None] * len(shares)
         self._pipelines = [
             pipeline.training(config, pictures, share, state) for share, state in zip(shares, from_states, strict=True)
         ]
 
+        self._turns = cycle(zip(self._pipelines, shares, strict=True))
+
     def __iter__(self) -> Iterator[Batch]:
-        while True:
-            for pipe, share in zip(self._pipelines, self._shares, strict=True):
-                yield _next_batch(pipe, self._config, self._pictures, share)
+        return self
+
+    def __next__(self) -> Batch:
+        """One of the next stream: they take turns."""
+        pipe, share = next(self._turns)
+        return _next_batch(pipe, self._config, self._pictures, share)
 
     def states(self) -> list[bytes]:
         return [bytes(pipe.checkpoint()) for pipe in self._pipelines]

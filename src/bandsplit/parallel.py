@@ -115,6 +115,10 @@ def ranks(timeout_seconds: int = 300) -> Iterator[Ranks]:
         yield Ranks(rank, 1, local_rank, local_world_size, device)
         return
     store, _, _ = next(dist.rendezvous("env://", rank, world_size()))
+    if local_world_size == world_size():
+        # torchrun starts again with the same store, where the addresses of the attempt before may still be read.  Nodes
+        # count their attempts each for itself, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_gpu, hosts_timeout = device.type == "cuda", timedelta(seconds=timeout_seconds)
     # NCCL ends the process without a word, so the hosts' group is to notice first who is missing
     timeout = hosts_timeout + timedelta(seconds=60) if on_gpu else hosts_timeout
