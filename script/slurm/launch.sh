@@ -33,6 +33,8 @@ train() {
     if [[ $requeue ]]; then
         echo "job $job is queued again and will go on from its checkpoint; the traceback above is torchrun's way to stop"
         scontrol requeue "$job"
+        trap - TERM
+        sleep 600 # Slurm ends this script: an exit of its own could be taken for that of the run to come
     fi
     exit "$status"
 }
