@@ -48,10 +48,7 @@ def main() -> None:
     copied, written = [], []
     for n in range(arguments.rounds + 1):  # the first one finds cold memory
         began = time.perf_counter()
-        files = {
-            checkpoint.branch_file(k): {"network": branch.state_dict(), **learner.state_dict()}
-            for k, (branch, learner) in enumerate(zip(ensemble.branches, learners, strict=True))
-        }
+        files = {checkpoint.branch_file(k): learner.state_dict() for k, learner in enumerate(learners)}
         files = checkpoint.on_host({**files, checkpoint.RUN: {"branches": [], "streams": 0}})
         middle = time.perf_counter()
         writer.start(n, files, list(files), best=False)

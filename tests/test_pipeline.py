@@ -82,6 +82,27 @@ def test_a_stream_goes_on_exactly_from_its_state(config: schema.RunConfig, numbe
         assert all(torch.equal(a, b) for a, b in zip(batch.inputs, expected.inputs, strict=True))
 
 
+def test_repeated_augmentation_shows_a_picture_several_times_and_keeps_the_epoch(
+    config_file: Path, numbered: Pictures
+) -> None:
+    """In batches of six, two pictures three times each, cropped anew, and a pass has as many steps as without."""
+    plain, repeated = (schema.load(config_file, [f"augment.repeats={n}"]) for n in (1, 3))
+    usual, batches = (TrainingLoader(config, numbered, [share()]) for config in (plain, repeated))
+    for _ in range(8):
+        read, seen = next(usual).labels.tolist(), next(batches)
+        assert seen.labels.tolist() == [read[0]] * 3 + [read[1]] * 3
+        for first in (0, 3):
+            crops = seen.inputs[0][first : first + 3]
+            assert not torch.equal(crops[0], crops[1])
+            assert not torch.equal(crops[1], crops[2])
+
+
+def test_validation_at_another_size(config_file: Path, numbered: Pictures) -> None:
+    config = schema.load(config_file, ["data.val_image_size=40", "data.resize_size=48"])
+    assert next(iter(ValidationLoader(config, numbered, share()))).inputs[0].shape == (6, 3, 20, 20)
+    assert next(TrainingLoader(config, numbered, [share()])).inputs[0].shape == (6, 3, 16, 16)
+
+
 def test_one_rank_with_two_streams_sees_what_two_ranks_see(config: schema.RunConfig, numbered: Pictures) -> None:
     shares = [share(rank, 2, 4) for rank in range(2)]
     apart = [TrainingLoader(config, numbered, [each]) for each in shares]

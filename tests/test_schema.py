@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -30,13 +31,15 @@ def test_every_shipped_config_loads_and_survives_being_written_out(path: Path, t
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_a_typo_in_any_key_of_a_shipped_config_is_refused(path: Path, tmp_path: Path) -> None:
     table = tomli.loads(path.read_text())
-    table["data"] = str(path.parent / table["data"])
+    for named in ("data", "extends"):
+        if named in table:
+            table[named] = str(path.parent / table[named])
     for section, values in table.items():
         for key in values if isinstance(values, dict) else [None]:
             broken = {**table, section: {**values, f"{key}x": 1}} if key else {**table, f"{section}x": values}
             wrong = tmp_path / "broken.toml"
             wrong.write_text(tomli_w.dumps(broken))
-            with pytest.raises(UserError, match=f"{key or section}x: unknown key; did you mean"):
+            with pytest.raises(UserError, match=f"{key or section}x: unknown key; (did you mean|allowed in)"):
                 schema.load(wrong)
 
 
@@ -91,13 +94,24 @@ MISTAKES = {
     "optim.momentum=0 optim.nesterov=true": r"optim.momentum: 0.* given; allowed: above 0 with optim.nesterov",
     'split.transform="hadamard" split.block=6 data.image_size=36': r"split.block: 6 given; allowed: a power of two",
     "optim": r"--set optim: expected key=value",
+    "data.val_image_size=42": r"data.val_image_size: 42.* given; allowed: at most data.resize_size = 40",
+    "data.val_image_size=39": r"split.block: 2.* given; allowed: a divisor of data.val_image_size = 39: 1, 3, 13",
+    "model.arch=vgg16 model.width=1.0 data.val_image_size=38": r"data.val_image_size: 38.* given; allowed: unset for",
+    "optim.type=sdg": r"--set optim.type=sdg: optim.type: 'sdg' given; allowed: 'sgd', .*; did you mean 'sgd'\?",
+    "optim.type=adam optim.momentum=1": r"optim.momentum: unknown key; allowed in \[optim\]: lr, .*, betas, eps",
+    "optim.type=adam optim.betas=[0.9]": r"optim.betas: \[0.9\] given; expected 2 numbers",
+    "optim.type=adam optim.betas=[0.9,1.5]": r"optim.betas: \[0.9, 1.5\] given; expected 2 numbers",
+    "schedule.type=step": r"schedule.milestones: \[\] given; allowed: either milestones or schedule.every_epochs",
+    "schedule.type=one_cycle schedule.peek_at=0.2": r"unknown key; did you mean schedule.peak_at\?",
+    "loss.type=bce loss.target_threshold=2": r"loss.target_threshold: 2.* given; it should be less than 1",
+    "train.precision=fp16 train.on_nonfinite=lower_lr": r"train.on_nonfinite: 'lower_lr' given; allowed: 'stop'",
     "optim.lr.x=1": r"optim.lr is a value, not a table",
 }
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES.items())
 def test_each_mistake_names_key_value_and_what_is_allowed(config_file: Path, overrides: str, message: str) -> None:
-    parts = [overrides] if "[" in overrides else overrides.split(" ")
+    parts = re.split(r" (?=[a-z_]+\.[a-z_.]+=)", overrides)
     with pytest.raises(UserError, match=message):
         schema.load(config_file, parts)
 
@@ -130,3 +144,45 @@ def test_heavy_imports_stay_out() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_a_config_extends_another_key_by_key(config_file: Path, tmp_path: Path) -> None:
+    base = schema.load(config_file)
+    write(tmp_path, "sub/child.toml", 'extends = "../tiny.toml"\n[optim]\nlr = 0.5\n[train]\nepochs = 7\n')
+    grandchild = write(tmp_path, "sub/grandchild.toml", 'extends = "child.toml"\n[optim]\nmomentum = 0.5\n')
+    config = schema.load(grandchild)
+    assert config.name == "grandchild"
+    assert (config.optim.lr, config.optim.momentum, config.train.epochs) == (0.5, 0.5, 7)
+    assert (config.data, config.model, config.split) == (base.data, base.model, base.split)
+
+
+def test_another_type_takes_the_place_of_the_whole_table(config_file: Path, tmp_path: Path) -> None:
+    text = config_file.read_text().replace("lr = 0.05", "lr = 0.05\nmomentum = 0.8")
+    write(tmp_path, "base.toml", text)
+    child = write(tmp_path, "child.toml", 'extends = "base.toml"\n[optim]\ntype = "adam"\nlr = 0.001\n')
+    assert schema.load(child).optim == schema.Adam(lr=0.001)
+    same = write(tmp_path, "same.toml", 'extends = "base.toml"\n[optim]\nnesterov = true\n')
+    assert schema.load(same).optim == schema.SGD(lr=0.05, momentum=0.8, nesterov=True)
+
+
+def test_mistakes_name_the_file_they_are_in(config_file: Path, tmp_path: Path) -> None:
+    write(tmp_path, "base.toml", config_file.read_text().replace("lr = 0.05", "lrr = 0.05"))
+    child = write(tmp_path, "child.toml", 'extends = "base.toml"\n[train]\nepoch = 7\n')
+    with pytest.raises(UserError) as raised:
+        schema.load(child)
+    lines = str(raised.value).splitlines()
+    assert f"{child}: train.epoch: unknown key; did you mean train.epochs?" in lines
+    assert f"{tmp_path / 'base.toml'}: optim.lrr: unknown key; did you mean optim.lr?" in lines
+    for text, message in (('extends = "none.toml"', "none.toml: no such config"), ("extends = 3", "extends: 3 given")):
+        with pytest.raises(UserError, match=message):
+            schema.load(write(tmp_path, "bad.toml", text))
+    write(tmp_path, "a.toml", 'extends = "b.toml"')
+    with pytest.raises(UserError, match="extends itself, by way of a.toml and b.toml"):
+        schema.load(write(tmp_path, "b.toml", 'extends = "a.toml"').with_name("a.toml"))

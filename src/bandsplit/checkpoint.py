@@ -2,7 +2,7 @@
 
     checkpoints/step_00000026/run.pt            config, progress, losses since the last line of metrics
                               branch_00.pt …    weights, optimizer and loss scale of one branch, whoever trained it
-                              stream_00.pt …    position and random state of one stream of pictures
+                              stream_00.pt …    position of one stream of pictures
     checkpoints/last, best                      links to such folders
 
 Every rank writes its own files. Each carries the CRC-32 of every record, as zip archives do, and is read back once
@@ -66,11 +66,12 @@ def read(folder: Path, name: str) -> State:
 
 
 def read_ensemble(folder: Path, numbers: Sequence[int]) -> State:
-    """State of an `Ensemble` of these branches."""
+    """State of an `Ensemble` of these branches as they were validated: running means of the weights where there are."""
+    branches = [read(folder, branch_file(k)) for k in numbers]
     return {
         f"branches.{i}.{key}": value
-        for i, k in enumerate(numbers)
-        for key, value in read(folder, branch_file(k))["network"].items()
+        for i, branch in enumerate(branches)
+        for key, value in (branch["ema"] if "ema" in branch else branch["network"]).items()
     }
 
 

@@ -97,6 +97,7 @@ def evaluate_runs(
         joined = config.split.model_copy(update={"branches": groups, "only": None})
         config = config.model_copy(update={"split": joined})
         precision = Precision(config.train.precision, ranks.device)
+        precision.apply()
         ensemble = Ensemble(branch for run in runs for branch in run.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
         _, pictures = dataset.open_data(config.data)

@@ -13,7 +13,7 @@ from loguru import logger
 from nvidia.dali import Pipeline, pipeline_def, types
 from nvidia.dali import fn as dali_fn
 
-from bandsplit import native, seeds, spectral
+from bandsplit import augmentation, native, seeds, spectral
 from bandsplit.dataset import Pictures
 from bandsplit.schema import Decoder, RunConfig
 
@@ -61,7 +61,8 @@ def training(config: RunConfig, pictures: Pictures, share: Share, checkpoint: by
     continues exactly after the last batch that was handed out.
     """
     seed = seeds.derived(config.seed, "augmentation", share.rank)
-    return _build(_training_graph, share, config, pictures, seed, checkpoint)
+    conditionals = augmentation.needs_conditionals(config.augment)
+    return _build(_training_graph, share, config, pictures, seed, checkpoint, conditionals)
 
 
 def validation(config: RunConfig, pictures: Pictures, share: Share) -> Pipeline:
@@ -101,8 +102,9 @@ def _build(
     pictures: Pictures,
     seed: int = 0,
     checkpoint: bytes | None = None,
+    conditionals: bool = False,
 ) -> Pipeline:
-    pipe = pipeline_def(graph)(
+    pipe = pipeline_def(graph, enable_conditionals=conditionals)(
         share,
         config,
         pictures,
@@ -137,6 +139,10 @@ def augmented(share: Share, config: RunConfig, pictures: Pictures) -> tuple[Any,
         prefetch_queue_depth=data.decoder.read_ahead,
         name="reader",
     )
+    if config.augment.repeats > 1:
+        # of every batch of files the first part is used, so that a pass is as long as without
+        first = [i // config.augment.repeats for i in range(share.batch_size)]
+        encoded, labels = (fn.permute_batch(part, indices=first) for part in (encoded, labels))
     crop = {"random_area": list(data.random_area), "random_aspect_ratio": list(data.random_aspect)}
     size = [data.image_size, data.image_size]
     crop_only = share.device == "cpu" if data.decoder.crop_only is None else data.decoder.crop_only
@@ -147,7 +153,7 @@ def augmented(share: Share, config: RunConfig, pictures: Pictures) -> tuple[Any,
         images = fn.decoders.image(encoded, **_decoding(data.decoder, share))
         images = fn.random_resized_crop(images, size=size, **crop)
     mirror = fn.random.coin_flip(probability=data.mirror, dtype=types.INT32)
-    return images, mirror, labels
+    return augmentation.augmented(images, config, share.rank), mirror, labels
 
 
 def _decoding(decoder: Decoder, share: Share) -> dict[str, Any]:
@@ -175,7 +181,7 @@ def _validation_graph(share: Share, config: RunConfig, pictures: Pictures) -> An
     )
     images = fn.decoders.image(encoded, **_decoding(data.decoder, share))
     images = fn.resize(images, resize_shorter=data.resize_size)
-    images = fn.crop(images, crop=(data.image_size, data.image_size))
+    images = fn.crop(images, crop=(data.val_size, data.val_size))
     return _finish(images, fn.zeros(shape=[], dtype=types.INT32), labels, share, config)
 
 

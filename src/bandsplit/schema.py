@@ -10,10 +10,19 @@ import difflib
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeGuard
 
 import tomli
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError
 
 from bandsplit.errors import UserError
@@ -60,6 +69,106 @@ class Decoder(_Table):
     """Batches of files that are read ahead; more for a network file system."""
 
 
+class Color(_Table):
+    """Colours scaled at random, one uniform draw a picture for each key, in DALI's order and by its formulas.
+
+    First saturation and hue: chroma times `saturation` and turned by the hue angle, in YIQ, whose luma they keep; then
+    out = brightness · (128 + contrast · (in − 128)), rounded and clamped to 0 .. 255, where torchvision has the mean
+    grey of the picture instead of 128.  He et al., Bag of tricks (CVPR 2019): brightness and saturation [0.6, 1.4],
+    and hue "from 0.6 to 1.4", which as torchvision's ColorJitter reads it (0.4 of a turn) is 144.
+    """
+
+    brightness: Range = (1.0, 1.0)
+    """Smallest and largest factor."""
+    contrast: Range = (1.0, 1.0)
+    saturation: Range = (1.0, 1.0)
+    hue: float = Field(0.0, ge=0, le=180)
+    """Largest turn of the hue, either way, in degrees."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Color:
+        for key in ("brightness", "contrast", "saturation"):
+            low, high = getattr(self, key)
+            if not 0 <= low <= high < float("inf"):
+                raise _mistake(f"augment.color.{key}", [low, high], "0 <= smallest <= largest")
+        return self
+
+
+class RandAugment(_Table):
+    """`n` random operations of 14, of the same strength (Cubuk et al., 2020)."""
+
+    type: Literal["rand_augment"] = "rand_augment"
+    n: int = Field(2, ge=1, le=14)
+    """Operations a picture, one after the other."""
+    m: float = Field(7.0, ge=0, le=10)
+    """Strength: 0 none, 10 the most, as in timm; torchvision counts to 30 where this counts to 10."""
+    std: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """Standard deviation of the strength of each operation on each picture, in units of `m`; the result is clamped to
+    0 .. 10 and rounded to 0.01.  Wightman et al., ResNet strikes back (2021): n = 2, m = 7, std = 0.5."""
+
+
+class AutoAugment(_Table):
+    """One of 25 pairs of operations, those learned on ImageNet (Cubuk et al., CVPR 2019)."""
+
+    type: Literal["auto_augment"] = "auto_augment"
+
+
+class TrivialAugment(_Table):
+    """One random operation of 14 with a random strength, from the wide ranges (Müller and Hutter, ICCV 2021)."""
+
+    type: Literal["trivial_augment"] = "trivial_augment"
+
+
+class Erasing(_Table):
+    """Random erasing (Zhong et al., AAAI 2020): a rectangle filled with the data's mean."""
+
+    probability: Fraction = 0.5
+    """Share of pictures that lose a rectangle."""
+    area: Range = (0.02, 0.4)
+    """Smallest and largest share of the picture that it covers."""
+    aspect: Range = (0.3, 1 / 0.3)
+    """Smallest and largest height / width of it."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Erasing:
+        low, high = self.area
+        if not 0 < low <= high <= 1:
+            raise _mistake("augment.erasing.area", [low, high], "0 < smallest <= largest <= 1")
+        flattest, tallest = self.aspect
+        if not 0 < flattest <= tallest < float("inf"):
+            raise _mistake("augment.erasing.aspect", [flattest, tallest], "0 < smallest <= largest")
+        if max(flattest, 1 / tallest) * high > 1:
+            allowed = f"one that fits into the picture with augment.erasing.area up to {high}"
+            raise _mistake("augment.erasing.aspect", [flattest, tallest], allowed)
+        return self
+
+
+def _with_type(table: object) -> object:
+    types = ("rand_augment", "auto_augment", "trivial_augment")
+    if isinstance(table, dict) and "type" not in table:
+        raise _mistake("augment.auto.type", None, ", ".join(map(repr, types)))
+    return table
+
+
+class Augment(_Table):
+    """What else happens to training pictures between crop and split, in the order of these keys; by default nothing.
+
+    Each has random numbers of its own: none changes crops, flips, or what another does.
+    """
+
+    auto: Annotated[RandAugment | AutoAugment | TrivialAugment | None, BeforeValidator(_with_type)] = Field(
+        None, discriminator="type"
+    )
+    color: Color | None = None
+    pca_noise: float = Field(0.0, ge=0, allow_inf_nan=False)
+    """σ of the lighting noise (Krizhevsky et al., NIPS 2012, section 4.1, has 0.1): multiples of the principal
+    components of ImageNet's colours, three normal numbers a picture, the same for all its pixels."""
+    erasing: Erasing | None = None
+    repeats: int = Field(1, ge=1)
+    """Repeated augmentation (Hoffer et al., CVPR 2020): each picture of a rank's batch is in it so many times, cropped,
+    flipped and augmented anew each time; an epoch has as many pictures as before, and so much fewer different ones."""
+
+
 class Data(_Table):
     """Where the pictures are and how they become a batch (config/data/*.toml)."""
 
@@ -72,6 +181,8 @@ class Data(_Table):
     classes: int = Field(ge=2)
     image_size: int = Field(224, ge=1)
     """Side in pixels of the square that the network (block = 1) or the split sees."""
+    val_image_size: int | None = Field(None, ge=1)
+    """Validation: the same; unset: as in training."""
     resize_size: int = Field(256, ge=1)
     """Validation: length in pixels of the shorter side before the centre crop."""
     random_area: Range = (0.08, 1.0)
@@ -91,10 +202,16 @@ class Data(_Table):
     decoder: Decoder = Decoder()
     generate: Generate | None = None
 
+    @property
+    def val_size(self) -> int:
+        """Side in pixels of the squares that are validated."""
+        return self.val_image_size or self.image_size
+
     @model_validator(mode="after")
     def _check(self) -> Data:
-        if self.image_size > self.resize_size:
-            raise _mistake("data.image_size", self.image_size, f"at most data.resize_size = {self.resize_size}")
+        if self.val_size > self.resize_size:
+            key = "data.image_size" if self.val_image_size is None else "data.val_image_size"
+            raise _mistake(key, self.val_size, f"at most data.resize_size = {self.resize_size}")
         low, high = self.random_area
         if not 0 < low <= high <= 1:
             raise _mistake("data.random_area", list(self.random_area), "0 < smallest <= largest <= 1")
@@ -117,19 +234,105 @@ def _count_or(key: str, *words: str) -> BeforeValidator:
     return BeforeValidator(check)
 
 
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+_MOBILENETS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+_WITH_DROPOUT = ("alexnet", "vgg16", "vgg16_bn", *_MOBILENETS, "inception_v3")
+_ONLY_FOR = {
+    "width": (*_RESNETS, *_MOBILENETS),
+    "stem": _RESNETS,
+    "tweaks": _RESNETS,
+    "zero_gamma": _RESNETS,
+    "drop_path": _RESNETS,
+    "dropout": _WITH_DROPOUT,
+}
+"""Keys of [model] that mean something for these architectures of torchvision's alone."""
+
+Stem = Literal["standard", "no_stride", "small"]
+
+
+def _tweaks(value: object) -> object:
+    """Accepts letters, each once, with one message for everything else; keeps them in the order of the alphabet."""
+    letters = value if isinstance(value, list | tuple) else ["none"]
+    if all(letter in ("b", "c", "d") for letter in letters) and len(set(letters)) == len(letters):
+        return tuple(sorted(letters))
+    raise _mistake("model.tweaks", value, 'a list of "b", "c" and "d", each at most once')
+
+
 class Model(_Table):
     """The network of every branch."""
 
-    arch: Literal["resnet18", "resnet34", "resnet50", "resnet101", "resnet152"]
-    """A torchvision architecture."""
+    source: Literal["torchvision", "timm"] = "torchvision"
+    """`torchvision`: fitted to the size of a band here; `timm`: any network of timm's (pip install bandsplit[timm])."""
+    arch: str
+    """A ResNet (resnet18 to resnet152), alexnet, vgg16, vgg16_bn, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large
+    or inception_v3 without its auxiliary head, from 75 x 75 on; or timm's name."""
     width: float = Field(1.0, gt=0, le=4)
     """Factor on the number of channels of every stage."""
-    stem: Literal["standard", "small"] = "standard"
-    """`standard`: 7x7 stride 2 and max-pooling; `small`: 3x3 stride 1, no pooling, for small bands."""
+    stem: Stem = "standard"
+    """`standard`: 7x7 stride 2 and max-pooling; `no_stride`: 7x7 stride 1 and max-pooling, for bands as channels,
+    where the split has taken the stride already; `small`: 3x3 stride 1, no pooling, for small bands."""
+    tweaks: Annotated[tuple[Literal["b", "c", "d"], ...], BeforeValidator(_tweaks)] = ("b",)
+    """Changes to a ResNet (He et al., Bag of Tricks, CVPR 2019): `b` has the stride of a bottleneck in its 3x3, not in
+    its first 1x1; `c` has three 3x3 as the first convolution; `d` averages before the 1x1 of a strided shortcut."""
+    zero_gamma: bool = False
+    """The last norm of every residual block starts at 0, and the block as its shortcut."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth: probability that a picture skips the last residual block; 0 for the first, linear between."""
+    dropout: Fraction | None = None
+    """Dropout of the classifier; unset: the architecture's own."""
+    init: Literal["default", "xavier_uniform", "kaiming_normal"] = "default"
+    """First weights of convolutions and fully connected layers, whose biases then start at 0; `default`: the
+    architecture's own."""
     norm_batch: Annotated[Literal["rank", "all"] | int, _count_or("model.norm_batch", "rank", "all")] = "rank"
     """Pictures over which batch normalisation takes its statistics: "rank", those that a rank takes through a branch
     at once, which depends on the number of ranks and on `parallel.branch_groups`; "all", those of all ranks together;
     or a number, which makes accuracy independent of the launch."""
+
+    @property
+    def takes_one_size(self) -> bool:
+        """Whether the network may be bound to the size of the inputs that it was built for."""
+        return self.source == "timm" or self.arch in ("alexnet", "vgg16", "vgg16_bn")
+
+    @field_validator("arch")
+    @classmethod
+    def _known(cls, arch: str, info: ValidationInfo) -> str:
+        known = dict.fromkeys((*_RESNETS, *_WITH_DROPOUT))
+        if info.data.get("source") == "torchvision" and arch not in known:
+            names = ", ".join(map(repr, known))
+            raise PydanticCustomError("unknown_arch", "Input should be {allowed}", {"given": arch, "allowed": names})
+        return arch
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        name = self.arch if self.source == "torchvision" else f"timm's {self.arch}"
+        for key, archs in _ONLY_FOR.items():
+            given, default = getattr(self, key), type(self).model_fields[key].default
+            if given != default and (self.source != "torchvision" or self.arch not in archs):
+                only = "unset" if default is None else repr(list(default) if isinstance(default, tuple) else default)
+                allowed = f"{only} for {name}; others are for {', '.join(archs)}"
+                raise _mistake(f"model.{key}", list(given) if isinstance(given, tuple) else given, allowed)
+        if self.source == "timm" and self.norm_batch != "rank":
+            raise _mistake("model.norm_batch", self.norm_batch, "'rank' for timm's networks, whose norms are their own")
+        return self
+
+
+def _is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
+    return isinstance(value, list | tuple)
+
+
+def _bands(value: object) -> object:
+    if isinstance(value, list | tuple) and value and all(type(k) is int for k in value):
+        return tuple(value)
+    raise _mistake("branch.bands", value, "band numbers, such as [0, 1]")
+
+
+class Branch(_Table):
+    """A branch of its own kind, a table [[branch]] each: what it reads and how it differs from [model]."""
+
+    bands: Annotated[tuple[int, ...], BeforeValidator(_bands)]
+    arch: str | None = None
+    width: float | None = Field(None, gt=0, le=4)
+    stem: Stem | None = None
 
 
 def _branches(value: object) -> object:
@@ -201,27 +404,160 @@ class Split(_Table):
         return self
 
 
-class Optim(_Table):
-    """SGD, one optimizer a branch."""
+class _Optimizer(_Table):
+    """What all optimizers share; each branch has one of its own."""
 
     lr: float = Field(gt=0)
-    """Peak learning rate, for the global batch as it is (no scaling rule is applied)."""
+    """Peak learning rate: for the global batch as it is, or with `base_batch` for a batch of that size."""
+    base_batch: int | None = Field(None, ge=1)
+    """Batch that `lr` is meant for; it is scaled to train.batch_size."""
+    scaling: Literal["linear", "sqrt"] = "linear"
+    """With `base_batch`: lr grows with the batch, or with its square root."""
+    weight_decay: float = Field(1e-4, ge=0)
+    decay_norm_and_bias: bool = True
+    """Whether weight decay acts on normalisation and biases too (on everything with one dimension)."""
+
+
+class SGD(_Optimizer):
+    type: Literal["sgd"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
-    weight_decay: float = Field(1e-4, ge=0)
 
     @model_validator(mode="after")
-    def _check(self) -> Optim:
+    def _check(self) -> SGD:
         if self.nesterov and not self.momentum:
             raise _mistake("optim.momentum", self.momentum, "above 0 with optim.nesterov")
         return self
 
 
-class Schedule(_Table):
-    """Learning rate over the steps: linear warm-up, then half a cosine from `optim.lr` to `lr_min`."""
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
 
+
+class Adam(_Optimizer):
+    """Weight decay is added to the gradient, as Adam has it."""
+
+    type: Literal["adam"] = "adam"
+    betas: Betas = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class AdamW(_Optimizer):
+    """Weight decay acts on the weights alone."""
+
+    type: Literal["adamw"] = "adamw"
+    betas: Betas = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class RMSprop(_Optimizer):
+    type: Literal["rmsprop"] = "rmsprop"
+    alpha: float = Field(0.9, gt=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    centered: bool = False
+
+
+class Lamb(_Optimizer):
+    """timm's LAMB: pip install bandsplit[timm]."""
+
+    type: Literal["lamb"] = "lamb"
+    betas: Betas = (0.9, 0.999)
+    eps: float = Field(1e-6, gt=0)
+
+
+def _default_type(name: str) -> BeforeValidator:
+    """A table without `type` is of this one."""
+    return BeforeValidator(lambda table: {"type": name, **table} if isinstance(table, dict) else table)
+
+
+Optim = Annotated[SGD | Adam | AdamW | RMSprop | Lamb, Field(discriminator="type"), _default_type("sgd")]
+
+
+class _Schedule(_Table):
     warmup_epochs: float = Field(0.0, ge=0)
+    """Epochs in which the learning rate rises linearly to its peak, before the schedule begins."""
+
+
+class Cosine(_Schedule):
+    """Half a cosine from the peak to `lr_min`."""
+
+    type: Literal["cosine"] = "cosine"
     lr_min: float = Field(0.0, ge=0)
+    period_epochs: float | None = Field(None, gt=0)
+    """Epochs from peak to `lr_min`; unset: all that there are."""
+    after: Literal["bounce", "restart"] = "bounce"
+    """After a period: back up along the cosine, as torch's CosineAnnealingLR does, or from the peak again."""
+
+
+class Step(_Schedule):
+    """Multiplied by `gamma` every so many epochs, or at given ones; epochs count from the beginning of the run."""
+
+    type: Literal["step"] = "step"
+    every_epochs: float | None = Field(None, gt=0)
+    milestones: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    gamma: float = Field(0.1, gt=0, lt=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Step:
+        if (self.every_epochs is None) == (not self.milestones):
+            raise _mistake("schedule.milestones", list(self.milestones), "either milestones or schedule.every_epochs")
+        return self
+
+
+class OneCycle(_Schedule):
+    """Smith and Topin, Super-Convergence (2018): up and down once, momentum against it."""
+
+    type: Literal["one_cycle"] = "one_cycle"
+    peak_at: float = Field(0.3, gt=0, lt=1)
+    """Share of all steps after which the peak is reached."""
+    start_factor: float = Field(1 / 25, gt=0, le=1)
+    """First learning rate, as a factor on the peak."""
+    end_factor: float = Field(1e-4 / 25, ge=0, le=1)
+    """Last learning rate, as a factor on the peak."""
+    momentum: Annotated[tuple[Fraction, Fraction] | None, Field(strict=False)] = (0.85, 0.95)
+    """Momentum (Adam's first beta) at the peak and at both ends; unset: as the optimizer has it."""
+
+
+class Linear(_Schedule):
+    """A line from the peak to `lr_min`."""
+
+    type: Literal["linear"] = "linear"
+    lr_min: float = Field(0.0, ge=0)
+
+
+class Constant(_Schedule):
+    type: Literal["constant"] = "constant"
+
+
+Schedule = Annotated[Cosine | Step | OneCycle | Linear | Constant, Field(discriminator="type"), _default_type("cosine")]
+
+
+class CrossEntropy(_Table):
+    type: Literal["cross_entropy"] = "cross_entropy"
+    smoothing: Fraction = 0.0
+
+
+class BinaryCrossEntropy(_Table):
+    """Each class by itself (Wightman et al., ResNet strikes back, 2021), mean over pictures and classes."""
+
+    type: Literal["bce"] = "bce"
+    smoothing: Fraction = 0.0
+    target_threshold: float | None = Field(None, ge=0, lt=1)
+    """Targets above it count as 1, the others as 0; unset: as smoothing and mixing leave them."""
+
+
+Loss = Annotated[CrossEntropy | BinaryCrossEntropy, Field(discriminator="type"), _default_type("cross_entropy")]
+
+
+class Mix(_Table):
+    """Mixing of pictures and labels within a batch, on the bands; the same for all branches."""
+
+    mixup: float = Field(0.0, ge=0)
+    """α of the Beta distribution (Zhang et al., ICLR 2018); 0: off."""
+    cutmix: float = Field(0.0, ge=0)
+    """The same for boxes, whose sides are multiples of the block (Yun et al., ICCV 2019); both: one by chance."""
+    probability: Fraction = 1.0
+    """Share of batches that are mixed at all."""
 
 
 class Train(_Table):
@@ -230,8 +566,13 @@ class Train(_Table):
     """Pictures an optimizer step, over all ranks."""
     accumulation: int = Field(1, ge=1)
     """Parts into which a rank's share of the batch is cut to save memory."""
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """`auto`: bf16 autocast on a GPU, fp32 on a CPU; `fp16` scales the loss."""
+    precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
+    """`auto`: bf16 autocast on a GPU, fp32 on a CPU; `tf32`: fp32 with the GPU's shorter products; `fp16` scales the
+    loss."""
+    clip_norm: float | None = Field(None, gt=0)
+    """Largest norm of a branch's gradients; unset: not clipped."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Validate and keep a running mean of the weights as well, which forgets at this rate a step; unset: none."""
     log_every: int = Field(50, ge=1)
     """Steps between lines of metrics.jsonl."""
     on_nonfinite: Literal["stop", "skip", "lower_lr"] = "stop"
@@ -274,29 +615,95 @@ class RunConfig(_Table):
     data: Data
     model: Model
     split: Split = Split()
+    branch: Annotated[tuple[Branch, ...], Field(strict=False)] = ()
+    """All branches one by one, in place of `split.branches`; empty: all of them are as [model] says."""
+    augment: Augment = Augment()
     optim: Optim
-    schedule: Schedule = Schedule()
+    schedule: Schedule = Cosine()
+    loss: Loss = CrossEntropy()
+    mix: Mix = Mix()
     train: Train
     parallel: Parallel = Parallel()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _bands_of_branches(cls, given: Any) -> Any:
+        """[[branch]] says which bands a branch reads: `split.branches` follows."""
+        branches = given.get("branch") if isinstance(given, dict) else None
+        tables = [b.model_dump() if isinstance(b, Branch) else b for b in branches] if _is_list(branches) else []
+        if not tables or not all(isinstance(table, dict) and _is_list(table.get("bands")) for table in tables):
+            return given  # nothing to do, or a mistake that [[branch]] itself will report
+        split = given.get("split", {})
+        split = split.model_dump() if isinstance(split, Split) else split
+        if not isinstance(split, dict):
+            return given
+        bands, said = [list(table["bands"]) for table in tables], split.get("branches", "each")
+        if said != "each" and [list(g) if _is_list(g) else g for g in (said if _is_list(said) else [said])] != bands:
+            raise _mistake("split.branches", said, f"unset, since [[branch]] says {bands}")
+        return {**given, "split": {**split, "branches": bands}}
+
     @model_validator(mode="after")
     def _check(self) -> RunConfig:
-        size, block = self.data.image_size, self.split.block
-        if size % block:
-            divisors = [str(s) for s in range(1, 33) if size % s == 0]
-            allowed = f"a divisor of data.image_size = {size}: {', '.join(divisors)}"
-            raise _mistake("split.block", block, allowed)
+        for number in range(len(self.branch)):
+            self._check_branch(number)
+        block = self.split.block
+        for key, size in (("image_size", self.data.image_size), ("val_image_size", self.data.val_size)):
+            if size % block:
+                divisors = [str(s) for s in range(1, 33) if size % s == 0]
+                allowed = f"a divisor of data.{key} = {size}: {', '.join(divisors)}"
+                raise _mistake("split.block", block, allowed)
+        models = [self.model, *(self.model_of(k) for k in range(len(self.branch)))]
+        if self.data.val_size != self.data.image_size and any(model.takes_one_size for model in models):
+            allowed = "unset for networks whose fully connected layers fit one size (VGG, AlexNet) and for timm's"
+            raise _mistake("data.val_image_size", self.data.val_image_size, allowed)
         if self.schedule.warmup_epochs >= self.train.epochs:
             allowed = f"less than train.epochs = {self.train.epochs}"
             raise _mistake("schedule.warmup_epochs", self.schedule.warmup_epochs, allowed)
-        if self.schedule.lr_min > self.optim.lr:
-            raise _mistake("schedule.lr_min", self.schedule.lr_min, f"at most optim.lr = {self.optim.lr}")
+        if isinstance(self.schedule, Cosine | Linear) and self.schedule.lr_min > self.peak_lr:
+            raise _mistake("schedule.lr_min", self.schedule.lr_min, f"at most optim.lr = {self.peak_lr}")
+        if self.train.precision == "fp16" and self.train.on_nonfinite == "lower_lr":
+            allowed = "'stop' or 'skip' with fp16, whose loss scale is found by gradients that are not finite"
+            raise _mistake("train.on_nonfinite", "lower_lr", allowed)
         if self.train.batch_size % self.train.accumulation:
             allowed = f"a multiple of train.accumulation = {self.train.accumulation}"
             raise _mistake("train.batch_size", self.train.batch_size, allowed)
         return self
+
+    def _check_branch(self, number: int) -> None:
+        """What [[branch]] and [model] say must make a network together."""
+        try:
+            self.model_of(number)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            context = wrong["ctx"]
+            key = context.get("key", "model.arch").removeprefix("model.")
+            if key in Branch.model_fields:
+                raise _mistake(f"branch.{number}.{key}", context["given"], context["allowed"]) from None
+            allowed = f"one for which model.{key} = {context['given']!r} means something"
+            raise _mistake(f"branch.{number}.arch", self.branch[number].arch, allowed) from None
+
+    def model_of(self, number: int) -> Model:
+        """The network of a branch, counted in the whole ensemble."""
+        if not self.branch:
+            return self.model
+        own = self.branch[number].model_dump(exclude={"bands"}, exclude_none=True)
+        return Model.model_validate({**self.model.model_dump(), **own}) if own else self.model
+
+    @property
+    def networks(self) -> str:
+        """The networks of this run in words: `4 x resnet18`, or `1 x resnet34, 3 x resnet18 of width 0.5`."""
+        models = [self.model_of(number) for number in self.split.numbers]
+        kinds = [f"{m.arch} of width {m.width:g}" if m.width != self.model.width else m.arch for m in models]
+        return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+
+    @property
+    def peak_lr(self) -> float:
+        """`optim.lr`, scaled to the batch where `optim.base_batch` says so (Goyal et al., 2017; Krizhevsky, 2014)."""
+        optim = self.optim
+        factor = self.train.batch_size / optim.base_batch if optim.base_batch else 1.0
+        return optim.lr * (factor if optim.scaling == "linear" else factor**0.5)
 
     def steps_per_epoch(self, pictures: int) -> int:
         """Whole batches in so many pictures; what is left over opens the next epoch.
@@ -331,11 +738,11 @@ def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | Non
     Raises UserError: file, key, what was given, what is allowed, the nearest valid key.
     """
     path = Path(path)
-    table = _read(path)
-    table.setdefault("name", path.stem)
     sources = _Sources(path)
+    table = _read_extended(path, sources)
+    table["name"] = table.get("name", path.stem)
     if data is None and isinstance(table.get("data"), str):
-        data = os.path.normpath(path.parent / table["data"])
+        data = table["data"]
     if data is not None:
         table["data"] = {"name": Path(data).stem, **_read(Path(data))}
         sources.add(("data",), str(data))
@@ -347,6 +754,35 @@ def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | Non
         return RunConfig.model_validate(table)
     except ValidationError as error:
         raise UserError("\n".join(_explain(item, sources, table) for item in error.errors())) from None
+
+
+def _read_extended(path: Path, sources: _Sources, below: tuple[Path, ...] = ()) -> Table:
+    """A train config over the one that it names with `extends` (relative to itself), and so on.
+
+    Tables are merged key by key; one that names another `type` takes the place of the whole table.
+    """
+    if path.resolve() in below:
+        raise UserError(f"{path}: extends itself, by way of {' and '.join(p.name for p in below)}")
+    table = _read(path)
+    if isinstance(table.get("data"), str):
+        table["data"] = os.path.normpath(path.parent / table["data"])
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends: {base!r} given; expected the name of a config file")
+    extended = Path(os.path.normpath(path.parent / base))
+    sources.extends(table, str(path), str(extended))
+    return _merged(_read_extended(extended, sources, (*below, path.resolve())), table)
+
+
+def _merged(base: Table, over: Table) -> Table:
+    merged = {**base, **over}
+    for key in base.keys() & over.keys():
+        a, b = base[key], over[key]
+        if isinstance(a, dict) and isinstance(b, dict) and b.get("type", a.get("type")) == a.get("type"):
+            merged[key] = _merged(a, b)
+    return merged
 
 
 def _read(path: Path) -> Table:
@@ -379,6 +815,11 @@ def _assign(table: Table, keys: tuple[str, ...], value: object, override: str) -
     table[keys[-1]] = value
 
 
+def _leaves(table: Table, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in table.items():
+        yield from _leaves(value, (*above, key)) if isinstance(value, dict) else [(*above, key)]
+
+
 class _Sources:
     """Remembers which file or --set a key came from."""
 
@@ -388,39 +829,75 @@ class _Sources:
     def add(self, keys: tuple[str, ...], source: str) -> None:
         self._sources[keys] = source
 
+    def extends(self, table: Table, path: str, base: str) -> None:
+        """What `table` says comes from `path`, everything else from `base`."""
+        self._sources[()] = base
+        for keys in _leaves(table):
+            self._sources.setdefault(keys, path)
+
     def of(self, keys: tuple[str, ...]) -> str:
-        """Where `keys`, something below it, or else the nearest table above it was set."""
-        below = [source for known, source in self._sources.items() if known[: len(keys)] == keys and keys]
-        above = [self._sources[keys[:n]] for n in range(len(keys), -1, -1) if keys[:n] in self._sources]
-        return (below or above)[0]
+        """Where `keys` or something below it was set, or else its nearest neighbours, in a file if possible."""
+        for depth in range(len(keys), 0, -1):
+            found = [source for known, source in self._sources.items() if known[:depth] == keys[:depth]]
+            if depth < len(keys):
+                found = [source for source in found if not source.startswith("--set ")] or found
+            if found:
+                return found[0]
+        return self._sources[()]
 
 
 def _explain(error: Mapping[str, Any], sources: _Sources, table: Table) -> str:
     """One line for one of pydantic's errors."""
     kind, given = error["type"], error["input"]
+    error = {**error, "loc": _without_tags(error["loc"])}
     loc = tuple(str(part) for part in error["loc"])
     if kind == "cross_check":
         context = error["ctx"]
         loc, given, allowed = tuple(context["key"].split(".")), context["given"], context["allowed"]
         return f"{sources.of(loc)}: {'.'.join(loc)}: {given!r} given; allowed: {allowed}"
+    if loc[:1] == ("branch",):
+        return f"{sources.of(loc)}: {'.'.join(loc)}: {_wrong_branch(error)}"
     places = [depth for depth, part in enumerate(error["loc"]) if isinstance(part, int)]
     if places or kind in ("too_long", "tuple_type"):
         # a list of numbers: too short, too long or with something else in it
         loc = loc[: places[0]] if places else loc
-        return f"{sources.of(loc)}: {'.'.join(loc)}: {_value_at(table, loc)!r} given; expected {_length(loc)} numbers"
+        expected = f"expected {_length(loc, table)} numbers"
+        return f"{sources.of(loc)}: {'.'.join(loc)}: {_value_at(table, loc)!r} given; {expected}"
     key, source = ".".join(loc), sources.of(loc)
     if kind == "missing":
-        return f"{source}: {key}: missing; expected: {_field_type(loc)}"
-    if kind == "model_type":
+        return f"{source}: {key}: missing; expected: {_field_type(loc, table)}"
+    if kind in ("model_type", "model_attributes_type", "dict_type"):
         return f"{source}: {key}: {given!r} given; expected a table [{key}]"
+    if kind == "union_tag_invalid":
+        types = [table.model_fields["type"].default for table in _tables_at(loc)]
+        near = difflib.get_close_matches(str(given.get("type")), types, n=1)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        key = f"{key}.type"
+        return f"{source}: {key}: {given.get('type')!r} given; allowed: {', '.join(map(repr, types))}{hint}"
     if kind == "extra_forbidden":
-        known = list(_table_at(loc[:-1]).model_fields)
-        near = difflib.get_close_matches(loc[-1], known, n=1) or [k for k in _all_keys() if k.endswith("." + loc[-1])]
+        known = list(_table_at(loc[:-1], table).model_fields)
+        near = difflib.get_close_matches(loc[-1], known, n=1) or [
+            k for k in _all_keys() if k.endswith("." + loc[-1]) and k != key
+        ]
         hint = f"did you mean {'.'.join((*loc[:-1], near[0])) if near[0] in known else near[0]}?" if near else ""
         where = f"[{'.'.join(loc[:-1])}]" if loc[:-1] else "the top level"
         return f"{source}: {key}: unknown key; {hint or f'allowed in {where}: ' + ', '.join(known)}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{source}: {key}: {given!r} given; {message.replace('input should', 'it should')}"
+
+
+def _wrong_branch(error: Mapping[str, Any]) -> str:
+    """What is wrong in a list of tables [[branch]], or with the list."""
+    loc, kind, known = error["loc"], error["type"], list(Branch.model_fields)
+    if kind == "missing":
+        return "missing; expected: band numbers, such as [0, 1]"
+    if kind == "extra_forbidden":
+        near = difflib.get_close_matches(loc[-1], known, n=1)
+        return f"unknown key; {f'did you mean {near[0]}?' if near else 'allowed in [[branch]]: ' + ', '.join(known)}"
+    if len(loc) < 3:
+        return f"{error['input']!r} given; expected tables [[branch]]"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{error['input']!r} given; {message.replace('input should', 'it should')}"
 
 
 def _value_at(table: Table, loc: tuple[str, ...]) -> object:
@@ -429,33 +906,74 @@ def _value_at(table: Table, loc: tuple[str, ...]) -> object:
     return table[loc[-1]]
 
 
-def _length(loc: tuple[str, ...]) -> int:
+def _length(loc: tuple[str, ...], table: Table) -> int:
     """Number of entries of a key that takes a list of numbers."""
-    return len(getattr(_table_at(loc[:-1]).model_fields[loc[-1]].annotation, "__args__", ()))
+    return len(_arguments(_table_at(loc[:-1], table).model_fields[loc[-1]].annotation))
 
 
-def _table_at(loc: tuple[str, ...]) -> type[BaseModel]:
-    table: type[BaseModel] = RunConfig
+def _arguments(annotation: Any) -> tuple[Any, ...]:
+    """What a generic type holds; of a union with None, what the rest of it holds."""
+    arguments = getattr(annotation, "__args__", ())
+    inner = [option for option in arguments if getattr(option, "__args__", ())]
+    return _arguments(inner[0]) if inner and type(None) in arguments else arguments
+
+
+def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
+    """The path of a key without the names of types that pydantic puts into it."""
+    plain: list[str | int] = []
+    tables: list[type[BaseModel]] = [RunConfig]
+    for part in loc:
+        if len(tables) > 1 and part in [table.model_fields["type"].default for table in tables]:
+            tables = [table for table in tables if table.model_fields["type"].default == part]
+            continue
+        plain.append(part)
+        tables = _tables_of(tables[0], part) if tables else []
+    return tuple(plain)
+
+
+def _tables_of(table: type[BaseModel], key: str | int) -> list[type[BaseModel]]:
+    """The tables that a key of a table may hold: one, or one for each of its types."""
+    field = table.model_fields.get(str(key))
+    if field is None:
+        return []
+    options = [field.annotation, *getattr(field.annotation, "__args__", ())]
+    options += [inner for option in options for inner in getattr(option, "__args__", ())]
+    return [option for option in dict.fromkeys(options) if isinstance(option, type) and issubclass(option, BaseModel)]
+
+
+def _tables_at(loc: tuple[str, ...]) -> list[type[BaseModel]]:
+    tables: list[type[BaseModel]] = [RunConfig]
     for key in loc:
-        annotation = table.model_fields[key].annotation
-        options = [annotation, *getattr(annotation, "__args__", ())]
-        table = next(option for option in options if isinstance(option, type) and issubclass(option, BaseModel))
-    return table
+        tables = _tables_of(tables[0], key) if tables else []
+    return tables
 
 
-def _field_type(loc: tuple[str, ...]) -> str:
-    annotation = _table_at(loc[:-1]).model_fields[loc[-1]].annotation
+def _table_at(loc: tuple[str, ...], given: Table) -> type[BaseModel]:
+    """The table at a path; of several types the one that was given."""
+    value: Any = given
+    for key in loc:
+        value = value.get(key) if isinstance(value, dict) else None
+    tables = _tables_at(loc)
+    chosen = value.get("type") if isinstance(value, dict) else None
+    return next(
+        (table for table in tables if chosen == getattr(table.model_fields.get("type"), "default", None)), tables[0]
+    )
+
+
+def _field_type(loc: tuple[str, ...], table: Table) -> str:
+    annotation = _table_at(loc[:-1], table).model_fields[loc[-1]].annotation
     if isinstance(annotation, type):
         return f"a table [{'.'.join(loc)}]" if issubclass(annotation, BaseModel) else annotation.__name__
+    if _tables_at(loc):
+        return f"a table [{'.'.join(loc)}]"
     options = getattr(annotation, "__args__", ())
     return " or ".join(repr(option) for option in options if not isinstance(option, type)) or str(annotation)
 
 
-def _all_keys(table: type[BaseModel] | None = None, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a train config."""
-    for name, field in (table or RunConfig).model_fields.items():
-        options = [field.annotation, *getattr(field.annotation, "__args__", ())]
-        below = [option for option in options if isinstance(option, type) and issubclass(option, BaseModel)]
+def _all_keys(table: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
+    """Every dotted key of a train config; of tables of several types those of the first."""
+    for name in table.model_fields:
+        below = _tables_of(table, name)
         if below:
             yield from _all_keys(below[0], f"{prefix}{name}.")
         else:

@@ -67,7 +67,7 @@ def show(config: RunConfig, world_size: int) -> None:
         branch_cost(branch, 3 * len(group), size, at_once)
         for branch, group in zip(branches, config.split.groups, strict=True)
     ]
-    print(f"{config.name}: {config.model.arch}, {config.data.name} at {config.data.image_size} pixels")
+    print(f"{config.name}: {config.networks}, {config.data.name} at {config.data.image_size} pixels")
     print(
         f"split     block {config.split.block}, {config.split.transform}: "
         f"{config.split.bands} bands of {size} x {size}, {len(costs)} branch{'es' * (len(costs) > 1)}"
@@ -114,7 +114,9 @@ def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_s
     weights = 4 * sum(cost.parameters for cost in costs)
     largest = max(4 * cost.parameters + cost.activation_bytes for cost in costs)
     bands = 4 * batch_size * config.train.accumulation * size * size * sum(cost.channels for cost in costs)
-    return weights * (2 if config.optim.momentum else 1) + largest + bands * (1 + config.data.prefetch)
+    kept = {"sgd": 1 if getattr(config.optim, "momentum", 0) else 0, "rmsprop": 2}.get(config.optim.type, 2)
+    kept += config.train.ema_decay is not None
+    return weights * (1 + kept) + largest + bands * (1 + config.data.prefetch)
 
 
 def _show_steps(config: RunConfig) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from loguru import logger
-from torch import Tensor
+from torch import nn
 from tqdm import tqdm
 
 from bandsplit import checkpoint, dataset, interruption, normalization, parallel, recipe, runlog, seeds
@@ -42,6 +42,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         steps_per_epoch = config.steps_per_epoch(len(train_pictures))
         total_steps = config.train.epochs * steps_per_epoch
         precision = Precision(config.train.precision, ranks.device)
+        precision.apply()
         half, parameters = precision.half_bands, parameters_of_branches(config)
         mesh = Mesh(ranks, len(parameters), parallel.branch_groups(config, ranks.world_size, parameters, half))
         directory = RunDirectory(run_dir)
@@ -53,12 +54,14 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         streams = Streams(config, before.run["streams"] if before else ranks.world_size, ranks)
         at_once = streams.batch_size * mesh.branch_groups
         norm_batch = normalization.norm_batch(config, at_once, mesh.rows)
-        ensemble = Ensemble.of(config, mesh.own)
-        for branch in ensemble.branches:
-            normalization.fit(branch, norm_batch, at_once, mesh)
-        ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
-        learners = [Learner(branch, config, precision, mesh) for branch in ensemble.branches]
-        torch.manual_seed(seeds.derived(config.seed, "training", ranks.rank))
+        ensemble = Ensemble.of(config, mesh.own).to(ranks.device).to(memory_format=torch.channels_last)
+        means = [recipe.running_mean(branch, config) for branch in ensemble.branches]  # before they know other ranks
+        learners = [
+            Learner(normalization.fit(branch, norm_batch, at_once, mesh), config, precision, mesh, mean)
+            for branch, mean in zip(ensemble.branches, means, strict=True)
+        ]
+        networks = nn.ModuleList([ensemble, *(learner.ema for learner in learners if learner.ema is not None)])
+        numbers = [config.split.numbers[k] for k in mesh.own]
         loader = streams.loader(train_pictures, half, before.loader_states(streams) if before else None)
         deliveries = Deliveries(loader, mesh)
         share = share_of(config, ranks, config.validation.batch_size or streams.batch_size, half)
@@ -69,7 +72,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         _log_start(config, directory, parameters, (len(train_pictures), len(val_pictures)), norm_batch, mesh, precision)
         if before is not None:
             progress = Progress(**before.run["progress"])
-            _restore(before, config, ensemble, learners, meter, mesh)
+            _restore(before, config, networks, learners, meter, mesh)
             _log_resumed(before, progress, mesh)
             if ranks.is_first:
                 metrics.forget_after(progress.step)
@@ -88,10 +91,14 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             saves = ends_epoch or bool(stopped_by) or minutes_are_over or (every is not None and step % every == 0)
 
             lr = recipe.lr_at(progress.step, steps_per_epoch, config)
+            momentum = recipe.momentum_at(progress.step, steps_per_epoch, config)
             with meter.waiting_for_data():
                 parts = deliveries.take(streams.parts, ahead=not saves)
+            mixed = [recipe.mix(part.inputs, part.labels, config, step, n, mesh.row) for n, part in enumerate(parts)]
             for i, learner in enumerate(learners):
-                loss = learner.step([part.inputs[i] for part in parts], [part.labels for part in parts], lr)
+                # for dropout and the like, whatever else this rank trains
+                torch.manual_seed(seeds.derived(config.seed, f"branch {numbers[i]} step {step}", mesh.row))
+                loss = learner.step([x[i] for x, _ in mixed], [target for _, target in mixed], lr, momentum)
                 meter.note(i, loss, step)
             progress.advance(config.train.batch_size, steps_per_epoch)
             bar.update()
@@ -108,9 +115,10 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
 
             best = False
             if ends_epoch and (round(progress.epoch) % config.validation.every == 0 or step == total_steps):
-                with watch.paused(), mesh.mean_buffers(ensemble):
+                validated = Ensemble(learner.validated for learner in learners)
+                with watch.paused(), mesh.mean_buffers(validated):
                     began = time.perf_counter()
-                    accuracy = evaluate(ensemble, validation_loader, len(val_pictures), mesh, precision)
+                    accuracy = evaluate(validated, validation_loader, len(val_pictures), mesh, precision)
                     ensemble.train()
                 best = progress.note_validation(accuracy.as_dict(), watch.seconds)
                 if ranks.is_first:
@@ -122,7 +130,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                 with watch.paused():
                     progress.seconds = watch.seconds
                     saver.settle()
-                    files = _snapshot(config, progress, ensemble, learners, meter, streams, loader, mesh)
+                    files = _snapshot(config, progress, networks, learners, meter, streams, loader, mesh)
                     saver.save(step, files, streams.count, best)
         saver.settle()
         bar.close()
@@ -172,7 +180,7 @@ def _take_directory(
 def _snapshot(
     config: RunConfig,
     progress: Progress,
-    ensemble: Ensemble,
+    networks: nn.Module,
     learners: Sequence[Learner],
     meter: Meter,
     streams: Streams,
@@ -184,9 +192,9 @@ def _snapshot(
     Ranks that train the same branches take turns in writing them; running statistics are the mean over those ranks, and
     each rank's own lie beside its stream.
     """
-    own = {"random": _random_state(mesh.ranks), "buffers": [buffer.clone() for buffer in ensemble.buffers()]}
+    buffers = [buffer.clone() for buffer in networks.buffers()]
     files: dict[str, checkpoint.State] = {
-        checkpoint.stream_file(s): {"loader": state, **own}
+        checkpoint.stream_file(s): {"loader": state, "buffers": buffers}
         for s, state in zip(streams.own, loader.states(), strict=True)
     }
     losses = meter.state()
@@ -200,39 +208,26 @@ def _snapshot(
             "branch_groups": mesh.branch_groups,
             "losses": losses,
         }
-    with mesh.mean_buffers(ensemble):
-        for i, (branch, learner) in enumerate(zip(ensemble.branches, learners, strict=True)):
+    with mesh.mean_buffers(networks):
+        for i, learner in enumerate(learners):
             if i % mesh.rows == mesh.row:
-                name = checkpoint.branch_file(config.split.numbers[mesh.own[i]])
-                files[name] = {"network": branch.state_dict(), **learner.state_dict()}
+                files[checkpoint.branch_file(config.split.numbers[mesh.own[i]])] = learner.state_dict()
         copies: dict[str, checkpoint.State] = checkpoint.on_host(files)
     return copies
 
 
 def _restore(
-    before: Before, config: RunConfig, ensemble: Ensemble, learners: Sequence[Learner], meter: Meter, mesh: Mesh
+    before: Before, config: RunConfig, networks: nn.Module, learners: Sequence[Learner], meter: Meter, mesh: Mesh
 ) -> None:
-    for k, branch, learner in zip(mesh.own, ensemble.branches, learners, strict=True):
-        state = checkpoint.read(before.path, checkpoint.branch_file(config.split.numbers[k]))
-        branch.load_state_dict(state["network"])
-        learner.load_state_dict(state)
+    for k, learner in zip(mesh.own, learners, strict=True):
+        learner.load_state_dict(checkpoint.read(before.path, checkpoint.branch_file(config.split.numbers[k])))
     meter.load(before.run["losses"])
     ranks = mesh.ranks
-    if not before.fits(mesh):  # this rank's own random numbers and statistics are nobody's: go on from the means
+    if not before.fits(mesh):  # nobody's statistics are this rank's own: go on from the means
         return
     own = checkpoint.read(before.path, checkpoint.stream_file(ranks.rank * before.run["streams"] // ranks.world_size))
-    for buffer, value in zip(ensemble.buffers(), own["buffers"], strict=True):
+    for buffer, value in zip(networks.buffers(), own["buffers"], strict=True):
         buffer.copy_(value)
-    torch.set_rng_state(own["random"]["cpu"])
-    if ranks.device.type == "cuda":
-        torch.cuda.set_rng_state(own["random"]["cuda"], ranks.device)
-
-
-def _random_state(ranks: Ranks) -> dict[str, Tensor]:
-    state = {"cpu": torch.get_rng_state()}
-    if ranks.device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(ranks.device)
-    return state
 
 
 def _device_name(ranks: Ranks) -> str:
@@ -250,17 +245,13 @@ def _log_start(
 ) -> None:
     ranks, branches = mesh.ranks, len(parameters)
     size = config.data.image_size // config.split.block
-    logger.info(
-        f"{config.name}: {branches} x {config.model.arch} on bands of {size} x {size}, "
-        f"{sum(parameters) / 1e6:.1f} M params"
-    )
+    logger.info(f"{config.name}: {config.networks} on bands of {size} x {size}, {sum(parameters) / 1e6:.1f} M params")
     logger.info(f"{pictures[0]} training and {pictures[1]} validation pictures from {config.data.root}")
-    logger.info(f"{ranks.world_size} ranks on {_device_name(ranks)}; run directory {directory.path}")
+    several = ranks.world_size > 1
+    logger.info(f"{ranks.world_size} rank{'s' * several} on {_device_name(ranks)}; run directory {directory.path}")
     sent = parallel.traffic(config, ranks.world_size, mesh.branch_groups, parameters, precision.half_bands)
-    logger.info(
-        f"each rank trains {sent.branches} of {branches} branches and sends {sent.bytes / 1e6:,.1f} MB a step; "
-        f"batch normalisation sees {norm_batch} pictures"
-    )
+    share = f"each trains {sent.branches} of {branches} branches and sends {sent.bytes / 1e6:,.1f} MB a step; "
+    logger.info(f"{share if several else ''}batch normalisation over {norm_batch} pictures")
 
 
 def _log_resumed(before: Before, progress: Progress, mesh: Mesh) -> None:
@@ -270,7 +261,7 @@ def _log_resumed(before: Before, progress: Progress, mesh: Mesh) -> None:
         logger.info(
             f"{run['world_size']} ranks with {run['branch_groups']} groups of branches wrote this checkpoint, "
             f"{mesh.ranks.world_size} with {mesh.branch_groups} go on: the same pictures in the same steps; not exactly"
-            " the same: random numbers within networks, running statistics, the order in which gradients are added, "
+            " the same: dropout and the like, running statistics, the order in which gradients are added, "
             "and the pictures that batch normalisation sees where model.norm_batch does not fix them"
         )
 

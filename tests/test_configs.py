@@ -1,0 +1,135 @@
+"""Every config that is shipped: it loads, builds, has the learning rates that it names, and trains."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from bandsplit import checkpoint, recipe, schema
+from bandsplit.ensemble import Ensemble
+from tests.conftest import DATA_TOML, REPOSITORY, Done
+
+CONFIGS = sorted((REPOSITORY / "config/train").glob("*.toml"))
+STEPS = 100  # an epoch
+
+
+def by_hand(config: schema.RunConfig) -> tuple[list[float], list[float | None]]:
+    """Learning rate and momentum of ten steps from the formulas, written again with numpy."""
+    schedule, optim = config.schedule, config.optim
+    total = config.train.epochs * STEPS
+    ratio = config.train.batch_size / (optim.base_batch or config.train.batch_size)
+    peak = optim.lr * (ratio if optim.scaling == "linear" else math.sqrt(ratio))
+    warm = int(schedule.warmup_epochs * STEPS)
+    lrs: list[float] = []
+    momenta: list[float | None] = []
+    for step in (np.linspace(0, 1, 10) * (total - 1)).astype(int):
+        t, momentum = step - warm, None
+        if schedule.type == "cosine":
+            period = (schedule.period_epochs or config.train.epochs - schedule.warmup_epochs) * STEPS
+            phase = t / period
+            lr = schedule.lr_min + (peak - schedule.lr_min) * np.cos(np.pi * phase / 2) ** 2
+        elif schedule.type == "step":
+            lr = peak * schedule.gamma ** (step // int(schedule.every_epochs * STEPS))
+        elif schedule.type == "one_cycle":
+            top = schedule.peak_at * total - 1
+            height = np.interp(t, [0, top, total - 1], [0, 1, 2])
+            wave = (1 - np.cos(np.pi * height)) / 2
+            low = peak * (schedule.start_factor if height <= 1 else schedule.end_factor)
+            lr = low + (peak - low) * wave
+            momentum = schedule.momentum[1] - (schedule.momentum[1] - schedule.momentum[0]) * wave
+        if step < warm:
+            lr = peak * (step + 1) / warm
+        lrs.append(float(lr))
+        momenta.append(momentum)
+    return lrs, momenta
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_it_loads_builds_and_has_its_learning_rates(path: Path) -> None:
+    config = schema.load(path)
+    steps = (np.linspace(0, 1, 10) * (config.train.epochs * STEPS - 1)).astype(int).tolist()
+    lrs, momenta = by_hand(config)
+    assert [recipe.lr_at(step, STEPS, config) for step in steps] == pytest.approx(lrs, rel=1e-6, abs=1e-12)
+    ours = [recipe.momentum_at(step, STEPS, config) for step in steps]
+    assert ours == [None if m is None else pytest.approx(m, rel=1e-6) for m in momenta]
+    side, last = config.data.image_size // config.split.block, len(config.split.groups) - 1
+    with torch.device("meta"):
+        ensemble = Ensemble.of(config, range(last, last + 1)).eval()
+        logits = ensemble([torch.empty(2, 3 * len(config.split.groups[last]), side, side)])
+    assert logits.shape == (1, 2, config.data.classes)
+    optimizer = recipe.optimizer(ensemble.branches[0], config)
+    assert optimizer.defaults["lr"] == pytest.approx(max(lrs) if config.schedule.type == "step" else config.peak_lr)
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_its_header_names_its_own_command(path: Path) -> None:
+    head = path.read_text().split("\n\n")[0]
+    launched = f"config/train/{path.name}" if path.stem != "demo" else "torchrun src/train.py"
+    assert head.startswith("# ")
+    assert launched in head
+
+
+SMALL = ("model.width=0.125", "train.batch_size=12")
+RESNET18 = ("model.arch=resnet18", *SMALL)
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "resnet34_baseline": RESNET18,
+    "resnet34_sub4": RESNET18,
+    "resnet34_sub4_channels": RESNET18,
+    "resnet34_sub16_channels": RESNET18,
+    "resnet34_21k_baseline": RESNET18,
+    "resnet50_adam_a40": SMALL,
+    "resnet50_one_cycle": (*RESNET18, "optim.lr=0.05"),
+    "resnet50_bag_of_tricks": RESNET18,
+    "resnet50d": SMALL,
+    "resnet50_rsb_a1": RESNET18,
+    "resnet50_rsb_a3": RESNET18,
+    "resnet34_sub4_rsb": RESNET18,
+    "alexnet_sub4": ("train.batch_size=12", "data.image_size=128", "data.resize_size=128", "split.only=[0]"),
+    "vgg16_bn_sub4": ("train.batch_size=12", "optim.lr=0.001", "split.only=[0]"),
+}
+ARCHITECTURES = {
+    "mobilenet_v2": SMALL,
+    "mobilenet_v3_small": SMALL,
+    "mobilenet_v3_large": SMALL,
+    "resnet101": SMALL,
+    "inception_v3": ("train.batch_size=12", "data.image_size=76", "data.resize_size=76", "split.block=1"),
+    "vgg16": ("train.batch_size=12", "optim.lr=0.001"),
+}
+CASES = [
+    *(pytest.param(f"{name}.toml", keys, id=name) for name, keys in FAMILIES.items()),
+    *(
+        pytest.param("resnet34_sub4_channels.toml", (f"model.arch={arch}", "model.stem=standard", *keys), id=arch)
+        for arch, keys in ARCHITECTURES.items()
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "keys"), CASES)
+def test_it_trains_on_real_files(
+    name: str, keys: tuple[str, ...], pictures: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    """Thirteen steps: losses are finite and every parameter has moved."""
+    if "rsb" in name:
+        pytest.importorskip("timm")
+    data = DATA_TOML.replace("image_size = 32\nresize_size = 40", "image_size = 64\nresize_size = 64")
+    (tmp_path / "data.toml").write_text(data.format(root=pictures))
+    few = ("train.epochs=1", "train.log_every=1", "schedule.warmup_epochs=0", "validation.batch_size=25", *keys)
+    sets = [argument for key in few for argument in ("--set", key)]
+    arguments = (REPOSITORY / "config/train" / name, "--data", tmp_path / "data.toml", "--run-dir", tmp_path / "run")
+    done = run_here("train.py", *arguments, *sets)
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    trained = [line for line in lines if line["event"] == "train"]
+    assert len(trained) == 13
+    assert all(math.isfinite(loss) for line in trained for loss in line["branch_loss"])
+    config = schema.load(tmp_path / "run/config.toml")
+    for k, branch in enumerate(Ensemble.of(config).branches):
+        after = checkpoint.read(tmp_path / "run/checkpoints/last", checkpoint.branch_file(k))["network"]
+        stayed = [name for name, p in branch.named_parameters() if torch.equal(p.detach(), after[name])]
+        assert not stayed
