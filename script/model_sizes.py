@@ -17,15 +17,15 @@ MIB = 2**20
 PUBLISHED = (
     ("VGG-16", "vgg16", 224, 1000, 527.79, ""),
     ("VGG-16 with batch norm, a branch of sub4", "vgg16_bn", 112, 1000, 207.82, ""),
-    ("VGG-16, a branch of sub16", "vgg16", 56, 1000, 128.05, "no size of its layers is published"),
+    ("VGG-16, a branch of sub16", "vgg16", 56, 1000, 128.05, "not with torchvision's layers; why is not known"),
     ("AlexNet", "alexnet", 224, 1000, 233.08, ""),
-    ("AlexNet, a branch of sub4", "alexnet", 112, 1000, 61.04, "no size of its layers is published"),
-    ("AlexNet, a branch of sub16", "alexnet", 56, 1000, 37.73, "another first convolution or pooling: "),
+    ("AlexNet, a branch of sub4", "alexnet", 112, 1000, 61.04, "not with torchvision's layers; why is not known"),
+    ("AlexNet, a branch of sub16", "alexnet", 56, 1000, 37.73, "not with torchvision's layers: "),
     ("ResNet-34", "resnet34", 224, 1000, 83.15, ""),
     ("ResNet-50 without buffers", "resnet50", 224, 1000, 97.49, ""),
     ("ResNet-50 with buffers", "resnet50", 224, 1000, 97.69, ""),
-    ("ResNet-34, ImageNet-21K", "resnet34", 224, 21841, 122.35, "no known list of classes fits: "),
-    ("ResNet-50, ImageNet-21K", "resnet50", 224, 10450, 171.56, "the classes of ImageNet-21K-P, winter 2021"),
+    ("ResNet-34, ImageNet-21K", "resnet34", 224, 21841, 122.35, "another number of classes: "),
+    ("ResNet-50, ImageNet-21K", "resnet50", 224, 10450, 171.56, "with 10,450 of the classes and with buffers"),
 )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ import torch
 
 from bandsplit import checkpoint, recipe, schema
 from bandsplit.ensemble import Ensemble
-from tests.conftest import DATA_TOML, REPOSITORY, Done
+from tests.conftest import DATA_TOML, REPOSITORY, run
 
 CONFIGS = sorted((REPOSITORY / "config/train").glob("*.toml"))
 STEPS = 100  # an epoch
@@ -111,9 +110,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "keys"), CASES)
-def test_it_trains_on_real_files(
-    name: str, keys: tuple[str, ...], pictures: Path, tmp_path: Path, run_here: Callable[..., Done]
-) -> None:
+def test_it_trains_on_real_files(name: str, keys: tuple[str, ...], pictures: Path, tmp_path: Path) -> None:
     """Thirteen steps: losses are finite and every parameter has moved."""
     if "rsb" in name:
         pytest.importorskip("timm")
@@ -122,7 +119,7 @@ def test_it_trains_on_real_files(
     few = ("train.epochs=1", "train.log_every=1", "schedule.warmup_epochs=0", "validation.batch_size=25", *keys)
     sets = [argument for key in few for argument in ("--set", key)]
     arguments = (REPOSITORY / "config/train" / name, "--data", tmp_path / "data.toml", "--run-dir", tmp_path / "run")
-    done = run_here("train.py", *arguments, *sets)
+    done = run("train.py", *arguments, *sets)
     assert done.returncode == 0, done.stderr
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
     trained = [line for line in lines if line["event"] == "train"]

@@ -158,8 +158,7 @@ def test_the_run_directory_goes_away(victim: Victim, chance: random.Random) -> N
     victim.run_dir.rename(victim.run_dir.with_name("elsewhere"))
     done = launch.wait(60)
     assert done.returncode == 2
-    assert "cannot be written: [Errno 2] No such file or directory" in done.stderr
-    assert done.stderr.count("error: ") >= 1
+    assert re.search(r"error: .*cannot be written: .*(No such file or directory|is missing)", done.stderr)
     shutil.rmtree(victim.run_dir, ignore_errors=True)
     victim.run_dir.with_name("elsewhere").rename(victim.run_dir)
     victim.finish(at_least=3)

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import AveragedModel
 
-from bandsplit import recipe
+from bandsplit import normalization, recipe
+from bandsplit.ensemble import Ensemble
 from bandsplit.parallel import Mesh
 from bandsplit.recipe import Precision
 from bandsplit.schema import RunConfig
@@ -111,3 +112,15 @@ class Learner:
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
             self.ema.n_averaged.copy_(state["ema_steps"])
+
+
+def learners_of(config: RunConfig, at_once: int, precision: Precision, mesh: Mesh) -> tuple[Ensemble, list[Learner]]:
+    """This rank's branches, freshly initialised, and what trains them; `at_once` pictures go through one at a time."""
+    ensemble = Ensemble.of(config, mesh.own).to(mesh.ranks.device).to(memory_format=torch.channels_last)
+    norm_batch = normalization.norm_batch(config, at_once, mesh.rows)
+    means = [recipe.running_mean(branch, config) for branch in ensemble.branches]  # before they know other ranks
+    learners = [
+        Learner(normalization.fit(branch, norm_batch, at_once, mesh), config, precision, mesh, mean)
+        for branch, mean in zip(ensemble.branches, means, strict=True)
+    ]
+    return ensemble, learners

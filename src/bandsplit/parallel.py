@@ -99,6 +99,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def rank() -> int:
+    """Number of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
 @contextmanager
 def ranks(timeout_seconds: int = 300) -> Iterator[Ranks]:
     """Joins the other ranks (NCCL on GPUs, gloo on CPUs) and leaves them again at the end.

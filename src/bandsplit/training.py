@@ -20,7 +20,7 @@ from bandsplit import checkpoint, dataset, interruption, normalization, parallel
 from bandsplit.ensemble import Ensemble, parameters_of_branches
 from bandsplit.errors import Interrupted
 from bandsplit.evaluation import evaluate
-from bandsplit.learner import Learner
+from bandsplit.learner import Learner, learners_of
 from bandsplit.loader import Deliveries, Streams, TrainingLoader, ValidationLoader, share_of
 from bandsplit.meter import Meter, Progress
 from bandsplit.parallel import Mesh, Ranks
@@ -54,12 +54,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         streams = Streams(config, before.run["streams"] if before else ranks.world_size, ranks)
         at_once = streams.batch_size * mesh.branch_groups
         norm_batch = normalization.norm_batch(config, at_once, mesh.rows)
-        ensemble = Ensemble.of(config, mesh.own).to(ranks.device).to(memory_format=torch.channels_last)
-        means = [recipe.running_mean(branch, config) for branch in ensemble.branches]  # before they know other ranks
-        learners = [
-            Learner(normalization.fit(branch, norm_batch, at_once, mesh), config, precision, mesh, mean)
-            for branch, mean in zip(ensemble.branches, means, strict=True)
-        ]
+        ensemble, learners = learners_of(config, at_once, precision, mesh)
         networks = nn.ModuleList([ensemble, *(learner.ema for learner in learners if learner.ema is not None)])
         numbers = [config.split.numbers[k] for k in mesh.own]
         loader = streams.loader(train_pictures, half, before.loader_states(streams) if before else None)

@@ -1,0 +1,150 @@
+"""Learning-rate range test (Smith, *Cyclical Learning Rates*, WACV 2017, section 3.3) on the real pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from bandsplit import dataset, parallel, recipe, seeds
+from bandsplit.ensemble import parameters_of_branches
+from bandsplit.errors import UserError
+from bandsplit.learner import learners_of
+from bandsplit.loader import Deliveries, Streams
+from bandsplit.parallel import Mesh
+from bandsplit.recipe import Precision
+from bandsplit.reporting import HEIGHT, STYLE, WIDTH
+from bandsplit.runlog import replace_text
+from bandsplit.schema import RunConfig
+
+Floats = npt.NDArray[np.float64]
+
+DIVERGED = 4.0
+"""A branch stops where its smoothed loss is so many times its best."""
+
+
+def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path) -> float:
+    """Trains with rates that grow from `low` to `high` by a constant factor; every rank calls it.
+
+    Prints a suggestion for each branch and one for all, draws the curves, and returns the one for all.  Branches that
+    diverge stop; nothing is validated or kept.  Raises UserError where there is no suggestion in this range.
+    """
+    lrs = np.geomspace(low, high, steps)
+    losses = _range_test(config, lrs)
+    curves = [smoothed(branch) for branch in losses]
+    every = [suggestion(lrs, curve) for curve in curves]
+    together = smoothed(losses.mean(axis=0))  # as far as all of them went
+    best = suggestion(lrs, together)
+    if best is None:
+        raise UserError(f"no learning rate between {low:g} and {high:g} lowers the loss; try another --from and --to")
+    if parallel.rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        _draw(lrs, curves, together, best, config.split.numbers, output)
+        table = {
+            "suggested": best,
+            "suggested_branch": every,
+            "lr": lrs.tolist(),
+            "branch_loss": [[None if np.isnan(x) else x for x in row] for row in losses],
+        }
+        replace_text(output / "lr_range.json", json.dumps(table) + "\n")
+        for number, lr in zip(config.split.numbers, every, strict=True):
+            print(f"branch {number:>2}  {'none in this range' if lr is None else f'{lr:.2g}'}")
+        scaled = best / config.peak_lr * config.optim.lr  # where optim.lr is for another batch
+        print(f"all: --set optim.lr={scaled:.2g}\nfigure and numbers: {output}")
+    return best
+
+
+def _range_test(config: RunConfig, lrs: Floats) -> Floats:
+    """Losses (branches, steps); NaN from where a branch has diverged."""
+    with parallel.ranks(config.parallel.timeout_seconds) as ranks:
+        pictures, _ = dataset.open_data(config.data)
+        config.steps_per_epoch(len(pictures))
+        precision = Precision(config.train.precision, ranks.device)
+        precision.apply()
+        parameters = parameters_of_branches(config)
+        groups = parallel.branch_groups(config, ranks.world_size, parameters, precision.half_bands)
+        mesh = Mesh(ranks, len(parameters), groups)
+        streams = Streams(config, ranks.world_size, ranks)
+        _, learners = learners_of(config, streams.batch_size * groups, precision, mesh)
+        deliveries = Deliveries(streams.loader(pictures, precision.half_bands, None), mesh)
+        losses = np.full((len(parameters), len(lrs)), np.nan)
+        alive = np.ones(len(parameters), dtype=bool)
+        for step, lr in enumerate(tqdm(lrs, unit="step", disable=None if ranks.is_first else True)):
+            parts = deliveries.take(streams.parts, ahead=step + 1 < len(lrs))
+            mixed = [recipe.mix(part.inputs, part.labels, config, step, n, mesh.row) for n, part in enumerate(parts)]
+            found = torch.zeros(len(parameters), dtype=torch.float64, device=ranks.device)
+            for i, (k, learner) in enumerate(zip(mesh.own, learners, strict=True)):
+                if alive[k]:
+                    purpose = f"branch {config.split.numbers[k]} step {step}"
+                    torch.manual_seed(seeds.derived(config.seed, purpose, mesh.row))
+                    loss = learner.step([x[i] for x, _ in mixed], [target for _, target in mixed], lr)
+                    found[k] = torch.inf if loss is None else loss
+            together = (ranks.sum(found) / mesh.rows).cpu().numpy()
+            losses[alive, step] = together[alive]
+            for k in np.flatnonzero(alive).tolist():
+                curve = smoothed(losses[k, : step + 1])
+                alive[k] = np.isfinite(together[k]) and curve[-1] <= DIVERGED * curve.min()
+                if not np.isfinite(together[k]):
+                    losses[k, step] = np.nan
+            if not alive.any():
+                break
+        return losses
+
+
+def smoothed(losses: Floats, memory: float = 0.9) -> Floats:
+    """Exponential moving average without bias, (steps,) -> (steps,); NaN stays NaN."""
+    mean, curve = 0.0, np.full_like(losses, np.nan)
+    for n, loss in enumerate(losses):
+        if np.isnan(loss):
+            break
+        mean = memory * mean + (1 - memory) * loss
+        curve[n] = mean / (1 - memory ** (n + 1))
+    return curve
+
+
+def suggestion(lrs: Floats, curve: Floats) -> float | None:
+    """Where the smoothed loss falls most steeply over the logarithm of the rate, before its lowest point.
+
+    The slope is taken over a tenth of the range; the first tenth is noise of the smoothing and does not count.  None:
+    the loss falls nowhere.
+    """
+    tenth = max(1, len(lrs) // 10)
+    known = np.flatnonzero(~np.isnan(curve))[tenth:]
+    if not len(known):
+        return None
+    lowest = known[int(np.argmin(curve[known]))]
+    middle = np.arange(known[0] + tenth, lowest - tenth + 1)
+    if not len(middle):
+        return None
+    falls = curve[middle - tenth] - curve[middle + tenth]
+    return float(lrs[middle[int(np.argmax(falls))]]) if falls.max() > 0 else None
+
+
+def _draw(
+    lrs: Floats, curves: list[Floats], together: Floats, best: float, numbers: tuple[int, ...], output: Path
+) -> None:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH * 0.7, HEIGHT), layout="constrained")
+        axes = figure.subplots()
+        several = len(curves) > 1
+        if several:
+            colors = sns.color_palette("viridis", len(curves))
+            for k, curve, color in zip(numbers, curves, colors, strict=True):
+                axes.plot(lrs, curve, color=color, linewidth=0.9, label=f"branch {k}" if len(curves) <= 6 else None)
+        axes.plot(lrs, together, color="black", linewidth=2, label="mean of branches" if several else "loss")
+        axes.axvline(best, color="black", linewidth=0.8, linestyle=(0, (4, 3)), label=f"suggested: {best:.2g}")
+        top = float(np.nanmax([curve[0] for curve in curves]))
+        bottom = float(np.nanmin([np.nanmin(curve) for curve in curves]))
+        margin = top - bottom
+        axes.set(xscale="log", xlabel="Learning rate", ylabel="Training loss (smoothed)")
+        axes.set_ylim(bottom - 0.15 * margin, top + 0.6 * margin)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.savefig(output / "lr_range.png")
+        figure.savefig(output / "lr_range.svg", metadata={"Date": None})
