@@ -56,7 +56,8 @@ def test_smoothing_has_no_bias_and_keeps_what_is_missing() -> None:
 
 def test_on_real_files(config_file: Path, tmp_path: Path, run_here: Callable[..., Done]) -> None:
     """Every branch has its curve, those that diverge stop, and the suggestion can be pasted."""
-    arguments = (config_file, "--from", "1e-4", "--to", "1e4", "--steps", "60", "--output", tmp_path / "out")
+    larger = ("--set", "train.batch_size=80", "--set", "model.stem=small")
+    arguments = (config_file, *larger, "--from", "1e-4", "--to", "1e4", "--steps", "60", "--output", tmp_path / "out")
     done = run_here("find_lr.py", *arguments)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "out/lr_range.json").read_text())
@@ -66,7 +67,3 @@ def test_on_real_files(config_file: Path, tmp_path: Path, run_here: Callable[...
     assert all(row[0] is not None for row in table["branch_loss"])
     assert any(row[-1] is None for row in table["branch_loss"]), "at a rate of ten thousand"
     assert (tmp_path / "out/lr_range.png").stat().st_size > 10_000
-    done = run_here(
-        "find_lr.py", config_file, "--from", "1e-12", "--to", "1e-11", "--steps", "20", "--output", tmp_path
-    )
-    assert done.returncode == 2 or "--set optim.lr" in done.stdout
