@@ -34,7 +34,7 @@ train() {
         echo "job $job is queued again and will go on from its checkpoint; the traceback above is torchrun's way to stop"
         scontrol requeue "$job"
         trap - TERM
-        sleep 600 # Slurm ends this script: an exit of its own could be taken for that of the run to come
+        sleep 600 # Slurm ends this script: an exit code of its own means nothing
     fi
     exit "$status"
 }

@@ -91,6 +91,14 @@ class Slurm:
             assert time.monotonic() < deadline, told
             time.sleep(0.2)
 
+    def wait_for_the_end_of_its_processes(self, job: str, seconds: float = 60) -> None:
+        """A requeued job counts as pending while its last run is still being ended, whose end would be its own."""
+        deadline = time.monotonic() + seconds
+        while any(f"slurmstepd: [{job}." in _command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        time.sleep(1)  # until the controller has heard of it
+
     def running_until(self, job: str, condition: Callable[[], object], seconds: float = 120) -> None:
         """Waits until something is so, while a job runs."""
         deadline = time.monotonic() + seconds
@@ -180,3 +188,10 @@ def _stop(daemons: list[subprocess.Popen[bytes]], folder: Path) -> None:
         daemon.kill()
         daemon.wait()
     shutil.rmtree(folder)
+
+
+def _command_line(path: Path) -> str:
+    try:
+        return path.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:  # it has ended meanwhile
+        return ""

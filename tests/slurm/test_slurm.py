@@ -66,6 +66,7 @@ def test_a_job_that_is_requeued_and_cancelled_ends_as_if_undisturbed(
     assert metrics(run_dir)[-1]["event"] != "end"
     stopped = last(run_dir)
 
+    slurm.wait_for_the_end_of_its_processes(job)
     slurm.command("scontrol", "update", f"JobId={job}", "StartTime=now")  # Slurm waits for two minutes otherwise
     slurm.running_until(job, lambda: last(run_dir) != stopped)
     time.sleep(chance.random())
