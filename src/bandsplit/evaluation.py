@@ -128,7 +128,7 @@ def _trained(run_dir: Path, which: str, overrides: Sequence[str]) -> Trained:
 def _require_same_data(one: Trained, other: Trained) -> None:
     """Branches of one ensemble see the same validation pictures, cut, normalised and transformed alike."""
     for table, keys in (
-        ("data", ("name", "classes", "image_size", "resize_size", "mean", "std")),
+        ("data", ("name", "classes", "image_size", "val_image_size", "resize_size", "mean", "std")),
         ("split", ("block", "transform", "norm")),
     ):
         for key in keys:

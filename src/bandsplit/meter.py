@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +56,9 @@ class Progress:
 class Meter:
     """Losses of all branches since the last line of metrics, on the device, and the speed."""
 
-    def __init__(self, mesh: Mesh) -> None:
+    def __init__(self, mesh: Mesh, numbers: Sequence[int]) -> None:
+        self._numbers = numbers
+        """Which branch of the whole ensemble each branch of this run is."""
         self._mesh, device = mesh, mesh.ranks.device
         self._sums = torch.zeros(2, mesh.branches, dtype=torch.float64, device=device)
         """Losses, and how many steps they are of."""
@@ -73,12 +75,15 @@ class Meter:
         yield
         self._waited += time.perf_counter() - began
 
-    def note(self, i: int, loss: Tensor | None, step: int) -> None:
+    def note(self, i: int, loss: Tensor | None, step: int, lr: float) -> None:
         """Loss of one of this rank's branches in a step; None: it was left out."""
         k = self._mesh.own[i]
         if loss is None:
             if self._mesh.row == 0:
-                logger.error(f"branch {k}: gradients of step {step} are not finite; the step was left out")
+                logger.error(
+                    f"branch {self._numbers[k]}: gradients of step {step} are not finite (learning rate {lr:.3g}); "
+                    "the step was left out"
+                )
             return
         self._sums[0, k] += loss
         self._sums[1, k] += 1
@@ -90,7 +95,7 @@ class Meter:
         k = min(range(len(first)), key=first.__getitem__)
         if first[k] != _NEVER:
             lr = recipe.lr_at(first[k] - 1, steps_per_epoch, config)
-            number = config.split.numbers[k]
+            number = self._numbers[k]
             raise UserError(
                 f"branch {number}: the loss of step {first[k]} is not finite (learning rate {lr:.3g}); the last good "
                 "checkpoint is kept. A lower optim.lr or a longer schedule.warmup_epochs may help, "

@@ -63,7 +63,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         validation_loader = ValidationLoader(config, val_pictures, share)
 
         # ------------------------------------------------------------------ where the last checkpoint left them
-        progress, meter = Progress(), Meter(mesh)
+        progress, meter = Progress(), Meter(mesh, config.split.numbers)
         _log_start(config, directory, parameters, (len(train_pictures), len(val_pictures)), norm_batch, mesh, precision)
         if before is not None:
             progress = Progress(**before.run["progress"])
@@ -94,7 +94,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                 # for dropout and the like, whatever else this rank trains
                 torch.manual_seed(seeds.derived(config.seed, f"branch {numbers[i]} step {step}", mesh.row))
                 loss = learner.step([x[i] for x, _ in mixed], [target for _, target in mixed], lr, momentum)
-                meter.note(i, loss, step)
+                meter.note(i, loss, step, lr)
             progress.advance(config.train.batch_size, steps_per_epoch)
             bar.update()
 
