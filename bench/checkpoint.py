@@ -17,7 +17,7 @@ import common
 import numpy as np
 import torch
 
-from bandsplit import checkpoint, schema
+from bandsplit import checkpoint, configuration
 from bandsplit.ensemble import Ensemble
 from bandsplit.learner import Learner
 from bandsplit.parallel import Mesh, Ranks
@@ -33,7 +33,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/results/checkpoint.json"))
     arguments = parser.parse_args()
 
-    config = schema.load(arguments.config, arguments.set)
+    config = configuration.load(arguments.config, arguments.set)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mesh = Mesh(Ranks(0, 1, 0, 1, device), len(config.split.groups))
     ensemble = Ensemble.of(config).to(device)

@@ -20,7 +20,7 @@ from typing import Any
 import common
 import torch
 
-from bandsplit import normalization, parallel, schema
+from bandsplit import configuration, normalization, parallel
 from bandsplit.ensemble import Ensemble, parameters_of_branches
 from bandsplit.learner import Learner
 from bandsplit.loader import Batch, Deliveries
@@ -42,7 +42,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/results/communication.json"))
     arguments = parser.parse_args()
 
-    config = schema.load(arguments.config, [*DEFAULT, *arguments.set])
+    config = configuration.load(arguments.config, [*DEFAULT, *arguments.set])
     parameters = parameters_of_branches(config)
     print(
         f"\n{config.name}: {len(parameters)} branches, {sum(parameters) / 1e6:.1f} M parameters, "
@@ -60,7 +60,7 @@ def main() -> None:
             f"{sent.bands / 1e6:>8,.1f} | {sent.bytes / 1e6:>7,.1f} | {computed[0].bytes / sent.bytes:>22.1f} |"
         )
 
-    small = schema.load(
+    small = configuration.load(
         arguments.config, [*DEFAULT, *arguments.set, f"train.batch_size={arguments.pictures}", "optim.momentum=0"]
     )
     print(f"\nmeasured: {arguments.pictures} pictures a step, {arguments.steps} steps")

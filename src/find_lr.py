@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from bandsplit import cli, schema
+from bandsplit import cli, configuration
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -25,7 +25,7 @@ def main() -> None:
     if arguments.steps < 10:
         parser.error("--steps: expected 10 at least")
 
-    config = schema.load(arguments.config, arguments.set, arguments.data)
+    config = configuration.load(arguments.config, arguments.set, arguments.data)
     from bandsplit import lr_range
 
     output = arguments.output or Path("runs") / f"{config.name}-find-lr"

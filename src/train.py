@@ -6,7 +6,7 @@ import argparse
 import os
 from pathlib import Path
 
-from bandsplit import cli, schema
+from bandsplit import cli, configuration
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -49,7 +49,7 @@ def main() -> None:
         parser.error("--world-size goes with --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")
 
     overrides = [*arguments.set, *([f"split.only=[{arguments.branches}]"] if arguments.branches is not None else [])]
-    config = schema.load(arguments.config, overrides, arguments.data)
+    config = configuration.load(arguments.config, overrides, arguments.data)
     of_branches = f"-branches{','.join(map(str, config.split.only))}" if config.split.only else ""
     run_dir = arguments.run_dir or Path("runs") / f"{config.name}-seed{config.seed}{of_branches}"
     if arguments.print_run_dir:

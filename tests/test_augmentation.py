@@ -14,7 +14,7 @@ from nvidia.dali.auto_aug import augmentations as operations
 from nvidia.dali.auto_aug.core import Policy
 from PIL import Image
 
-from bandsplit import augmentation, pipeline, schema
+from bandsplit import augmentation, configuration, pipeline, schema
 from bandsplit.dataset import Pictures
 from bandsplit.errors import UserError
 from bandsplit.loader import TrainingLoader, ValidationLoader
@@ -68,7 +68,7 @@ def flat(config_file: Path, tmp_path: Path) -> Callable[..., Array]:
         path = tmp_path / "flat.png"
         Image.new("RGB", (32, 32), color).save(path)
         sizes = [f"data.image_size={size}", f"data.resize_size={size}"]
-        config = schema.load(config_file, [*sizes, *keys])
+        config = configuration.load(config_file, [*sizes, *keys])
         pipe = pipeline.training(config, Pictures([str(path)] * 256, [0] * 256, ["all"]), share(256))
         return np.concatenate([outputs(pipe)[0] for _ in range(batches)])
 
@@ -103,8 +103,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_order_crops_and_flips_do_not_depend_on_augmentations(
     config_file: Path, numbered: Pictures, keys: list[str]
 ) -> None:
-    plain = pipeline.training(schema.load(config_file), numbered, share())
-    other = pipeline.training(schema.load(config_file, keys), numbered, share())
+    plain = pipeline.training(configuration.load(config_file), numbered, share())
+    other = pipeline.training(configuration.load(config_file, keys), numbered, share())
     changed = []
     for _ in range(8):  # two passes
         (images, *rest), (augmented, *same) = outputs(plain), outputs(other)
@@ -118,7 +118,7 @@ def test_order_crops_and_flips_do_not_depend_on_augmentations(
 
 @each
 def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, numbered: Pictures, keys: list[str]) -> None:
-    config = schema.load(config_file, keys)
+    config = configuration.load(config_file, keys)
     loader = TrainingLoader(config, numbered, [share()])
     batches = iter(loader)
     for _ in range(5):
@@ -136,7 +136,7 @@ def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, numbered
 @pytest.mark.parametrize("keys", [EVERY["all"], [AUTO], [TRIVIAL]], ids=["all", "auto_augment", "trivial_augment"])
 def test_augmentations_are_a_function_of_the_seed(config_file: Path, numbered: Pictures, keys: list[str]) -> None:
     def stream(seed: int) -> list[torch.Tensor]:
-        batches = iter(TrainingLoader(schema.load(config_file, [*keys, f"seed={seed}"]), numbered, [share()]))
+        batches = iter(TrainingLoader(configuration.load(config_file, [*keys, f"seed={seed}"]), numbered, [share()]))
         return [next(batches).inputs[0] for _ in range(3)]
 
     first, again, other = stream(0), stream(0), stream(1)
@@ -146,7 +146,7 @@ def test_augmentations_are_a_function_of_the_seed(config_file: Path, numbered: P
 
 @pytest.mark.parametrize("keys", [EVERY["all"], [AUTO], [TRIVIAL]], ids=["all", "auto_augment", "trivial_augment"])
 def test_validation_is_never_augmented(config_file: Path, numbered: Pictures, keys: list[str]) -> None:
-    plain, other = (ValidationLoader(schema.load(config_file, k), numbered, share()) for k in ([], keys))
+    plain, other = (ValidationLoader(configuration.load(config_file, k), numbered, share()) for k in ([], keys))
     for a, b in zip(plain, other, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
 
@@ -298,7 +298,7 @@ def test_the_operations_are_drawn_evenly_from_dalis_suites(
 
 def test_a_config_with_augmentations_survives_being_written(config_file: Path) -> None:
     for keys in EVERY.values():
-        config = schema.load(config_file, keys)
+        config = configuration.load(config_file, keys)
         assert config.augment != schema.Augment()
         assert schema.RunConfig.model_validate(config.model_dump(mode="json", exclude_none=True)) == config
 
@@ -328,5 +328,5 @@ def test_a_config_with_augmentations_survives_being_written(config_file: Path) -
 )
 def test_mistakes_are_refused_with_one_message(config_file: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        schema.load(config_file, [override])
+        configuration.load(config_file, [override])
     assert "\n" not in str(caught.value)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from bandsplit import checkpoint, recipe, schema
+from bandsplit import checkpoint, configuration, recipe, schema
 from bandsplit.ensemble import Ensemble
 from tests.conftest import DATA_TOML, REPOSITORY, run
 
@@ -51,7 +51,7 @@ def by_hand(config: schema.RunConfig) -> tuple[list[float], list[float | None]]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_loads_builds_and_has_its_learning_rates(path: Path) -> None:
-    config = schema.load(path)
+    config = configuration.load(path)
     steps = (np.linspace(0, 1, 10) * (config.train.epochs * STEPS - 1)).astype(int).tolist()
     lrs, momenta = by_hand(config)
     assert [recipe.lr_at(step, STEPS, config) for step in steps] == pytest.approx(lrs, rel=1e-6, abs=1e-12)
@@ -125,7 +125,7 @@ def test_it_trains_on_real_files(name: str, keys: tuple[str, ...], pictures: Pat
     trained = [line for line in lines if line["event"] == "train"]
     assert len(trained) == 13
     assert all(math.isfinite(loss) for line in trained for loss in line["branch_loss"])
-    config = schema.load(tmp_path / "run/config.toml")
+    config = configuration.load(tmp_path / "run/config.toml")
     for k, branch in enumerate(Ensemble.of(config).branches):
         after = checkpoint.read(tmp_path / "run/checkpoints/last", checkpoint.branch_file(k))["network"]
         stayed = [name for name, p in branch.named_parameters() if torch.equal(p.detach(), after[name])]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from bandsplit import schema
+from bandsplit import configuration
 from bandsplit.ensemble import Ensemble
 from bandsplit.evaluation import count_correct, evaluate
 from bandsplit.loader import Batch
@@ -39,7 +39,7 @@ def test_counts_are_the_naive_ones(classes: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
 def test_accuracy_does_not_depend_on_the_batches(config_file: Path, batch_size: int) -> None:
-    config = schema.load(config_file)
+    config = configuration.load(config_file)
     ensemble = Ensemble.of(config)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(20, 3, 16, 16, generator=generator) for _ in range(4)]
@@ -63,7 +63,7 @@ def test_accuracy_does_not_depend_on_the_batches(config_file: Path, batch_size: 
 
 
 def test_a_missing_picture_is_noticed(config_file: Path) -> None:
-    ensemble = Ensemble.of(schema.load(config_file))
+    ensemble = Ensemble.of(configuration.load(config_file))
     batch = Batch([torch.zeros(3, 3, 16, 16)] * 4, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(AssertionError, match="validated 3 pictures of 4"):
         evaluate(ensemble, [batch], 4, ALONE, Precision("fp32", ALONE.ranks.device))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torchvision.ops import StochasticDepth
 
-from bandsplit import models, schema
+from bandsplit import configuration, models, schema
 from bandsplit.ensemble import Ensemble, parameters_of_branches
 from bandsplit.errors import UserError
 from bandsplit.runlog import resolved
@@ -193,7 +193,7 @@ def test_the_smallest_input_is_what_torchvisions_network_takes(arch: str) -> Non
 
 
 def test_bands_that_are_too_small_are_found_before_a_run_begins(config_file: Path) -> None:
-    config = schema.load(config_file, ["model.arch=vgg16", "model.width=1"])
+    config = configuration.load(config_file, ["model.arch=vgg16", "model.width=1"])
     with pytest.raises(UserError, match="vgg16 takes inputs from 32 x 32 pixels on, and a branch sees 16 x 16"):
         parameters_of_branches(config)
 
@@ -465,7 +465,7 @@ MISTAKES = {
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES.items())
 def test_keys_without_a_meaning_are_refused(config_file: Path, overrides: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        schema.load(config_file, overrides.split(" "))
+        configuration.load(config_file, overrides.split(" "))
 
 
 def test_every_architecture_loads_with_what_it_writes_out(config_file: Path, tmp_path: Path) -> None:
@@ -474,10 +474,10 @@ def test_every_architecture_loads_with_what_it_writes_out(config_file: Path, tmp
     keys += [["model.arch=resnet18", "model.tweaks=['d','b','c']", "model.stem=no_stride", "model.drop_path=0.1"]]
     keys += [["model.arch=alexnet", "model.dropout=0"]]
     for overrides in keys:
-        config = schema.load(config_file, [*overrides, "model.width=1"])
+        config = configuration.load(config_file, [*overrides, "model.width=1"])
         written = tmp_path / "resolved.toml"
         written.write_text(tomli_w.dumps(resolved(config)))
-        assert schema.load(written) == config
+        assert configuration.load(written) == config
 
 
 # ---------------------------------------------------------------------------------------------------- [[branch]]
@@ -502,7 +502,7 @@ def of_branches(config_file: Path) -> Path:
 
 
 def test_branches_differ_as_their_tables_say(of_branches: Path) -> None:
-    config = schema.load(of_branches)
+    config = configuration.load(of_branches)
     assert config.split.groups == ((0,), (1, 2), (3,))
     assert config.model_of(0) == config.model
     assert config.model_of(1) == config.model.model_copy(update={"arch": "resnet34"})
@@ -518,8 +518,8 @@ def test_branches_differ_as_their_tables_say(of_branches: Path) -> None:
 
 
 def test_a_branch_alone_is_the_one_of_the_ensemble(of_branches: Path) -> None:
-    whole = Ensemble.of(schema.load(of_branches)).branches
-    config = schema.load(of_branches, ["split.only=[2, 1]"])
+    whole = Ensemble.of(configuration.load(of_branches)).branches
+    config = configuration.load(of_branches, ["split.only=[2, 1]"])
     assert config.split.groups == ((3,), (1, 2))
     assert config.networks == "1 x resnet18 of width 0.25, 1 x resnet34"
     for branch, number in zip(Ensemble.of(config).branches, (2, 1), strict=True):
@@ -527,17 +527,17 @@ def test_a_branch_alone_is_the_one_of_the_ensemble(of_branches: Path) -> None:
 
 
 def test_without_tables_every_branch_is_the_model(config_file: Path) -> None:
-    config = schema.load(config_file)
+    config = configuration.load(config_file)
     assert config.branch == ()
     assert all(config.model_of(number) is config.model for number in range(4))
     assert config.networks == "4 x resnet18"
 
 
 def test_a_config_with_branches_survives_being_written_out(of_branches: Path, tmp_path: Path) -> None:
-    config = schema.load(of_branches, ["split.only=[1]"])
+    config = configuration.load(of_branches, ["split.only=[1]"])
     written = tmp_path / "resolved.toml"
     written.write_text(tomli_w.dumps(resolved(config)))
-    assert schema.load(written) == config
+    assert configuration.load(written) == config
     assert schema.RunConfig.model_validate({name: getattr(config, name) for name in schema.RunConfig.model_fields})
 
 
@@ -573,10 +573,10 @@ def test_mistakes_in_branches(of_branches: Path, before: str, after: str, messag
     assert text.count(before) == 1
     of_branches.write_text(text.replace(before, after))
     if message is None:
-        assert schema.load(of_branches).split.groups == ((0,), (1, 2), (3,))
+        assert configuration.load(of_branches).split.groups == ((0,), (1, 2), (3,))
         return
     with pytest.raises(UserError, match=message):
-        schema.load(of_branches)
+        configuration.load(of_branches)
 
 
 def test_a_key_of_the_model_must_fit_every_branch(of_branches: Path) -> None:
@@ -584,13 +584,13 @@ def test_a_key_of_the_model_must_fit_every_branch(of_branches: Path) -> None:
     of_branches.write_text(text.replace("resnet34", "alexnet"))
     message = "branch.1.arch: 'alexnet' given; allowed: one for which model.zero_gamma = True means something"
     with pytest.raises(UserError, match=message):
-        schema.load(of_branches)
+        configuration.load(of_branches)
 
 
 def test_the_key_branch_is_a_list_of_tables(config_file: Path) -> None:
     for value in ("3", "[3]", '"each"', "[[0], [1]]"):
         with pytest.raises(UserError, match=r"--set branch=.*: branch(.0)?: .* given; expected tables \[\[branch\]\]"):
-            schema.load(config_file, [f"branch={value}"])
+            configuration.load(config_file, [f"branch={value}"])
 
 
 # ---------------------------------------------------------------------------------------------------- published sizes

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from bandsplit import normalization, parallel, schema
+from bandsplit import configuration, normalization, parallel
 from bandsplit.ensemble import Ensemble, parameters_of_branches
 from bandsplit.errors import UserError
 from bandsplit.evaluation import Accuracy, evaluate
@@ -106,7 +106,7 @@ def test_gradients_do_not_depend_on_the_number_of_branch_groups(config_file: Pat
     """Batch normalisation over all 16 pictures; over 8, which joins ranks, is a rank's own batch, or parts it, for 1,
     2 and 4 groups; over 2; and no normalisation at all.  In float64: what differs is the order of additions."""
     keys = [f"train.batch_size={RANKS * BATCH * PARTS}", f"train.accumulation={PARTS}", "model.stem=small"]
-    config = schema.load(config_file, [*keys, f"model.norm_batch={'all' if norms == 'absent' else norms}"])
+    config = configuration.load(config_file, [*keys, f"model.norm_batch={'all' if norms == 'absent' else norms}"])
     alone, alone_buffers = step_alone(config, {"all": 16, "absent": None}.get(norms, norms))  # type: ignore[call-overload]
     for groups in (1, 2, 4):
         results = on_ranks(RANKS, step_on_mesh, config, groups, norms != "absent")
@@ -174,7 +174,7 @@ def validation(config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
 
 
 def test_validation_counts_do_not_depend_on_the_number_of_branch_groups(config_file: Path) -> None:
-    config = schema.load(config_file)
+    config = configuration.load(config_file)
     (alone,) = on_ranks(1, evaluate_on_mesh, config, 1)
     for groups in (1, 2, 4):
         for accuracy in on_ranks(RANKS, evaluate_on_mesh, config, groups):
@@ -188,7 +188,7 @@ SUB16 = Path(__file__).resolve().parent.parent / "config/train/resnet34_sub16.to
 
 def test_traffic_of_the_published_ensemble() -> None:
     """Sixteen ResNet-34, 2048 pictures of 224², eight ranks: from the formula by hand."""
-    config = schema.load(SUB16, ["train.batch_size=2048"])
+    config = configuration.load(SUB16, ["train.batch_size=2048"])
     parameters = parameters_of_branches(config)
     plain, spread = (parallel.traffic(config, 8, g, parameters, half=True) for g in (1, 8))
     assert plain.bytes == pytest.approx(2 * 7 / 8 * 4 * sum(parameters))
@@ -201,7 +201,7 @@ def test_traffic_of_the_published_ensemble() -> None:
 
 def test_auto_takes_the_least_traffic() -> None:
     """Large pictures and few of many branches' parameters are better off with plain data parallelism."""
-    config = schema.load(SUB16, ["train.batch_size=2048"])
+    config = configuration.load(SUB16, ["train.batch_size=2048"])
     assert parallel.branch_groups(config, 1, [10] * 16, half=True) == 1
     assert parallel.branch_groups(config, 8, [10] * 16, half=True) == 1
     assert parallel.branch_groups(config, 8, [10**8] * 16, half=True) == 8
@@ -210,7 +210,7 @@ def test_auto_takes_the_least_traffic() -> None:
 
 @pytest.mark.parametrize(("groups", "world_size"), [(3, 6), (8, 4), (5, 1)])
 def test_groups_that_do_not_divide_are_refused(groups: int, world_size: int) -> None:
-    config = schema.load(SUB16, [f"parallel.branch_groups={groups}"])
+    config = configuration.load(SUB16, [f"parallel.branch_groups={groups}"])
     with pytest.raises(
         UserError, match=rf"parallel.branch_groups: {groups} given, but it has to divide {world_size} r"
     ):
@@ -218,10 +218,10 @@ def test_groups_that_do_not_divide_are_refused(groups: int, world_size: int) -> 
 
 
 def test_a_norm_batch_that_cannot_be_had_is_refused(config_file: Path) -> None:
-    config = schema.load(config_file, ["model.norm_batch=5"])
+    config = configuration.load(config_file, ["model.norm_batch=5"])
     with pytest.raises(
         UserError, match="5 given, but a rank takes 12 pictures .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"
     ):
         normalization.norm_batch(config, at_once=12, rows=1)
     with pytest.raises(UserError, match="model.norm_batch: 'some' given; allowed: 'rank', 'all' or a number from 1"):
-        schema.load(config_file, ["model.norm_batch=some"])
+        configuration.load(config_file, ["model.norm_batch=some"])

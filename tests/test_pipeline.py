@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from bandsplit import dataset, loader, pipeline, schema, spectral
+from bandsplit import configuration, dataset, loader, pipeline, schema, spectral
 from bandsplit.dataset import Pictures
 from bandsplit.loader import TrainingLoader, UndecodablePicture, ValidationLoader
 from bandsplit.parallel import Ranks
@@ -25,7 +25,7 @@ def share(rank: int = 0, world_size: int = 1, batch_size: int = 6) -> Share:
 
 @pytest.fixture
 def config(config_file: Path) -> schema.RunConfig:
-    return schema.load(config_file)
+    return configuration.load(config_file)
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def test_every_pass_sees_each_picture_once_in_a_new_order(
 
 def test_the_stream_is_a_function_of_the_seed(config_file: Path, numbered: Pictures) -> None:
     def stream(seed: int) -> list[torch.Tensor]:
-        batches = TrainingLoader(schema.load(config_file, [f"seed={seed}"]), numbered, [share()])
+        batches = TrainingLoader(configuration.load(config_file, [f"seed={seed}"]), numbered, [share()])
         return [next(batches).inputs[0] for _ in range(5)]
 
     first, again, other = stream(0), stream(0), stream(1)
@@ -86,7 +86,7 @@ def test_repeated_augmentation_shows_a_picture_several_times_and_keeps_the_epoch
     config_file: Path, numbered: Pictures
 ) -> None:
     """In batches of six, two pictures three times each, cropped anew, and a pass has as many steps as without."""
-    plain, repeated = (schema.load(config_file, [f"augment.repeats={n}"]) for n in (1, 3))
+    plain, repeated = (configuration.load(config_file, [f"augment.repeats={n}"]) for n in (1, 3))
     usual, batches = (TrainingLoader(config, numbered, [share()]) for config in (plain, repeated))
     for _ in range(8):
         read, seen = next(usual).labels.tolist(), next(batches)
@@ -98,7 +98,7 @@ def test_repeated_augmentation_shows_a_picture_several_times_and_keeps_the_epoch
 
 
 def test_validation_at_another_size(config_file: Path, numbered: Pictures) -> None:
-    config = schema.load(config_file, ["data.val_image_size=40", "data.resize_size=48"])
+    config = configuration.load(config_file, ["data.val_image_size=40", "data.resize_size=48"])
     assert next(iter(ValidationLoader(config, numbered, share()))).inputs[0].shape == (6, 3, 20, 20)
     assert next(TrainingLoader(config, numbered, [share()])).inputs[0].shape == (6, 3, 16, 16)
 
@@ -129,7 +129,7 @@ def test_validation_sees_each_picture_once_every_time(
 
 
 def test_inputs_are_channels_last_of_the_right_shape(config_file: Path, pictures: Path) -> None:
-    config = schema.load(config_file, ["split.branches=[[0], [0, 1], [1, 2, 3]]"])
+    config = configuration.load(config_file, ["split.branches=[[0], [0, 1], [1, 2, 3]]"])
     batch = next(TrainingLoader(config, dataset.scan(pictures / "train"), [share()]))
     assert [tuple(x.shape) for x in batch.inputs] == [(6, 3 * n, 16, 16) for n in (1, 2, 3)]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in batch.inputs)
@@ -141,7 +141,7 @@ def test_inputs_are_channels_last_of_the_right_shape(config_file: Path, pictures
 def test_operator_and_plain_torch_give_the_same_batches(
     config_file: Path, numbered: Pictures, monkeypatch: pytest.MonkeyPatch, branches: str, transform: str
 ) -> None:
-    config = schema.load(config_file, [f"split.branches={branches}", f"split.transform={transform}"])
+    config = configuration.load(config_file, [f"split.branches={branches}", f"split.transform={transform}"])
     with_operator = TrainingLoader(config, numbered, [share()])
     expected = [next(with_operator) for _ in range(3)]
     monkeypatch.setattr(pipeline, "has_operator", lambda device: False)
@@ -155,7 +155,7 @@ def test_operator_and_plain_torch_give_the_same_batches(
 
 def test_validation_pictures_are_torchvisions(config_file: Path, numbered: Pictures) -> None:
     """Where no side has to be rounded: there torchvision truncates and DALI rounds, which shifts by half a pixel."""
-    config = schema.load(config_file, ["split.block=1"])
+    config = configuration.load(config_file, ["split.block=1"])
     ours = torch.cat([batch.inputs[0] for batch in ValidationLoader(config, numbered, share())])[: len(numbered)]
     transform = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
@@ -175,7 +175,7 @@ def test_crops_have_the_areas_that_the_config_allows(config_file: Path, tmp_path
     found = Pictures([str(path)] * 64, [0] * 64, ["ramps"])
     area = "data.random_area=[0.2, 0.4]"
     keys = [f"data.decoder.crop_only={crop_only}".lower(), area, "data.mirror=0", "split.block=1"]
-    batch = next(TrainingLoader(schema.load(config_file, keys), found, [share(batch_size=64)])).inputs[0]
+    batch = next(TrainingLoader(configuration.load(config_file, keys), found, [share(batch_size=64)])).inputs[0]
     red, green = (batch[:, c] * std for c, std in enumerate(schema.Data(name="d", root="r", classes=2).std[:2]))
     areas = (red[:, :, -1] - red[:, :, 0]).mean(1) / 255 * (green[:, -1] - green[:, 0]).mean(1) / 255
     # the outermost pixels of a crop have their centres half a pixel inside
@@ -191,7 +191,7 @@ def test_flips_and_crops_follow_the_config(config_file: Path, tmp_path: Path) ->
     slopes, spans = {}, {}
     for mirror in (0.0, 0.5, 1.0):
         keys = [f"data.mirror={mirror}", "split.block=1", "data.random_area=[1.0, 1.0]", "data.random_aspect=[1, 1]"]
-        batches = TrainingLoader(schema.load(config_file, keys), found, [share(batch_size=64)])
+        batches = TrainingLoader(configuration.load(config_file, keys), found, [share(batch_size=64)])
         x = next(batches).inputs[0][:, 0]
         slopes[mirror] = (x[:, :, -1] > x[:, :, 0]).all(dim=1).float().mean().item()
         spans[mirror] = (x.amax(dim=(1, 2)) - x.amin(dim=(1, 2))).min().item() * config_std
@@ -205,8 +205,8 @@ config_std = schema.Data(name="d", root="r", classes=2).std[0]
 
 
 def test_bands_are_those_of_the_picture(config_file: Path, numbered: Pictures) -> None:
-    whole = next(iter(ValidationLoader(schema.load(config_file, ["split.block=1"]), numbered, share())))
-    split = next(iter(ValidationLoader(schema.load(config_file, ["split.block=4"]), numbered, share())))
+    whole = next(iter(ValidationLoader(configuration.load(config_file, ["split.block=1"]), numbered, share())))
+    split = next(iter(ValidationLoader(configuration.load(config_file, ["split.block=4"]), numbered, share())))
     matrix = spectral.transform_matrix("dct2d", 4)
     expected = spectral.split(whole.inputs[0], matrix, 4)
     torch.testing.assert_close(torch.stack(split.inputs), expected, atol=1e-4, rtol=0)

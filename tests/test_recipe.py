@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 
-from bandsplit import recipe, schema, spectral
+from bandsplit import configuration, recipe, schema, spectral
 from bandsplit.learner import Learner
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
@@ -86,7 +86,7 @@ SCHEDULES: dict[str, tuple[list[str], Callable[[torch.optim.Optimizer], Any]]] =
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_are_torchs(config_file: Path, name: str) -> None:
     keys, make = SCHEDULES[name]
-    config = schema.load(config_file, ["train.epochs=6", "optim.lr=0.3", "schedule.warmup_epochs=0", *keys])
+    config = configuration.load(config_file, ["train.epochs=6", "optim.lr=0.3", "schedule.warmup_epochs=0", *keys])
     total = 6 * STEPS - 1  # torch's one-cycle steps no further
     lrs, momenta = torchs(make, total, 0.3)
     assert [recipe.lr_at(step, STEPS, config) for step in range(total)] == pytest.approx(lrs, rel=1e-6, abs=1e-12)
@@ -98,7 +98,9 @@ def test_schedules_are_torchs(config_file: Path, name: str) -> None:
 
 
 def test_warm_up_starts_low_and_its_absence_at_the_peak(config_file: Path) -> None:
-    without, with_it = (schema.load(config_file, [f"schedule.warmup_epochs={n}", "optim.lr=0.3"]) for n in (0, 1))
+    without, with_it = (
+        configuration.load(config_file, [f"schedule.warmup_epochs={n}", "optim.lr=0.3"]) for n in (0, 1)
+    )
     assert recipe.lr_at(0, 10, without) == 0.3
     assert recipe.lr_at(0, 10, with_it) == pytest.approx(0.03)
     assert recipe.lr_at(9, 10, with_it) == pytest.approx(0.3)
@@ -111,7 +113,7 @@ def test_lr_follows_the_batch_where_a_base_is_stated(config_file: Path) -> None:
         (["optim.base_batch=256"], 0.4),
         (["optim.base_batch=256", "optim.scaling=sqrt"], 0.2),
     ):
-        assert recipe.lr_at(0, 10, schema.load(config_file, [*keys, *more])) == pytest.approx(lr)
+        assert recipe.lr_at(0, 10, configuration.load(config_file, [*keys, *more])) == pytest.approx(lr)
 
 
 # ---------------------------------------------------------------------------------------------------- optimizers
@@ -150,7 +152,7 @@ OPTIMIZERS: dict[str, tuple[list[str], Callable[[Any], torch.optim.Optimizer]]] 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_optimizers_are_torchs(config_file: Path, name: str) -> None:
     keys, make = OPTIMIZERS[name]
-    config = schema.load(config_file, [*keys, "optim.lr=0.1", "optim.weight_decay=0.1"])
+    config = configuration.load(config_file, [*keys, "optim.lr=0.1", "optim.weight_decay=0.1"])
     ours, theirs = network(), network()
     learner, optimizer = Learner(ours, config, FP32, ALONE), make(theirs.parameters())
     for n in range(4):
@@ -165,7 +167,7 @@ def test_optimizers_are_torchs(config_file: Path, name: str) -> None:
 
 def test_lamb_is_timms(config_file: Path) -> None:
     timm_optim = pytest.importorskip("timm.optim")
-    config = schema.load(config_file, ["optim.type=lamb", "optim.lr=0.01", "optim.weight_decay=0.02"])
+    config = configuration.load(config_file, ["optim.type=lamb", "optim.lr=0.01", "optim.weight_decay=0.02"])
     optimizer = recipe.optimizer(network(), config)
     assert isinstance(optimizer, timm_optim.Lamb)
     assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.01, 0.02)
@@ -176,7 +178,7 @@ def test_norms_and_biases_are_decayed_only_where_asked(config_file: Path, decay:
     """With a loss that does not depend on them, decay alone moves parameters."""
     keys = [f"optim.decay_norm_and_bias={str(decay).lower()}", "optim.weight_decay=0.5", "optim.momentum=0"]
     ours = network()
-    optimizer = recipe.optimizer(ours, schema.load(config_file, keys))
+    optimizer = recipe.optimizer(ours, configuration.load(config_file, keys))
     with torch.no_grad():
         for p in ours.parameters():
             p.fill_(1.0).grad = torch.zeros_like(p)
@@ -188,7 +190,7 @@ def test_norms_and_biases_are_decayed_only_where_asked(config_file: Path, decay:
 
 def test_one_cycle_moves_the_momentum_of_every_optimizer(config_file: Path) -> None:
     for kind, read in (("sgd", lambda g: g["momentum"]), ("adam", lambda g: g["betas"][0])):
-        config = schema.load(config_file, [f"optim.type={kind}"])
+        config = configuration.load(config_file, [f"optim.type={kind}"])
         learner = Learner(network(), config, FP32, ALONE)
         learner.step([batch()[0]], [batch()[1]], lr=0.1, momentum=0.7)
         assert [read(group) for group in learner.optimizer.param_groups] == [0.7]
@@ -197,7 +199,7 @@ def test_one_cycle_moves_the_momentum_of_every_optimizer(config_file: Path) -> N
 def test_a_first_step_that_loss_scaling_skips_leaves_no_momentum(config_file: Path) -> None:
     """The scale begins so high that this is the rule in fp16."""
     ours = network()
-    optimizer = recipe.optimizer(ours, schema.load(config_file))
+    optimizer = recipe.optimizer(ours, configuration.load(config_file))
     scaler = torch.amp.GradScaler("cpu")
     before = [p.detach().clone() for p in ours.parameters()]
     for p in ours.parameters():
@@ -213,7 +215,7 @@ def test_gradients_are_clipped_to_their_norm(config_file: Path) -> None:
     norms = []
     for keys in ([], ["train.clip_norm=0.01"]):
         ours = network()
-        config = schema.load(config_file, ["optim.momentum=0", "optim.weight_decay=0", *keys])
+        config = configuration.load(config_file, ["optim.momentum=0", "optim.weight_decay=0", *keys])
         before = [p.detach().clone() for p in ours.parameters()]
         Learner(ours, config, FP32, ALONE).step([batch()[0]], [batch()[1]], lr=1.0)
         moved = [a.detach() - b for a, b in zip(ours.parameters(), before, strict=True)]
@@ -223,7 +225,7 @@ def test_gradients_are_clipped_to_their_norm(config_file: Path) -> None:
 
 
 def test_the_running_mean_of_weights_is_the_formulas(config_file: Path) -> None:
-    config = schema.load(config_file, ["train.ema_decay=0.8"])
+    config = configuration.load(config_file, ["train.ema_decay=0.8"])
     ours = network()
     learner = Learner(ours, config, FP32, ALONE, recipe.running_mean(ours, config))
     expected: list[Tensor] = []
@@ -237,7 +239,7 @@ def test_the_running_mean_of_weights_is_the_formulas(config_file: Path) -> None:
     again = Learner(network(), config, FP32, ALONE, recipe.running_mean(network(), config))
     again.load_state_dict(learner.state_dict())
     assert all(torch.equal(a, b) for a, b in zip(again.validated.parameters(), mean.parameters(), strict=True))
-    assert Learner(ours, schema.load(config_file), FP32, ALONE).validated is ours
+    assert Learner(ours, configuration.load(config_file), FP32, ALONE).validated is ours
 
 
 # -------------------------------------------------------------------------------------------------------- losses
@@ -278,7 +280,7 @@ def groups(pictures: Tensor, matrix: np.ndarray, block: int, branches: list[list
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing_bands_is_mixing_pictures(config_file: Path, kind: str) -> None:
     """Of branches with any bands, and with CutMix's boxes in whole blocks."""
-    config = schema.load(config_file, [f"mix.{kind}=1.0"])
+    config = configuration.load(config_file, [f"mix.{kind}=1.0"])
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(6, 3, 32, 32, generator=generator)
     labels = torch.tensor([0, 1, 2, 3, 4, 5])
@@ -311,13 +313,13 @@ def test_how_often_and_how_batches_are_mixed(config_file: Path) -> None:
     x, labels = torch.randn(4, 3, 8, 8), torch.arange(4)
 
     def shares(*keys: str, steps: int = 400) -> list[Tensor]:
-        config = schema.load(config_file, list(keys))
+        config = configuration.load(config_file, list(keys))
         return [recipe.mix([x], labels, config, step, 0, 0)[1] for step in range(steps)]
 
     assert all(target is labels for target in shares(steps=5))
     half = sum(target.ndim == 2 for target in shares("mix.mixup=0.2", "mix.probability=0.5"))
     assert abs(half - 200) < 4 * math.sqrt(100)
-    config = schema.load(config_file, ["mix.mixup=1.0", "mix.cutmix=1.0"])
+    config = configuration.load(config_file, ["mix.mixup=1.0", "mix.cutmix=1.0"])
     kept = [bool((recipe.mix([x], labels, config, step, 0, 0)[0][0] == x).any()) for step in range(400)]
     assert abs(sum(kept) - 200) < 60  # CutMix leaves pixels as they are, Mixup none
 
@@ -329,7 +331,7 @@ def test_how_often_and_how_batches_are_mixed(config_file: Path) -> None:
 
 
 def test_mixing_leaves_torchs_random_state_alone(config_file: Path) -> None:
-    config = schema.load(config_file, ["mix.mixup=1.0"])
+    config = configuration.load(config_file, ["mix.mixup=1.0"])
     before = torch.get_rng_state()
     recipe.mix([torch.randn(4, 3, 8, 8, generator=torch.Generator())], torch.arange(4), config, 0, 0, 0)
     assert torch.equal(before, torch.get_rng_state())

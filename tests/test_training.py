@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandsplit import checkpoint, runlog, schema
+from bandsplit import checkpoint, configuration, runlog
 from bandsplit.learner import Learner
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
@@ -23,7 +23,7 @@ ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
 
 def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> None:
     run_dir = finished(1)
-    config = schema.load(run_dir / "config.toml")
+    config = configuration.load(run_dir / "config.toml")
     assert (config.name, config.train.epochs) == ("tiny", 2)
     assert checkpoint.read(run_dir / "checkpoints/last", "run.pt")["config"] == runlog.resolved(config)
     assert json.loads((run_dir / "environment.json").read_text())[0]["world_size"] == 1
@@ -151,7 +151,7 @@ def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) -> None:
     """Without batch normalisation, whose statistics are those of a part."""
-    config = schema.load(config_file)
+    config = configuration.load(config_file)
     x, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
     weights = []
     for parts in (1, 3):
@@ -168,7 +168,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) 
 @pytest.mark.parametrize("policy", ["skip", "lower_lr"])
 def test_a_step_with_gradients_that_are_not_finite_is_left_out(config_file: Path, policy: str) -> None:
     """Weights, momentum and running statistics are those of a run that never saw that batch."""
-    config = schema.load(config_file, [f"train.on_nonfinite={policy}"])
+    config = configuration.load(config_file, [f"train.on_nonfinite={policy}"])
     good, bad = torch.randn(4, 3, 8, 8), torch.full((4, 3, 8, 8), float("inf"))
     labels, networks = torch.zeros(4, dtype=torch.int64), []
     for batches in ([good, bad, good], [good, good]):
@@ -191,7 +191,7 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(config_file: Path
 
 
 def test_a_step_is_torchs_sgd(config_file: Path) -> None:
-    config = schema.load(config_file, ["optim.weight_decay=0.01"])
+    config = configuration.load(config_file, ["optim.weight_decay=0.01"])
     network = torch.nn.Linear(5, 3)
     weight, bias = (p.detach().clone().requires_grad_() for p in network.parameters())
     reference = torch.optim.SGD([weight, bias], lr=1, momentum=0.9, weight_decay=0.01, fused=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from bandsplit import checkpoint, dataset, parallel, schema
+from bandsplit import checkpoint, configuration, dataset, parallel
 from bandsplit.ensemble import Ensemble, fuse
 from bandsplit.errors import UserError
 from bandsplit.loader import Batch, Deliveries, ValidationLoader, share_of
@@ -114,7 +114,7 @@ def _trained(run_dir: Path, which: str, overrides: Sequence[str]) -> Trained:
     directory = RunDirectory(run_dir)
     if not directory.config.exists():
         raise UserError(f"{run_dir}: not a run directory: it has no {directory.config.name}")
-    config = schema.load(directory.config, overrides)
+    config = configuration.load(directory.config, overrides)
     folder = directory.checkpoints / (f"step_{int(which):08d}" if which.isdigit() else which)
     run = checkpoint.read(folder, checkpoint.RUN)
     wrong = checkpoint.damage(folder)
