@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tomli
 import tomli_w
@@ -105,6 +106,13 @@ MISTAKES = {
     "schedule.type=one_cycle schedule.peek_at=0.2": r"unknown key; did you mean schedule.peak_at\?",
     "loss.type=bce loss.target_threshold=2": r"loss.target_threshold: 2.* given; it should be less than 1",
     "train.precision=fp16 train.on_nonfinite=lower_lr": r"train.on_nonfinite: 'lower_lr' given; allowed: 'stop'",
+    "augment.progressive.min_size=16": r"augment.progressive.ramp_end: missing; expected: int",
+    "augment.progressive={min_size=16,ramp_start=1,ramp_end=1}": r"ramp_start: 1 given; allowed: less than .*_end = 1",
+    "augment.progressive={min_size=16,ramp_end=2}": r"ramp_end: 2 given; allowed: less than train.epochs = 2",
+    "augment.progressive={min_size=32,ramp_end=1}": r"min_size: 32 given; allowed: less than data.image_size = 32",
+    "augment.progressive={min_size=15,ramp_end=1}": r"min_size: 15 given; allowed: a multiple of split.block = 2",
+    "augment.progressive={min_size=16,ramp_end=1,multiple=3}": r"multiple: 3 given; allowed: a multiple of split.block",
+    "model.arch=vgg16 model.width=1.0 augment.progressive={min_size=16,ramp_end=1}": r"min_size: 16 given; .*unset",
     "optim.lr.x=1": r"optim.lr is a value, not a table",
 }
 
@@ -129,6 +137,16 @@ def test_mistakes_in_files_name_the_file(config_file: Path, tmp_path: Path) -> N
     config_file.write_text('data = "data.toml"\n')
     with pytest.raises(UserError, match=r"tiny.toml: model: missing; expected: a table \[model\]"):
         configuration.load(config_file)
+
+
+def test_image_sizes_grow_as_in_ffcvs_recipe(config_file: Path) -> None:
+    keys = ["data.image_size=192", "data.resize_size=192", "train.epochs=88"]
+    for low, start, end, multiple in ((160, 65, 76, 32), (96, 10, 70, 16)):
+        table = f"{{min_size={low}, ramp_start={start}, ramp_end={end}, multiple={multiple}}}"
+        config = configuration.load(config_file, [*keys, f"augment.progressive={table}"])
+        sizes = [config.image_size_at(epoch) for epoch in range(88)]
+        assert sizes == [round(np.interp(e, [start, end], [low, 192]) / multiple) * multiple for e in range(88)]
+    assert {configuration.load(config_file, keys).image_size_at(epoch) for epoch in range(88)} == {192}
 
 
 def test_a_batch_has_to_fit_the_ranks(config_file: Path) -> None:

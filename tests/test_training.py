@@ -107,12 +107,15 @@ def test_runs_that_saw_other_data_are_not_joined(
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+GROWING = "augment.progressive={min_size=16, ramp_end=1, multiple=2}"
+
+
+@pytest.mark.parametrize(("ranks", "keys"), [(1, []), (2, []), (1, [GROWING])], ids=["1", "2", "growing pictures"])
 def test_killed_and_resumed_equals_undisturbed(
-    finished: Callable[..., Path], config_file: Path, tmp_path: Path, ranks: int
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path, ranks: int, keys: list[str]
 ) -> None:
-    undisturbed, run_dir = finished(ranks), tmp_path / "killed"
-    arguments = (config_file, "--run-dir", run_dir, "--resume")
+    undisturbed, run_dir = finished(ranks, *keys), tmp_path / "killed"
+    arguments = [config_file, "--run-dir", run_dir, "--resume", *(part for key in keys for part in ("--set", key))]
     launch = Launch("train.py", *arguments, ranks=ranks)
     wait_for(run_dir / "checkpoints/step_00000006", launch)  # 6 of 13 steps: in the middle of the first epoch
     launch.signal(signal.SIGKILL)
@@ -122,6 +125,8 @@ def test_killed_and_resumed_equals_undisturbed(
     assert done.returncode == 0, done.stderr
     assert "resuming after step" in done.stderr
     assert_same_run(run_dir, undisturbed)
+    sizes = [line["image_size"] for line in metrics(run_dir) if line["event"] == "train"]
+    assert sizes == ([16] * 4 + [32] * 4 if keys else [32] * 8)
 
 
 def test_resuming_a_finished_run_changes_nothing(

@@ -33,8 +33,9 @@ def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Modu
     """Branch k, its weights drawn from the run's seed and k alone, whichever other branches there are."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derived(config.seed, "weights", k))
-        size = config.data.image_size // config.split.block
-        return models.build(config.model_of(k), in_channels, config.data.classes, size)
+        model, block = config.model_of(k), config.split.block
+        models.require_size(model, config.image_size_at(0) // block)
+        return models.build(model, in_channels, config.data.classes, config.data.image_size // block)
 
 
 def parameters_of_branches(config: schema.RunConfig) -> list[int]:

@@ -49,18 +49,35 @@ class TrainingLoader:
 
     A run has as many streams as it had ranks when it began: a stream is a fixed share of every pass over the data with
     random numbers of its own, so that fewer ranks, with several streams each, see the same pictures in the same steps.
+    Pictures have `size` pixels a side (unset: data.image_size) until `resize` wants others.
     """
 
     def __init__(
-        self, config: RunConfig, pictures: Pictures, shares: Sequence[Share], states: Sequence[bytes] | None = None
+        self,
+        config: RunConfig,
+        pictures: Pictures,
+        shares: Sequence[Share],
+        states: Sequence[bytes] | None = None,
+        size: int | None = None,
     ) -> None:
-        self._config, self._pictures = config, pictures
-        from_states: Sequence[bytes | None] = states or [None] * len(shares)
-        self._pipelines = [
-            pipeline.training(config, pictures, share, state) for share, state in zip(shares, from_states, strict=True)
-        ]
+        self._config, self._pictures, self._shares = config, pictures, shares
+        self._build(size or config.data.image_size, states or [None] * len(shares))
 
-        self._turns = cycle(zip(self._pipelines, shares, strict=True))
+    def _build(self, size: int, states: Sequence[bytes | None]) -> None:
+        self.size = size
+        data = self._config.data.model_copy(update={"image_size": size})
+        config = self._config.model_copy(update={"data": data})
+        self._pipelines: list[Any] = []  # those of another size first give back their memory
+        self._pipelines = [
+            pipeline.training(config, self._pictures, share, state)
+            for share, state in zip(self._shares, states, strict=True)
+        ]
+        self._turns = cycle(zip(self._pipelines, self._shares, strict=True))
+
+    def resize(self, size: int) -> None:
+        """From the next step on pictures are size x size pixels; the same ones, cut and augmented as they would be."""
+        if size != self.size:
+            self._build(size, self.states())
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -96,11 +113,13 @@ class Streams:
         """Batches of a rank's streams in one optimizer step."""
         self._config, self._ranks = config, ranks
 
-    def loader(self, pictures: Pictures, half: bool, states: Sequence[bytes] | None) -> TrainingLoader:
+    def loader(
+        self, pictures: Pictures, half: bool, states: Sequence[bytes] | None = None, size: int | None = None
+    ) -> TrainingLoader:
         share = share_of(self._config, self._ranks, self.batch_size, half)
         threads = max(1, share.threads // len(self.own))
         shares = [replace(share, rank=s, world_size=self.count, threads=threads) for s in self.own]
-        return TrainingLoader(self._config, pictures, shares, states)
+        return TrainingLoader(self._config, pictures, shares, states, size)
 
 
 class ValidationLoader:

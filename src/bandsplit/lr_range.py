@@ -73,7 +73,7 @@ def _range_test(config: RunConfig, lrs: Floats) -> Floats:
         mesh = Mesh(ranks, len(parameters), groups)
         streams = Streams(config, ranks.world_size, ranks)
         _, learners = learners_of(config, streams.batch_size * groups, precision, mesh)
-        deliveries = Deliveries(streams.loader(pictures, precision.half_bands, None), mesh)
+        deliveries = Deliveries(streams.loader(pictures, precision.half_bands), mesh)
         losses = np.full((len(parameters), len(lrs)), np.nan)
         alive = np.ones(len(parameters), dtype=bool)
         for step, lr in enumerate(tqdm(lrs, unit="step", disable=None if ranks.is_first else True)):

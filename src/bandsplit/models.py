@@ -26,14 +26,19 @@ def build(config: schema.Model, in_channels: int, classes: int, size: int) -> nn
     if config.source == "timm":
         network = _of_timm(config.arch, in_channels, classes, size)
     else:
-        if size < SMALLEST.get(config.arch, 1):
-            raise _too_small(config.arch, SMALLEST[config.arch], size)
+        require_size(config, size)
         if config.arch in _RESNETS:
             network = _ResNet(config, in_channels, classes)
         else:
             network = _of_torchvision(config, in_channels, classes, size)
     _initialise(network, config)
     return network
+
+
+def require_size(config: schema.Model, size: int) -> None:
+    """Raises UserError where torchvision's architecture needs larger inputs than size x size."""
+    if config.source == "torchvision" and size < SMALLEST.get(config.arch, 1):
+        raise _too_small(config.arch, SMALLEST[config.arch], size)
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -183,7 +183,8 @@ def _is_up_to(line: str, step: int) -> bool:
 def start_logging(directory: RunDirectory, rank: int) -> None:
     """A file a rank; rank 0 also to the terminal, above the progress bar, or with its figures where there is none."""
     logger.remove()
-    logger.add(directory.logs / f"rank{rank}.log", format="{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}")
+    path = str(directory.logs / f"rank{rank}.log").replace("{", "{{").replace("}", "}}")  # loguru fills in braces
+    logger.add(path, format="{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}")
     if rank == 0:
         level = "INFO" if sys.stderr.isatty() else "DEBUG"
         logger.add(

@@ -132,6 +132,27 @@ class Erasing(_Table):
         return self
 
 
+class Progressive(_Table):
+    """Smaller training pictures at first; every epoch has one size.
+
+    Epochs 0 .. `ramp_start` have `min_size`, those from `ramp_end` on data.image_size, and those between lie on a line
+    between the two, rounded to a `multiple`.  FFCV's ImageNet recipe of 88 epochs goes from 160 to 192, 65 to 76.
+    """
+
+    min_size: int = Field(ge=1)
+    """Side in pixels of the first pictures."""
+    ramp_start: int = Field(0, ge=0)
+    ramp_end: int = Field(ge=1)
+    multiple: int = Field(32, ge=1)
+
+    @model_validator(mode="after")
+    def _check(self) -> Progressive:
+        if self.ramp_start >= self.ramp_end:
+            allowed = f"less than augment.progressive.ramp_end = {self.ramp_end}"
+            raise _mistake("augment.progressive.ramp_start", self.ramp_start, allowed)
+        return self
+
+
 def _with_type(table: object) -> object:
     types = ("rand_augment", "auto_augment", "trivial_augment")
     if isinstance(table, dict) and "type" not in table:
@@ -156,6 +177,7 @@ class Augment(_Table):
     repeats: int = Field(1, ge=1)
     """Repeated augmentation (Hoffer et al., CVPR 2020): each picture of a rank's batch is in it so many times, cropped,
     flipped and augmented anew each time; an epoch has as many pictures as before, and so much fewer different ones."""
+    progressive: Progressive | None = None
 
 
 class Data(_Table):
@@ -644,9 +666,13 @@ class RunConfig(_Table):
                 allowed = f"a divisor of data.{key} = {size}: {', '.join(divisors)}"
                 raise _mistake("split.block", block, allowed)
         models = [self.model, *(self.model_of(k) for k in range(len(self.branch)))]
-        if self.data.val_size != self.data.image_size and any(model.takes_one_size for model in models):
+        if any(model.takes_one_size for model in models):
             allowed = "unset for networks whose fully connected layers fit one size (VGG, AlexNet) and for timm's"
-            raise _mistake("data.val_image_size", self.data.val_image_size, allowed)
+            if self.data.val_size != self.data.image_size:
+                raise _mistake("data.val_image_size", self.data.val_image_size, allowed)
+            if self.augment.progressive is not None:
+                raise _mistake("augment.progressive.min_size", self.augment.progressive.min_size, allowed)
+        self._check_progressive()
         if self.schedule.warmup_epochs >= self.train.epochs:
             allowed = f"less than train.epochs = {self.train.epochs}"
             raise _mistake("schedule.warmup_epochs", self.schedule.warmup_epochs, allowed)
@@ -659,6 +685,20 @@ class RunConfig(_Table):
             allowed = f"a multiple of train.accumulation = {self.train.accumulation}"
             raise _mistake("train.batch_size", self.train.batch_size, allowed)
         return self
+
+    def _check_progressive(self) -> None:
+        progressive, block, size = self.augment.progressive, self.split.block, self.data.image_size
+        if progressive is None:
+            return
+        for key in ("min_size", "multiple"):
+            given = getattr(progressive, key)
+            if given % block:
+                raise _mistake(f"augment.progressive.{key}", given, f"a multiple of split.block = {block}")
+        if progressive.min_size >= size:
+            raise _mistake("augment.progressive.min_size", progressive.min_size, f"less than data.image_size = {size}")
+        if progressive.ramp_end >= self.train.epochs:
+            allowed = f"less than train.epochs = {self.train.epochs}"
+            raise _mistake("augment.progressive.ramp_end", progressive.ramp_end, allowed)
 
     def _check_branch(self, number: int) -> None:
         """What [[branch]] and [model] say must make a network together."""
@@ -693,6 +733,15 @@ class RunConfig(_Table):
         optim = self.optim
         factor = self.train.batch_size / optim.base_batch if optim.base_batch else 1.0
         return optim.lr * (factor if optim.scaling == "linear" else factor**0.5)
+
+    def image_size_at(self, epoch: int) -> int:
+        """Side in pixels of the training pictures of epoch 0, 1, …"""
+        progressive, size = self.augment.progressive, self.data.image_size
+        if progressive is None or epoch >= progressive.ramp_end:
+            return size
+        done = max(0, epoch - progressive.ramp_start) / (progressive.ramp_end - progressive.ramp_start)
+        rounded = round((progressive.min_size + done * (size - progressive.min_size)) / progressive.multiple)
+        return min(size, max(progressive.min_size, rounded * progressive.multiple))
 
     def steps_per_epoch(self, pictures: int) -> int:
         """Whole batches in so many pictures; what is left over opens the next epoch.

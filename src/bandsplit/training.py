@@ -57,16 +57,17 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         ensemble, learners = learners_of(config, at_once, precision, mesh)
         networks = nn.ModuleList([ensemble, *(learner.ema for learner in learners if learner.ema is not None)])
         numbers = [config.split.numbers[k] for k in mesh.own]
-        loader = streams.loader(train_pictures, half, before.loader_states(streams) if before else None)
+        progress = Progress(**before.run["progress"]) if before else Progress()
+        states = before.loader_states(streams) if before else None
+        loader = streams.loader(train_pictures, half, states, config.image_size_at(progress.step // steps_per_epoch))
         deliveries = Deliveries(loader, mesh)
         share = share_of(config, ranks, config.validation.batch_size or streams.batch_size, half)
         validation_loader = ValidationLoader(config, val_pictures, share)
 
         # ------------------------------------------------------------------ where the last checkpoint left them
-        progress, meter = Progress(), Meter(mesh, config.split.numbers)
+        meter = Meter(mesh, config.split.numbers)
         _log_start(config, directory, parameters, (len(train_pictures), len(val_pictures)), norm_batch, mesh, precision)
         if before is not None:
-            progress = Progress(**before.run["progress"])
             _restore(before, config, networks, learners, meter, mesh)
             _log_resumed(before, progress, mesh)
             if ranks.is_first:
@@ -87,6 +88,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
 
             lr = recipe.lr_at(progress.step, steps_per_epoch, config)
             momentum = recipe.momentum_at(progress.step, steps_per_epoch, config)
+            loader.resize(config.image_size_at(progress.step // steps_per_epoch))
             with meter.waiting_for_data():
                 parts = deliveries.take(streams.parts, ahead=not saves)
             mixed = [recipe.mix(part.inputs, part.labels, config, step, n, mesh.row) for n, part in enumerate(parts)]
@@ -105,7 +107,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                 line = meter.line(progress, watch)
                 bar.set_postfix_str(f"loss {_loss(line)}, {line['images_per_second']:.0f} img/s")
                 if ranks.is_first:
-                    metrics.write("train", **line, lr=lr)
+                    metrics.write("train", **line, lr=lr, image_size=loader.size)
                     logger.debug(_describe_training(line, lr, config))
 
             best = False
