@@ -260,6 +260,24 @@ def test_smoothing_takes_from_the_label_and_gives_to_all() -> None:
         assert not torch.isclose(recipe.loss(logits, labels, type(config)()), wanted)
 
 
+def test_what_a_teacher_adds_to_the_loss() -> None:
+    """Hinton's formula by hand; its gradient is T² times that of the cross-entropy that He et al. write down."""
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(5, 7, generator=generator).requires_grad_()
+    taught, labels = torch.randn(5, 7, generator=generator), torch.tensor([0, 1, 2, 3, 4])
+    config = schema.Distillation(teacher="anywhere", temperature=3.0, weight=0.6, label_weight=0.4)
+    label_loss = recipe.loss(logits, labels, schema.CrossEntropy())
+    p, q = (np.exp(x.detach().double().numpy() / 3) for x in (taught, logits))
+    p, q = (x / x.sum(1, keepdims=True) for x in (p, q))
+    wanted = 0.4 * label_loss.item() + 0.6 * 9 * (p * np.log(p / q)).sum(1).mean()
+    loss = recipe.distilled(logits, taught, label_loss, config)
+    assert loss.item() == pytest.approx(wanted, rel=1e-5)
+    (gradient,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    soft = nn.functional.cross_entropy(logits / 3, (taught / 3).softmax(1))
+    (of_both,) = torch.autograd.grad(0.4 * label_loss + 0.6 * 9 * soft, logits)
+    torch.testing.assert_close(gradient, of_both)
+
+
 def test_the_threshold_of_binary_targets() -> None:
     """A mixed picture belongs to all its classes above the threshold."""
     logits, shares = torch.randn(2, 3), torch.tensor([[0.3, 0.7, 0.0], [0.1, 0.0, 0.9]])
@@ -279,7 +297,7 @@ def groups(pictures: Tensor, matrix: np.ndarray, block: int, branches: list[list
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing_bands_is_mixing_pictures(config_file: Path, kind: str) -> None:
-    """Of branches with any bands, and with CutMix's boxes in whole blocks."""
+    """Of branches with any bands, and of whole pictures beside them, with CutMix's boxes in whole blocks."""
     config = configuration.load(config_file, [f"mix.{kind}=1.0"])
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randn(6, 3, 32, 32, generator=generator)
@@ -288,7 +306,7 @@ def test_mixing_bands_is_mixing_pictures(config_file: Path, kind: str) -> None:
     mixed_something = 0
     for step in range(20):
         bands = groups(pictures, matrix, 4, branches)
-        inputs, targets = recipe.mix(bands, labels, config, step, 0, 0)
+        inputs, targets = recipe.mix([*bands, pictures], labels, config, step, 0)
         share = targets[range(6), labels]
         assert torch.allclose(targets.sum(-1), torch.ones(6))
         assert torch.equal(targets, targets[range(6), labels][:, None] * nn.functional.one_hot(labels, 10) + (
@@ -302,7 +320,7 @@ def test_mixing_bands_is_mixing_pictures(config_file: Path, kind: str) -> None:
             assert area == pytest.approx(1 - float(share[0]), abs=1e-6)
             mask = inside.repeat_interleave(4, 2).repeat_interleave(4, 3)
             whole = torch.where(mask, pictures.roll(1, 0), pictures)
-        for x, wanted in zip(inputs, groups(whole, matrix, 4, branches), strict=True):
+        for x, wanted in zip(inputs, [*groups(whole, matrix, 4, branches), whole], strict=True):
             torch.testing.assert_close(x, wanted, atol=1e-5, rtol=1e-5)
             assert x.is_contiguous(memory_format=torch.channels_last)
         mixed_something += bool(share[0] < 0.99)
@@ -314,26 +332,26 @@ def test_how_often_and_how_batches_are_mixed(config_file: Path) -> None:
 
     def shares(*keys: str, steps: int = 400) -> list[Tensor]:
         config = configuration.load(config_file, list(keys))
-        return [recipe.mix([x], labels, config, step, 0, 0)[1] for step in range(steps)]
+        return [recipe.mix([x], labels, config, step, 0)[1] for step in range(steps)]
 
     assert all(target is labels for target in shares(steps=5))
-    half = sum(target.ndim == 2 for target in shares("mix.mixup=0.2", "mix.probability=0.5"))
+    half = sum(bool((target < 1).all()) for target in shares("mix.mixup=1.0", "mix.probability=0.5"))
     assert abs(half - 200) < 4 * math.sqrt(100)
     config = configuration.load(config_file, ["mix.mixup=1.0", "mix.cutmix=1.0"])
-    kept = [bool((recipe.mix([x], labels, config, step, 0, 0)[0][0] == x).any()) for step in range(400)]
+    kept = [bool((recipe.mix([x], labels, config, step, 0)[0][0] == x).any()) for step in range(400)]
     assert abs(sum(kept) - 200) < 60  # CutMix leaves pixels as they are, Mixup none
 
-    places = ((3, 0, 0), (3, 0, 0), (4, 0, 0), (3, 0, 1))
-    one, same, other_step, other_row = (recipe.mix([x], labels, config, *place)[1] for place in places)
+    places = ((3, 0), (3, 0), (4, 0), (3, 1))
+    one, same, other_batch, other_stream = (recipe.mix([x], labels, config, *place)[1] for place in places)
     assert torch.equal(one, same)
-    assert not torch.equal(one, other_step)
-    assert not torch.equal(one, other_row)
+    assert not torch.equal(one, other_batch)
+    assert not torch.equal(one, other_stream)
 
 
 def test_mixing_leaves_torchs_random_state_alone(config_file: Path) -> None:
     config = configuration.load(config_file, ["mix.mixup=1.0"])
     before = torch.get_rng_state()
-    recipe.mix([torch.randn(4, 3, 8, 8, generator=torch.Generator())], torch.arange(4), config, 0, 0, 0)
+    recipe.mix([torch.randn(4, 3, 8, 8, generator=torch.Generator())], torch.arange(4), config, 0, 0)
     assert torch.equal(before, torch.get_rng_state())
 
 

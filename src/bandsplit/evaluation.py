@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bandsplit import checkpoint, configuration, dataset, parallel
+from bandsplit import dataset, parallel
 from bandsplit.ensemble import Ensemble, fuse
 from bandsplit.errors import UserError
 from bandsplit.loader import Batch, Deliveries, ValidationLoader, share_of
 from bandsplit.parallel import Mesh
 from bandsplit.recipe import Precision
-from bandsplit.runlog import RunDirectory, replace_text
-from bandsplit.schema import RunConfig
+from bandsplit.runlog import replace_text
+from bandsplit.trained import Trained
 
 
 @dataclass(frozen=True)
@@ -70,16 +70,6 @@ def evaluate(ensemble: Ensemble, batches: Iterable[Batch], pictures: int, mesh: 
     return Accuracy(pictures, loss_sum / pictures, percent[0], percent[1], percent[2::2], percent[3::2])
 
 
-@dataclass(frozen=True)
-class Trained:
-    """A run's branches at one of its checkpoints."""
-
-    run_dir: Path
-    config: RunConfig
-    branches: list[nn.Module]
-    step: int
-
-
 def evaluate_runs(
     run_dirs: Sequence[Path], which: str, overrides: Sequence[str] = (), output: Path | None = None
 ) -> Accuracy:
@@ -89,7 +79,7 @@ def evaluate_runs(
     Raises UserError where there is no such run or checkpoint, or where the runs saw different data or bands.
     """
     with parallel.ranks() as ranks:
-        runs = [_trained(run_dir, which, overrides) for run_dir in run_dirs]
+        runs = [Trained.of(run_dir, which, overrides) for run_dir in run_dirs]
         for run in runs[1:]:
             _require_same_data(runs[0], run)
         config = runs[0].config
@@ -98,7 +88,7 @@ def evaluate_runs(
         config = config.model_copy(update={"split": joined})
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
-        ensemble = Ensemble(branch for run in runs for branch in run.branches)
+        ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
         _, pictures = dataset.open_data(config.data)
         parts = ranks.world_size * config.train.accumulation  # need not divide: validation takes any number of ranks
@@ -108,21 +98,6 @@ def evaluate_runs(
         if ranks.is_first:
             _report(accuracy, runs, output)
         return accuracy
-
-
-def _trained(run_dir: Path, which: str, overrides: Sequence[str]) -> Trained:
-    directory = RunDirectory(run_dir)
-    if not directory.config.exists():
-        raise UserError(f"{run_dir}: not a run directory: it has no {directory.config.name}")
-    config = configuration.load(directory.config, overrides)
-    folder = directory.checkpoints / (f"step_{int(which):08d}" if which.isdigit() else which)
-    run = checkpoint.read(folder, checkpoint.RUN)
-    wrong = checkpoint.damage(folder)
-    if wrong:
-        raise UserError(f"{folder}: this checkpoint is damaged: {wrong}")
-    ensemble = Ensemble.of(config)
-    ensemble.load_state_dict(checkpoint.read_ensemble(folder, run["branches"]))
-    return Trained(run_dir, config, list(ensemble.branches), run["progress"]["step"])
 
 
 def _require_same_data(one: Trained, other: Trained) -> None:

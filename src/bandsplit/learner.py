@@ -38,7 +38,7 @@ class Learner:
         self._module, self._branch = branch, mesh.replicate(branch)
         self._precision = precision
         self._scaler = precision.scaler()
-        self._loss, self._clip_norm = config.loss, config.train.clip_norm
+        self._config, self._clip_norm = config, config.train.clip_norm
         self._on_nonfinite = config.train.on_nonfinite
 
     @property
@@ -47,13 +47,18 @@ class Learner:
         return self._module if self.ema is None else self.ema.module
 
     def step(
-        self, inputs: Sequence[Tensor], targets: Sequence[Tensor], lr: float, momentum: float | None = None
+        self,
+        inputs: Sequence[Tensor],
+        labels: Sequence[Tensor],
+        lr: float,
+        momentum: float | None = None,
+        taught: Sequence[Tensor | None] | None = None,
     ) -> Tensor | None:
         """One optimizer step over the parts of a batch, (B, channels, h, w) each; returns the mean loss, a scalar.
 
-        Targets are classes (B,) or shares of them (B, classes); momentum None: as the optimizer has it.  Activations
-        and gradients of this branch are gone when it returns.  None: gradients were not finite and nothing has changed,
-        as `train.on_nonfinite` wants it.
+        Labels are classes (B,) or shares of them (B, classes); momentum None: as the optimizer has it; `taught`: a
+        teacher's logits (B, classes).  Activations and gradients of this branch are gone when it returns.  None:
+        gradients were not finite and nothing has changed, as `train.on_nonfinite` wants it.
         """
         buffers = [buffer.clone() for buffer in self._module.buffers()] if self._on_nonfinite != "stop" else []
         for group in self.optimizer.param_groups:
@@ -61,10 +66,14 @@ class Learner:
             if momentum is not None:
                 group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
         mean_loss = torch.zeros((), device=inputs[0].device)
-        for i, (x, y) in enumerate(zip(inputs, targets, strict=True)):
+        for i, (x, y, t) in enumerate(zip(inputs, labels, taught or [None] * len(inputs), strict=True)):
             with self._reducing_gradients(i == len(inputs) - 1):
                 with self._precision.autocast():
-                    loss = recipe.loss(self._branch(x), y, self._loss) / len(inputs)
+                    logits = self._branch(x)
+                    loss = recipe.loss(logits, y, self._config.loss)
+                    if t is not None and self._config.distillation is not None:
+                        loss = recipe.distilled(logits, t, loss, self._config.distillation)
+                    loss = loss / len(inputs)
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             mean_loss += loss.detach()
         norm = self._gradient_norm() if self._on_nonfinite != "stop" or self._clip_norm is not None else None

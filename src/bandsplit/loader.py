@@ -7,26 +7,34 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import cycle
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from einops import rearrange
 from torch import Tensor
 
-from bandsplit import pipeline, spectral
+from bandsplit import pipeline, recipe, spectral
 from bandsplit.dataset import Pictures
 from bandsplit.errors import UserError
 from bandsplit.parallel import Exchange, Mesh, Ranks, Transfer
-from bandsplit.pipeline import Share
+from bandsplit.pipeline import Share, View
 from bandsplit.schema import RunConfig
+from bandsplit.trained import Teacher
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs: one tensor (B, 3·bands, h, w) in channels_last a branch.  Labels: (B,), int64; -1: no picture."""
+    """Inputs: one tensor (B, 3·bands, h, w) in channels_last a branch."""
 
     inputs: list[Tensor]
     labels: Tensor
+    """(B,), int64; -1: no picture.  Where `config.mix` mixes pictures: shares of classes (B, classes), float32."""
+    taught: Tensor | None = None
+    """Logits of the teacher (B, classes), float32, where there is one."""
+
+    @property
+    def targets(self) -> list[Tensor]:
+        return [self.labels] if self.taught is None else [self.labels, self.taught]
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -44,12 +52,23 @@ def share_of(config: RunConfig, ranks: Ranks, batch_size: int, half: bool) -> Sh
     return Share(ranks.rank, ranks.world_size, batch_size, threads, ranks.device.index, half)
 
 
-class TrainingLoader:
-    """Endless training batches from one or several streams of pictures; `states` continue after the last ones.
+class StreamState(TypedDict):
+    """How far a stream of pictures is."""
 
+    size: int
+    """Side of its pictures in pixels."""
+    batches: int
+    """So many have been handed out."""
+    pipeline: bytes | None
+    """DALI's checkpoint; None: at the beginning."""
+
+
+class TrainingLoader:
+    """Endless training batches, mixed and taught, from one or several streams of pictures.
+
+    `states` continue after the last ones.
     A run has as many streams as it had ranks when it began: a stream is a fixed share of every pass over the data with
     random numbers of its own, so that fewer ranks, with several streams each, see the same pictures in the same steps.
-    Pictures have `size` pixels a side (unset: data.image_size) until `resize` wants others.
     """
 
     def __init__(
@@ -57,38 +76,52 @@ class TrainingLoader:
         config: RunConfig,
         pictures: Pictures,
         shares: Sequence[Share],
-        states: Sequence[bytes] | None = None,
-        size: int | None = None,
+        states: Sequence[StreamState] | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
-        self._config, self._pictures, self._shares = config, pictures, shares
-        self._build(size or config.data.image_size, states or [None] * len(shares))
+        self._config, self._pictures, self._shares, self._teacher = config, pictures, shares, teacher
+        self._views = [View.of(config), *([teacher.view] if teacher else [])]
+        start: StreamState = {"size": config.image_size_at(0), "batches": 0, "pipeline": None}
+        self._build(states or [start] * len(shares))
 
-    def _build(self, size: int, states: Sequence[bytes | None]) -> None:
-        self.size = size
-        data = self._config.data.model_copy(update={"image_size": size})
+    def _build(self, states: Sequence[StreamState]) -> None:
+        self.size, self._batches = states[0]["size"], [state["batches"] for state in states]
+        data = self._config.data.model_copy(update={"image_size": self.size})
         config = self._config.model_copy(update={"data": data})
         self._pipelines: list[Any] = []  # those of another size first give back their memory
         self._pipelines = [
-            pipeline.training(config, self._pictures, share, state)
+            pipeline.training(config, self._pictures, share, self._views, state["pipeline"])
             for share, state in zip(self._shares, states, strict=True)
         ]
-        self._turns = cycle(zip(self._pipelines, self._shares, strict=True))
+        self._turns = cycle(range(len(states)))
 
     def resize(self, size: int) -> None:
-        """From the next step on pictures are size x size pixels; the same ones, cut and augmented as they would be."""
+        """From the next step on pictures have `size` pixels a side; the same ones, cut and augmented as they would be.
+
+        Only between two steps, when all streams have had their turn.
+        """
         if size != self.size:
-            self._build(size, self.states())
+            self._build([{**state, "size": size} for state in self.states()])
 
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         """One of the next stream: they take turns."""
-        pipe, share = next(self._turns)
-        return _next_batch(pipe, self._config, self._pictures, share)
+        turn = next(self._turns)
+        share, number = self._shares[turn], self._batches[turn]
+        batch = _next_batch(self._pipelines[turn], self._views, self._pictures, share)
+        self._batches[turn] += 1
+        inputs, labels = recipe.mix(batch.inputs, batch.labels, self._config, number, share.rank)
+        branches = len(self._config.split.groups)
+        taught = self._teacher.logits(inputs[branches:]) if self._teacher else None
+        return Batch(inputs[:branches], labels, taught)
 
-    def states(self) -> list[bytes]:
-        return [bytes(pipe.checkpoint()) for pipe in self._pipelines]
+    def states(self) -> list[StreamState]:
+        return [
+            {"size": self.size, "batches": batches, "pipeline": bytes(pipe.checkpoint())}
+            for pipe, batches in zip(self._pipelines, self._batches, strict=True)
+        ]
 
 
 class Streams:
@@ -114,12 +147,12 @@ class Streams:
         self._config, self._ranks = config, ranks
 
     def loader(
-        self, pictures: Pictures, half: bool, states: Sequence[bytes] | None = None, size: int | None = None
+        self, pictures: Pictures, half: bool, states: Sequence[StreamState] | None, teacher: Teacher | None
     ) -> TrainingLoader:
         share = share_of(self._config, self._ranks, self.batch_size, half)
         threads = max(1, share.threads // len(self.own))
         shares = [replace(share, rank=s, world_size=self.count, threads=threads) for s in self.own]
-        return TrainingLoader(self._config, pictures, shares, states, size)
+        return TrainingLoader(self._config, pictures, shares, states, teacher)
 
 
 class ValidationLoader:
@@ -130,7 +163,7 @@ class ValidationLoader:
 
     def __init__(self, config: RunConfig, pictures: Pictures, share: Share) -> None:
         mine = slice(share.rank, None, share.world_size)
-        self._config, self._share, self._count = config, share, len(pictures.files[mine])
+        self._views, self._share, self._count = [View.of(config)], share, len(pictures.files[mine])
         first = slice(self._count or 1)  # a rank without any pictures fills its batches with the first
         files, labels = pictures.files[mine] or pictures.files, pictures.labels[mine] or pictures.labels
         self._pictures = replace(pictures, files=files[first], labels=labels[first])
@@ -139,7 +172,7 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for n in range(self._batches):
-            batch = _next_batch(self._pipeline, self._config, self._pictures, self._share)
+            batch = _next_batch(self._pipeline, self._views, self._pictures, self._share)
             batch.labels[max(0, self._count - n * self._share.batch_size) :] = -1
             yield batch
 
@@ -176,15 +209,18 @@ class Deliveries:
             return next(self._batches, None)
         transfer = self._under_way or self._send(self._exchange)
         self._under_way = self._send(self._exchange) if ahead and transfer else None
-        return Batch(*transfer.wait()) if transfer else None
+        if transfer is None:
+            return None
+        inputs, targets = transfer.wait()
+        return Batch(inputs, *targets)
 
     def _send(self, exchange: Exchange) -> Transfer | None:
         with exchange.on_side_stream():
             batch = next(self._batches, None)
-            return exchange.send(batch.inputs, batch.labels) if batch else None
+            return exchange.send(batch.inputs, batch.targets) if batch else None
 
 
-def _next_batch(pipe: Any, config: RunConfig, pictures: Pictures, share: Share) -> Batch:
+def _next_batch(pipe: Any, views: Sequence[View], pictures: Pictures, share: Share) -> Batch:
     try:
         outputs = pipe.run(torch.cuda.current_stream() if share.device == "gpu" else None)
     except RuntimeError as error:
@@ -197,7 +233,7 @@ def _next_batch(pipe: Any, config: RunConfig, pictures: Pictures, share: Share) 
         inputs = [rearrange(x, "b h w c -> b c h w") for x in images]
     else:
         picture, mirror = images
-        inputs = _split_in_torch(picture, mirror, config, share)
+        inputs = [x for view in views for x in _split_in_torch(picture, mirror, view, share)]
     return Batch(inputs, labels.flatten().long())
 
 
@@ -208,14 +244,14 @@ def _culprit(error: str, pictures: Pictures, share: Share) -> str | None:
     return pipeline.first_undecodable(pictures.files, share.threads)
 
 
-def _split_in_torch(pictures: Tensor, mirror: Tensor, config: RunConfig, share: Share) -> list[Tensor]:
-    split, data = config.split, config.data
+def _split_in_torch(pictures: Tensor, mirror: Tensor, view: View, share: Share) -> list[Tensor]:
+    split = view.split
     return spectral.split_pictures(
         pictures,
         spectral.transform_matrix(split.transform, split.block, split.norm),
         split.block,
-        data.mean,
-        data.std,
+        view.mean,
+        view.std,
         mirror.flatten().to(pictures.device),
         split.groups,
         torch.float16 if share.half else torch.float32,

@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from bandsplit import dataset, parallel, recipe, seeds
+from bandsplit import dataset, parallel, seeds
 from bandsplit.ensemble import parameters_of_branches
 from bandsplit.errors import UserError
 from bandsplit.learner import learners_of
@@ -23,6 +23,7 @@ from bandsplit.recipe import Precision
 from bandsplit.reporting import HEIGHT, STYLE, WIDTH
 from bandsplit.runlog import replace_text
 from bandsplit.schema import RunConfig
+from bandsplit.trained import Teacher
 
 Floats = npt.NDArray[np.float64]
 
@@ -73,18 +74,19 @@ def _range_test(config: RunConfig, lrs: Floats) -> Floats:
         mesh = Mesh(ranks, len(parameters), groups)
         streams = Streams(config, ranks.world_size, ranks)
         _, learners = learners_of(config, streams.batch_size * groups, precision, mesh)
-        deliveries = Deliveries(streams.loader(pictures, precision.half_bands), mesh)
+        teacher = Teacher.of(config, precision)
+        deliveries = Deliveries(streams.loader(pictures, precision.half_bands, None, teacher), mesh)
         losses = np.full((len(parameters), len(lrs)), np.nan)
         alive = np.ones(len(parameters), dtype=bool)
         for step, lr in enumerate(tqdm(lrs, unit="step", disable=None if ranks.is_first else True)):
             parts = deliveries.take(streams.parts, ahead=step + 1 < len(lrs))
-            mixed = [recipe.mix(part.inputs, part.labels, config, step, n, mesh.row) for n, part in enumerate(parts)]
+            labels, taught = [part.labels for part in parts], [part.taught for part in parts]
             found = torch.zeros(len(parameters), dtype=torch.float64, device=ranks.device)
             for i, (k, learner) in enumerate(zip(mesh.own, learners, strict=True)):
                 if alive[k]:
                     purpose = f"branch {config.split.numbers[k]} step {step}"
                     torch.manual_seed(seeds.derived(config.seed, purpose, mesh.row))
-                    loss = learner.step([x[i] for x, _ in mixed], [target for _, target in mixed], lr)
+                    loss = learner.step([part.inputs[i] for part in parts], labels, lr, taught=taught)
                     found[k] = torch.inf if loss is None else loss
             together = (ranks.sum(found) / mesh.rows).cpu().numpy()
             losses[alive, step] = together[alive]

@@ -337,8 +337,8 @@ class Exchange:
         """A context in which a batch is made and sent beside what the device computes."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
-    def send(self, inputs: Sequence[Tensor], labels: Tensor) -> Transfer:
-        """Starts to send inputs of all branches, (B, channels, h, w) each, and labels (B,) of this rank's pictures."""
+    def send(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Transfer:
+        """Starts to send inputs of all branches, (B, channels, h, w) each, and what is to be learnt, (B, …) each."""
         g, group = self._mesh.branch_groups, self._mesh.row_group
         flat = [rearrange(x, "b c h w -> (b h w c)") for x in inputs]
         count = len(inputs) // g
@@ -346,12 +346,16 @@ class Exchange:
         own = [inputs[k] for k in self._mesh.own]
         sent = torch.cat(flat)
         received = sent.new_empty(g * sum(x.numel() for x in own))
-        all_labels = labels.new_empty(g * len(labels))
+        targets = [target.contiguous() for target in targets]
+        of_row = [target.new_empty(g * len(target), *target.shape[1:]) for target in targets]
         works = [
             dist.all_to_all_single(received, sent, [len(received) // g] * g, sizes, group=group, async_op=True),
-            dist.all_gather_into_tensor(all_labels, labels.contiguous(), group=group, async_op=True),
+            *(
+                dist.all_gather_into_tensor(all_of_it, target, group=group, async_op=True)
+                for all_of_it, target in zip(of_row, targets, strict=True)
+            ),
         ]
-        return Transfer(works, [sent, labels], received, all_labels, [tuple(x.shape) for x in own], g, self._stream)
+        return Transfer(works, [sent, *targets], received, of_row, [tuple(x.shape) for x in own], g, self._stream)
 
     def give_back(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (own branches, B of the whole row, classes) -> (all branches, B of this rank, classes), and labels."""
@@ -369,20 +373,21 @@ class Transfer:
     works: list[Any]
     sent: list[Tensor]
     received: Tensor
-    labels: Tensor
+    targets: list[Tensor]
+    """Of the whole row."""
     shapes: list[tuple[int, ...]]
     """Of the own branches' inputs, for one rank's pictures."""
     sources: int
     stream: torch.cuda.Stream | None
 
-    def wait(self) -> tuple[list[Tensor], Tensor]:
-        """Inputs of this rank's branches, (B of the whole row, channels, h, w) in channels_last each, and labels."""
+    def wait(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Inputs of this rank's branches, (B of the whole row, channels, h, w) in channels_last each, and targets."""
         for work in self.works:
             work.wait()
         if self.stream is not None:
             current = torch.cuda.current_stream()
             current.wait_stream(self.stream)
-            for tensor in (self.received, self.labels):
+            for tensor in (self.received, *self.targets):
                 tensor.record_stream(current)
         inputs, start = [], 0
         by_source = self.received.view(self.sources, -1)
@@ -391,4 +396,4 @@ class Transfer:
             x = rearrange(x, "g (b h w c) -> (g b) h w c", b=b, c=c, h=h, w=w)  # a copy where a rank has several
             inputs.append(rearrange(x, "b h w c -> b c h w"))
             start += b * c * h * w
-        return inputs, self.labels
+        return inputs, self.targets

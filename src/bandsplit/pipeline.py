@@ -15,7 +15,7 @@ from nvidia.dali import fn as dali_fn
 
 from bandsplit import augmentation, native, seeds, spectral
 from bandsplit.dataset import Pictures
-from bandsplit.schema import Decoder, RunConfig
+from bandsplit.schema import Decoder, RunConfig, Split
 
 fn: Any = dali_fn  # operators are made at run time, ours among them: DALI's stubs do not know them all
 
@@ -41,6 +41,19 @@ class Share:
         return "cpu" if self.device_id is None else "gpu"
 
 
+@dataclass(frozen=True)
+class View:
+    """What an ensemble is shown of a picture: bands of a transform, and which mean and deviation colours have."""
+
+    split: Split
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    @classmethod
+    def of(cls, config: RunConfig) -> View:
+        return cls(config.split, config.data.mean, config.data.std)
+
+
 @cache
 def has_operator(device: str) -> bool:
     """Whether `fn.spectral_split` is there for "cpu" or "gpu", built if need be; says so once where it is not."""
@@ -54,20 +67,23 @@ def has_operator(device: str) -> bool:
     return True
 
 
-def training(config: RunConfig, pictures: Pictures, share: Share, checkpoint: bytes | None = None) -> Pipeline:
+def training(
+    config: RunConfig, pictures: Pictures, share: Share, views: Sequence[View], checkpoint: bytes | None = None
+) -> Pipeline:
     """An endless stream of batches: every pass over the data is a new shuffle of all pictures, from the seed.
 
-    Ranks take disjoint parts of each pass and never wait for each other at its end.  A checkpoint of such a pipeline
-    continues exactly after the last batch that was handed out.
+    Outputs: the inputs of every branch of every view, and the labels.  Ranks take disjoint parts of each pass and never
+    wait for each other at its end.  A checkpoint of such a pipeline continues exactly after the last batch that was
+    handed out.
     """
     seed = seeds.derived(config.seed, "augmentation", share.rank)
     conditionals = augmentation.needs_conditionals(config.augment)
-    return _build(_training_graph, share, config, pictures, seed, checkpoint, conditionals)
+    return _build(_training_graph, share, config, pictures, views, seed, checkpoint, conditionals)
 
 
 def validation(config: RunConfig, pictures: Pictures, share: Share) -> Pipeline:
     """The pictures in their order, once; the last batch is filled up by repeating the last picture."""
-    return _build(_validation_graph, share, config, pictures)
+    return _build(_validation_graph, share, config, pictures, [View.of(config)])
 
 
 def first_undecodable(files: Sequence[str], threads: int) -> str | None:
@@ -100,6 +116,7 @@ def _build(
     share: Share,
     config: RunConfig,
     pictures: Pictures,
+    views: Sequence[View],
     seed: int = 0,
     checkpoint: bytes | None = None,
     conditionals: bool = False,
@@ -108,6 +125,7 @@ def _build(
         share,
         config,
         pictures,
+        views,
         batch_size=share.batch_size,
         num_threads=share.threads,
         device_id=share.device_id,
@@ -120,8 +138,8 @@ def _build(
     return pipe
 
 
-def _training_graph(share: Share, config: RunConfig, pictures: Pictures) -> Any:
-    return _finish(*augmented(share, config, pictures), share, config)
+def _training_graph(share: Share, config: RunConfig, pictures: Pictures, views: Sequence[View]) -> Any:
+    return _finish(*augmented(share, config, pictures), share, views)
 
 
 def augmented(share: Share, config: RunConfig, pictures: Pictures) -> tuple[Any, Any, Any]:
@@ -169,7 +187,7 @@ def _decoding(decoder: Decoder, share: Share) -> dict[str, Any]:
     }
 
 
-def _validation_graph(share: Share, config: RunConfig, pictures: Pictures) -> Any:
+def _validation_graph(share: Share, config: RunConfig, pictures: Pictures, views: Sequence[View]) -> Any:
     data = config.data
     encoded, labels = fn.readers.file(
         files=pictures.files,
@@ -182,26 +200,30 @@ def _validation_graph(share: Share, config: RunConfig, pictures: Pictures) -> An
     images = fn.decoders.image(encoded, **_decoding(data.decoder, share))
     images = fn.resize(images, resize_shorter=data.resize_size)
     images = fn.crop(images, crop=(data.val_size, data.val_size))
-    return _finish(images, fn.zeros(shape=[], dtype=types.INT32), labels, share, config)
+    return _finish(images, fn.zeros(shape=[], dtype=types.INT32), labels, share, views)
 
 
-def _finish(images: Any, mirror: Any, labels: Any, share: Share, config: RunConfig) -> Any:
+def _finish(images: Any, mirror: Any, labels: Any, share: Share, views: Sequence[View]) -> Any:
     """The split into one (h, w, 3·bands) output a branch, or the picture and its flip where there is no operator."""
     if share.device == "gpu":
         labels = labels.gpu()
     if not has_operator(share.device):
         return images, mirror, labels
-    split, data = config.split, config.data
+    return *(bands for view in views for bands in _split(images, mirror, share, view)), labels
+
+
+def _split(images: Any, mirror: Any, share: Share, view: View) -> Sequence[Any]:
+    split = view.split
     matrix = spectral.transform_matrix(split.transform, split.block, split.norm)
     bands = fn.spectral_split(
         images,
         mirror=mirror,
         block=split.block,
         matrix=matrix.ravel().tolist(),
-        mean=list(data.mean),
-        std=list(data.std),
+        mean=list(view.mean),
+        std=list(view.std),
         groups=[k for group in split.groups for k in group],
         group_sizes=[len(group) for group in split.groups],
         dtype=types.FLOAT16 if share.half else types.FLOAT,
     )
-    return *(bands if isinstance(bands, list | tuple) else [bands]), labels
+    return bands if isinstance(bands, list | tuple) else [bands]

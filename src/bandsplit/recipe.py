@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, kl_div, log_softmax, one_hot
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torchvision.transforms import v2
 
@@ -140,34 +140,45 @@ def loss(logits: Tensor, target: Tensor, config: schema.Loss) -> Tensor:
             return binary_cross_entropy_with_logits(logits, shares)
 
 
+def distilled(logits: Tensor, taught: Tensor, label_loss: Tensor, config: schema.Distillation) -> Tensor:
+    """The loss of the labels, a scalar, with what a teacher's logits add to it; both logits (B, classes).
+
+    Hinton, Vinyals and Dean (2015), section 2: T² keeps the gradients' size whatever the temperature T is.
+    """
+    own, teachers = (log_softmax(x.float() / config.temperature, dim=-1) for x in (logits, taught))
+    divergence = kl_div(own, teachers, reduction="batchmean", log_target=True)
+    return config.label_weight * label_loss + config.weight * config.temperature**2 * divergence
+
+
 # -------------------------------------------------------------------------------------------------------- mixing
 
 
 def mix(
-    inputs: Sequence[Tensor], labels: Tensor, config: schema.RunConfig, step: int, part: int, place: int
+    inputs: Sequence[Tensor], labels: Tensor, config: schema.RunConfig, batch: int, stream: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Mixup or CutMix of one batch, alike in all branches: inputs (B, channels, h, w) each, labels (B,).
+    """Mixup or CutMix of one batch, alike in all inputs, (B, channels, h, w) each, where h = w may differ; labels (B,).
 
     The split is linear and acts on each block alone, so mixing bands is mixing pictures, with boxes in whole blocks.
-    Chance comes from (seed, step, part) and `place`, which ranks with the same pictures share.
-    Returns the inputs and targets (B, classes), or everything as it was.
+    Chance comes from the seed, the stream of pictures and the number of the batch in it.
+    Returns inputs and labels (B, classes), float32, or all as it was where the config mixes nothing.
     """
     alphas = config.mix.mixup, config.mix.cutmix
     if not any(alphas):
         return list(inputs), labels
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.derived(config.seed, f"mixing step {step} part {part}", place))
+        torch.manual_seed(seeds.derived(config.seed, f"mixing batch {batch}", stream))
         if torch.rand(()) >= config.mix.probability:
-            return list(inputs), labels
+            return list(inputs), one_hot(labels, config.data.classes).float()
         cut = alphas[1] > 0 and (not alphas[0] or bool(torch.rand(()) < 0.5))
-        seed = int(torch.randint(2**31, ()))
         transform = (v2.CutMix if cut else v2.MixUp)(alpha=alphas[cut], num_classes=config.data.classes)
-        mixed = []
-        for x in inputs:
-            torch.manual_seed(seed)  # the same share, and the same box, for every branch
-            y, target = transform(x, labels)
-            mixed.append(y.contiguous(memory_format=torch.channels_last))
-    return mixed, target
+        grid = math.gcd(*(x.shape[-1] for x in inputs))  # a box in this grid is a box in each of them
+        drawn = transform.make_params([torch.empty(1, 1, grid, grid)])
+    drawn |= {"labels": labels, "batch_size": len(labels)}
+    mixed = []
+    for x in inputs:
+        box = {"box": [edge * (x.shape[-1] // grid) for edge in drawn["box"]]} if cut else {}
+        mixed.append(transform.transform(x, drawn | box).contiguous(memory_format=torch.channels_last))
+    return mixed, transform.transform(labels, drawn)
 
 
 # ----------------------------------------------------------------------------------------------------- precision

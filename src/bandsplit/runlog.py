@@ -26,7 +26,7 @@ from bandsplit.schema import RunConfig
 
 MAY_CHANGE = (
     "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.decoder.read_ahead",
-    "train.log_every", "validation.batch_size",
+    "train.log_every", "validation.batch_size", "distillation.teacher",
 )  # fmt: skip
 """Keys that say where and how a run is computed, not what: they may change when it is resumed."""
 

@@ -560,6 +560,23 @@ class BinaryCrossEntropy(_Table):
 Loss = Annotated[CrossEntropy | BinaryCrossEntropy, Field(discriminator="type"), _default_type("cross_entropy")]
 
 
+class Distillation(_Table):
+    """Every branch also learns from the fused logits of a trained run, on the same pictures, mixed alike.
+
+    Loss: label_weight · [loss] + weight · T² · KL(teacher ‖ branch) with softmax(logits / T) of both (Hinton, Vinyals
+    and Dean, 2015).  The defaults are those of He et al., Bag of Tricks (CVPR 2019), section 5.3.
+    """
+
+    teacher: str = Field(min_length=1)
+    """Run directory of the teacher, whose split may be another; `~` and `$VARIABLES` are expanded."""
+    checkpoint: Annotated[Literal["best", "last"] | int, _count_or("distillation.checkpoint", "best", "last")] = "best"
+    """"best", "last" or the number of a step."""
+    temperature: float = Field(20.0, gt=0, allow_inf_nan=False)
+    """T above."""
+    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
+    label_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+
+
 class Mix(_Table):
     """Mixing of pictures and labels within a batch, on the bands; the same for all branches."""
 
@@ -632,6 +649,7 @@ class RunConfig(_Table):
     optim: Optim
     schedule: Schedule = Cosine()
     loss: Loss = CrossEntropy()
+    distillation: Distillation | None = None
     mix: Mix = Mix()
     train: Train
     parallel: Parallel = Parallel()

@@ -9,11 +9,13 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.flop_counter import FlopCounterMode
 
-from bandsplit import dataset, normalization, parallel
+from bandsplit import configuration, dataset, normalization, parallel
 from bandsplit.ensemble import Ensemble
 from bandsplit.errors import UserError
 from bandsplit.models import count_parameters
+from bandsplit.runlog import RunDirectory
 from bandsplit.schema import RunConfig
+from bandsplit.trained import teachers_directory
 
 MIB = 2**20
 
@@ -79,12 +81,37 @@ def show(config: RunConfig, world_size: int) -> None:
     for cost, number in _alike(costs):
         print(
             f"          {number} x {cost.channels} channels: {cost.parameters:,} parameters, "
+            f"{cost.parameters * 4 / MIB:,.2f} MiB, "
             f"{cost.macs / 1e9:.3f} GMACs, {cost.activation_bytes / MIB:,.0f} MiB activations"
         )
+    _show_teacher(config)
     own = costs[: len(costs) // groups]
     print(f"memory    {_memory_bytes(config, own, size, at_once) / MIB:,.0f} MiB a rank in float32 (estimate)")
     _show_ranks(config, world_size, groups, parameters, half)
+    _show_sizes(config)
     _show_steps(config)
+
+
+def _show_teacher(config: RunConfig) -> None:
+    if config.distillation is None:
+        return
+    directory = RunDirectory(teachers_directory(config.distillation))
+    if not directory.config.exists():
+        print(f"teacher   unknown: {directory.path} is not a run directory")
+        return
+    teacher = configuration.load(directory.config)
+    size = config.data.image_size // teacher.split.block
+    with torch.device("meta"):
+        branches = list(Ensemble.of(teacher).branches)
+    macs = sum(
+        branch_cost(branch, 3 * len(group), size, 2).macs
+        for branch, group in zip(branches, teacher.split.groups, strict=True)
+    )
+    weights = 4 * sum(count_parameters(branch) for branch in branches) / MIB
+    print(
+        f"teacher   {teacher.name}, {teacher.networks} with block {teacher.split.block}: {macs / 1e9:.3f} GMACs a "
+        f"picture forward, {weights:,.2f} MiB"
+    )
 
 
 def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: list[int], half: bool) -> None:
@@ -117,6 +144,17 @@ def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_s
     kept = {"sgd": 1 if getattr(config.optim, "momentum", 0) else 0, "rmsprop": 2}.get(config.optim.type, 2)
     kept += config.train.ema_decay is not None
     return weights * (1 + kept) + largest + bands * (1 + config.data.prefetch)
+
+
+def _show_sizes(config: RunConfig) -> None:
+    """From which epoch on pictures have which size, where that changes."""
+    if config.augment.progressive is None:
+        return
+    sizes = [config.image_size_at(epoch) for epoch in range(config.train.epochs)]
+    first = {size: epoch for epoch, size in reversed(list(enumerate(sizes)))}
+    print(
+        f"sizes     {', '.join(f'{size} from epoch {first[size]}' for size in sorted(first))}; costs are of the largest"
+    )
 
 
 def _show_steps(config: RunConfig) -> None:

@@ -21,12 +21,13 @@ from bandsplit.ensemble import Ensemble, parameters_of_branches
 from bandsplit.errors import Interrupted
 from bandsplit.evaluation import evaluate
 from bandsplit.learner import Learner, learners_of
-from bandsplit.loader import Deliveries, Streams, TrainingLoader, ValidationLoader, share_of
+from bandsplit.loader import Deliveries, Streams, StreamState, TrainingLoader, ValidationLoader, share_of
 from bandsplit.meter import Meter, Progress
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
 from bandsplit.runlog import Metrics, RunDirectory, Stopwatch
 from bandsplit.schema import RunConfig
+from bandsplit.trained import Teacher
 
 
 def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
@@ -43,6 +44,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         total_steps = config.train.epochs * steps_per_epoch
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
+        teacher = Teacher.of(config, precision)
         half, parameters = precision.half_bands, parameters_of_branches(config)
         mesh = Mesh(ranks, len(parameters), parallel.branch_groups(config, ranks.world_size, parameters, half))
         directory = RunDirectory(run_dir)
@@ -57,17 +59,18 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         ensemble, learners = learners_of(config, at_once, precision, mesh)
         networks = nn.ModuleList([ensemble, *(learner.ema for learner in learners if learner.ema is not None)])
         numbers = [config.split.numbers[k] for k in mesh.own]
-        progress = Progress(**before.run["progress"]) if before else Progress()
-        states = before.loader_states(streams) if before else None
-        loader = streams.loader(train_pictures, half, states, config.image_size_at(progress.step // steps_per_epoch))
+        loader = streams.loader(train_pictures, half, before.loader_states(streams) if before else None, teacher)
         deliveries = Deliveries(loader, mesh)
         share = share_of(config, ranks, config.validation.batch_size or streams.batch_size, half)
         validation_loader = ValidationLoader(config, val_pictures, share)
 
         # ------------------------------------------------------------------ where the last checkpoint left them
-        meter = Meter(mesh, config.split.numbers)
+        progress, meter = Progress(), Meter(mesh, config.split.numbers)
         _log_start(config, directory, parameters, (len(train_pictures), len(val_pictures)), norm_batch, mesh, precision)
+        if teacher is not None:
+            logger.info(f"learns from {teacher.name}")
         if before is not None:
+            progress = Progress(**before.run["progress"])
             _restore(before, config, networks, learners, meter, mesh)
             _log_resumed(before, progress, mesh)
             if ranks.is_first:
@@ -91,11 +94,11 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             loader.resize(config.image_size_at(progress.step // steps_per_epoch))
             with meter.waiting_for_data():
                 parts = deliveries.take(streams.parts, ahead=not saves)
-            mixed = [recipe.mix(part.inputs, part.labels, config, step, n, mesh.row) for n, part in enumerate(parts)]
+            labels, taught = [part.labels for part in parts], [part.taught for part in parts]
             for i, learner in enumerate(learners):
                 # for dropout and the like, whatever else this rank trains
                 torch.manual_seed(seeds.derived(config.seed, f"branch {numbers[i]} step {step}", mesh.row))
-                loss = learner.step([x[i] for x, _ in mixed], [target for _, target in mixed], lr, momentum)
+                loss = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, taught)
                 meter.note(i, loss, step, lr)
             progress.advance(config.train.batch_size, steps_per_epoch)
             bar.update()
@@ -150,7 +153,7 @@ class Before:
     path: Path
     run: checkpoint.State
 
-    def loader_states(self, streams: Streams) -> list[bytes]:
+    def loader_states(self, streams: Streams) -> list[StreamState]:
         return [checkpoint.read(self.path, checkpoint.stream_file(s))["loader"] for s in streams.own]
 
     def fits(self, mesh: Mesh) -> bool:

@@ -1,0 +1,202 @@
+"""Augmentations on the GPU against the CPU, where tests/test_augmentation.py holds them to what they should do.
+
+Decoders differ, so both backends get the same pixels here; random numbers are drawn on the CPU for both.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from nvidia.dali import fn, pipeline_def
+from nvidia.dali.auto_aug import augmentations as operations
+from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
+from PIL import Image
+
+from bandsplit import augmentation, configuration, pipeline, schema
+from bandsplit.dataset import Pictures, open_data
+from bandsplit.loader import TrainingLoader
+from bandsplit.pipeline import Share
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+Array = npt.NDArray[Any]
+
+RAND = ["augment.auto.type=rand_augment", "augment.auto.m=7", "augment.auto.std=0.5"]
+COLOR = [
+    f"augment.color.{key}" for key in ("brightness=[0.6, 1.4]", "contrast=[0.6, 1.4]", "saturation=[0, 2]", "hue=144")
+]
+PCA, ERASING = ["augment.pca_noise=0.1"], ["augment.erasing.probability=0.5"]
+REST = [*COLOR, *PCA, *ERASING, "augment.repeats=3"]
+AUTO = {"rand_augment": RAND} | {name: [f"augment.auto.type={name}"] for name in ("auto_augment", "trivial_augment")}
+ALL = {f"all, {name}": [*keys, *REST] for name, keys in AUTO.items()}
+EVERY = {"color": COLOR, "pca_noise": PCA, "erasing": ERASING, **AUTO, **ALL}
+
+
+class Tolerance(NamedTuple):
+    """For each single picture, on the scale 0 .. 255: mean absolute difference; share of values that are `far` off."""
+
+    mean: float
+    far: int
+    share: float
+
+
+EXACT = Tolerance(0, 0, 0)
+# Sums are rounded in another order, and places between pixels differ in their last bits: a value near a half becomes
+# the next whole number, at worst every second value.  Half a pixel beside the place would be 3 in the mean here.
+ONE = Tolerance(0.5, 2, 0.001)
+# Further operations enlarge that: those that stretch (auto_contrast, equalize, color) by a small factor everywhere,
+# those with a threshold (posterize, solarize) by up to 255, at the few values that lie beside it.  Tried on a CPU:
+# one value in ten made one off after each operation gives 0.9 and 0.034; half a pixel after each gives 5 and 0.2.
+CHAIN = Tolerance(2, 8, 0.05)
+TOLERANCES = {"erasing": EXACT, "color": ONE, "pca_noise": ONE, "trivial_augment": ONE}  # the others: CHAIN
+
+
+@pytest.fixture(scope="module", autouse=True)
+def operator() -> None:
+    """Loaded before there are any pipelines, as in tests/test_augmentation.py."""
+    pipeline.has_operator("gpu")
+
+
+@pytest.fixture
+def jpegs(config_file: Path) -> Pictures:
+    """23 files: a pass is no whole number of batches."""
+    train, _ = open_data(configuration.load(config_file).data)
+    return replace(train, files=train.files[::7], labels=train.labels[::7])
+
+
+@pytest.fixture
+def flat(tmp_path: Path) -> Pictures:
+    """13 files of one colour each, whose label is their own number: the same pixels from any decoder and any crop."""
+    files = [str(tmp_path / f"{n}.png") for n in range(13)]
+    for file, color in zip(files, np.random.default_rng(1).integers(40, 216, (13, 3)).tolist(), strict=True):
+        Image.new("RGB", (48, 40), tuple(color)).save(file)
+    return Pictures(files, list(range(13)), ["all"])
+
+
+def smooth() -> Array:
+    """64 pictures of 64 x 64 pixels, each with some other range of values."""
+    rng = np.random.default_rng(0)
+    ranges = zip(rng.integers(0, 100, 64), rng.integers(150, 256, 64), strict=True)
+    coarse = [Image.fromarray(rng.integers(*ends, (8, 8, 3), dtype=np.uint8)) for ends in ranges]
+    return np.stack([np.array(image.resize((64, 64))) for image in coarse])
+
+
+def share(device: str, batch_size: int = 6, half: bool = False) -> Share:
+    return Share(0, 1, batch_size, threads=1, device_id=0 if device == "gpu" else None, half=half)
+
+
+def run(graph: Callable[[], Any], config: schema.RunConfig, place: Share, batches: int = 1) -> list[Array]:
+    """The samples of all batches, for every output of a graph."""
+    definition = pipeline_def(graph, enable_conditionals=augmentation.needs_conditionals(config.augment))
+    pipe = definition(batch_size=place.batch_size, num_threads=1, device_id=place.device_id, seed=0)
+    pipe.build()
+    each = [[[np.array(sample) for sample in output.as_cpu()] for output in pipe.run()] for _ in range(batches)]
+    return [np.concatenate(output) for output in zip(*each, strict=True)]
+
+
+def augmented(device: str, config_file: Path, keys: list[str], stream: int = 0) -> Array:
+    """What becomes of the smooth pictures on "cpu" or "gpu"."""
+    config = configuration.load(config_file, [*keys, "data.image_size=64", "data.resize_size=64"])
+    batch = list(smooth())
+
+    def graph() -> Any:
+        images = fn.external_source(lambda: batch, layout="HWC")
+        return augmentation.augmented(images.gpu() if device == "gpu" else images, config, stream)
+
+    return run(graph, config, share(device, len(batch)))[0]
+
+
+def assert_same(expected: Array, got: Array, tolerance: Tolerance) -> None:
+    assert got.shape == expected.shape
+    assert got.dtype == expected.dtype == np.uint8
+    difference = np.abs(got.astype(int) - expected).reshape(len(expected), -1)
+    mean, far = difference.mean(1), (difference > tolerance.far).mean(1)
+    assert mean.max() <= tolerance.mean, f"picture {mean.argmax()}"
+    assert far.max() <= tolerance.share, f"picture {far.argmax()}"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_the_same_pictures_as_on_the_cpu(config_file: Path, name: str) -> None:
+    keys, tolerance = EVERY[name], TOLERANCES.get(name, CHAIN)
+    gpu = augmented("gpu", config_file, keys)
+    assert_same(augmented("cpu", config_file, keys), gpu, tolerance)
+    with pytest.raises(AssertionError):  # the tolerance tells other draws
+        assert_same(augmented("cpu", config_file, keys, stream=1), gpu, tolerance)
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [*get_rand_augment_suite(use_shape=True), operations.invert, operations.solarize_add],
+    ids=lambda operation: operation.name,
+)
+def test_each_operation_alone(config_file: Path, monkeypatch: pytest.MonkeyPatch, operation: Any) -> None:
+    """With strengths 0 .. 10 and both signs; the last two are of AutoAugment."""
+    monkeypatch.setattr(augmentation, "get_rand_augment_suite", lambda use_shape: [operation])
+    keys = [*RAND, "augment.auto.n=1", "augment.auto.m=6", "augment.auto.std=4"]
+    gpu = augmented("gpu", config_file, keys)
+    assert_same(augmented("cpu", config_file, keys), gpu, ONE)
+    changed = (gpu != smooth()).any(axis=(1, 2, 3)).mean()
+    assert changed == 0 if operation is operations.identity else changed > 0.5
+
+
+OFF = ["color.hue=0", "pca_noise=0", "erasing.probability=0", "repeats=1"]
+
+
+@pytest.mark.parametrize("keys", [[], *([f"augment.{key}"] for key in OFF)], ids=["nothing", *OFF])
+def test_what_is_switched_off_leaves_pictures_as_they_are(config_file: Path, keys: list[str]) -> None:
+    assert np.array_equal(augmented("gpu", config_file, keys), smooth())
+
+
+@pytest.mark.parametrize("repeats", [1, 2, 3])
+def test_repeats_are_the_same_pictures_as_on_the_cpu(config_file: Path, flat: Pictures, repeats: int) -> None:
+    """From files, over more than two passes; each repeat is drawn anew."""
+    config = configuration.load(config_file, [*REST, f"augment.repeats={repeats}"])
+
+    def before_split(place: Share) -> list[Array]:
+        return run(lambda: pipeline.augmented(place, config, flat), config, place, batches=6)
+
+    (cpu, _, labels), (gpu, _, same) = before_split(share("cpu")), before_split(share("gpu"))
+    assert np.array_equal(labels, same)
+    assert_same(cpu, gpu, CHAIN)
+    labels, groups = labels.reshape(-1, repeats), gpu.reshape(-1, repeats, 32, 32, 3)
+    assert (labels == labels[:, :1]).all()
+    assert len(set(labels[:2].flatten().tolist())) == 2
+    assert (groups[:, 1:] != groups[:, :1]).any(axis=(2, 3, 4)).all()
+
+
+@pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
+@pytest.mark.parametrize("keys", ALL.values(), ids=ALL.keys())
+def test_bands_of_training_are_finite(config_file: Path, jpegs: Pictures, keys: list[str], half: bool) -> None:
+    batches = iter(TrainingLoader(configuration.load(config_file, keys), jpegs, [share("gpu", half=half)]))
+    for _ in range(8):
+        batch = next(batches)
+        assert [tuple(x.shape) for x in batch.inputs] == [(6, 3, 16, 16)] * 4
+        assert all(x.is_cuda and x.dtype == (torch.float16 if half else torch.float32) for x in batch.inputs)
+        assert all(x.isfinite().all() and x.float().std() > 0 for x in batch.inputs)
+        assert torch.equal(batch.labels, batch.labels[::3].repeat_interleave(3))
+
+
+@pytest.mark.parametrize("keys", [[], *EVERY.values()], ids=["nothing", *EVERY])
+def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, jpegs: Pictures, keys: list[str]) -> None:
+    """Without any, too: where that fails, it is not the augmentations."""
+
+    def copied(batches: Any) -> list[torch.Tensor]:  # DALI may use the memory again
+        batch = next(batches)
+        return [tensor.clone() for tensor in (*batch.inputs, batch.labels)]
+
+    config = configuration.load(config_file, keys)
+    loader = TrainingLoader(config, jpegs, [share("gpu")])
+    for _ in range(5):
+        copied(iter(loader))
+    states = loader.states()
+    rest = [copied(iter(loader)) for _ in range(5)]
+    again = iter(TrainingLoader(config, jpegs, [share("gpu")], states))
+    for expected in rest:
+        assert all(torch.equal(a, b) for a, b in zip(copied(again), expected, strict=True))

@@ -1,0 +1,153 @@
+"""Runs as teachers: what they say of a picture, on any launch, through every other split; and what cannot be taught."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from bandsplit import configuration, dataset, recipe
+from bandsplit.errors import UserError
+from bandsplit.learner import Learner
+from bandsplit.loader import TrainingLoader
+from bandsplit.parallel import Mesh, Ranks
+from bandsplit.pipeline import Share
+from bandsplit.recipe import Precision
+from bandsplit.trained import Teacher, Trained
+from tests.conftest import Done, Launch, run
+from tests.runs import assert_same_run, metrics, wait_for
+
+ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
+FP32 = Precision("fp32", ALONE.ranks.device)
+
+
+@pytest.mark.parametrize("mix", ["mix.mixup=0", "mix.mixup=1.0", "mix.cutmix=1.0"])
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_a_teacher_sees_the_pictures_of_the_batch(
+    finished: Callable[..., Path], config_file: Path, block: int, mix: str
+) -> None:
+    """Cropped, flipped and mixed alike, whatever the student's split: as if it had been fed by its own config."""
+    keys = [f"distillation.teacher={finished(1)}", f"split.block={block}", mix, "seed=5", "data.mean=[100, 100, 100]"]
+    student = configuration.load(config_file, keys)
+    teachers = configuration.load(finished(1) / "config.toml", ["seed=5"])
+    pictures, share = dataset.scan(Path(student.data.root) / "train"), Share(0, 1, 6, threads=1, device_id=None)
+    batches = TrainingLoader(student, pictures, [share], teacher=Teacher.of(student, FP32))
+    own, teacher = TrainingLoader(teachers, pictures, [share]), Trained.of(finished(1), "best").ensemble.eval()
+    for n in range(4):
+        batch, seen = next(batches), next(own)
+        assert [x.shape[-1] for x in batch.inputs] == [32 // block] * block**2
+        # boxes are whole blocks of both splits, and the teacher's has blocks of 2
+        other = [torch.empty(6, 3, 32 // block, 32 // block)]
+        (*mixed, _), labels = recipe.mix([*seen.inputs, *other], seen.labels, student, n, 0)
+        with torch.no_grad():
+            wanted = teacher(mixed).mean(dim=0)
+        assert batch.taught is not None
+        torch.testing.assert_close(batch.taught, wanted, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batch.labels, labels)
+    assert next(TrainingLoader(student, pictures, [share])).taught is None
+
+
+def test_a_branch_comes_to_agree_with_its_teacher(config_file: Path) -> None:
+    """Though the labels say otherwise; without a teacher it learns the labels."""
+    keys = ["distillation.teacher=anywhere", "distillation.label_weight=0", "distillation.temperature=2"]
+    config = configuration.load(config_file, [*keys, "optim.weight_decay=0"])
+    generator = torch.Generator().manual_seed(0)
+    x, labels = torch.randn(16, 8, generator=generator), torch.randint(0, 4, (16,), generator=generator)
+    taught = torch.randn(16, 4, generator=generator)
+    agreement = []
+    for teacher in ([taught], None):
+        torch.manual_seed(0)
+        network = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4))
+        learner = Learner(network, config, FP32, ALONE)
+        for _ in range(300):
+            learner.step([x], [labels], lr=0.05, taught=teacher)
+        agreement.append(
+            [(network(x).argmax(1) == other).float().mean().item() for other in (taught.argmax(1), labels)]
+        )
+    assert agreement[0][0] > 0.95 > 0.7 > agreement[0][1]
+    assert agreement[1][1] > 0.95 > 0.7 > agreement[1][0]
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_distilled_run_does_not_depend_on_the_launch(
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path, groups: int
+) -> None:
+    """Mixed and taught on two ranks, whichever branches they train; killed and resumed it is the same run."""
+    teacher = f"distillation.teacher={finished(1)}"
+    keys = [teacher, "mix.mixup=0.4", "mix.cutmix=1.0", "mix.probability=0.7", "model.norm_batch=6", "split.block=4"]
+    keys += ["split.branches=[[0],[1,2]]", "train.epochs=1", "train.log_every=1", "optim.lr=0.002"]
+    arguments = [part for key in (*keys, f"parallel.branch_groups={groups}") for part in ("--set", key)]
+    launch = Launch("train.py", config_file, "--run-dir", tmp_path / "run", *arguments, ranks=2)
+    wait_for(tmp_path / "run/checkpoints/step_00000006", launch)
+    launch.signal(signal.SIGKILL)
+    launch.wait()
+    done = run("train.py", config_file, "--run-dir", tmp_path / "run", "--resume", *arguments, ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "learns from tiny" in done.stderr
+    assert_same_run(tmp_path / "run", finished(2, *keys, f"parallel.branch_groups={groups}"))
+    if groups == 2:
+        losses = [
+            [line["loss"] for line in metrics(finished(2, *keys, f"parallel.branch_groups={g}"))[:3]] for g in (1, 2)
+        ]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # later, rounding has grown beyond that
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            ["distillation.teacher=/nowhere"],
+            "distillation.teacher: /nowhere: not a run directory: it has no config.toml",
+        ),
+        (["distillation.checkpoint=9"], "step_00000009/run.pt: no such checkpoint"),
+        (
+            ["data.image_size=27", "split.block=1"],
+            "tiny splits into blocks of 2 pixels, which do not divide .* 27 x 27",
+        ),
+        (["augment.progressive={min_size=25,ramp_end=1,multiple=1}", "split.block=1"], "do not divide .* 25 x 25"),
+    ],
+)
+def test_teachers_that_do_not_fit_are_refused_before_anything_is_written(
+    finished: Callable[..., Path],
+    run_here: Callable[..., Done],
+    config_file: Path,
+    tmp_path: Path,
+    keys: list[str],
+    message: str,
+) -> None:
+    sets = [part for key in (f"distillation.teacher={finished(1)}", *keys) for part in ("--set", key)]
+    done = run_here("train.py", config_file, "--run-dir", tmp_path / "run", *sets)
+    assert done.returncode == 2
+    with pytest.raises(UserError, match=message):
+        raise UserError(done.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_teacher_of_other_classes_or_of_one_size_is_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
+    other = Path(shutil.copytree(finished(1), tmp_path / "other", symlinks=True))
+    config = configuration.load(other / "config.toml", [f"distillation.teacher={other}"])
+    more = config.model_copy(update={"data": config.data.model_copy(update={"classes": 11})})
+    with pytest.raises(UserError, match="tiny tells 10 classes apart, but data.classes is 11"):
+        Teacher.of(more, FP32)
+    assert Teacher.of(config, FP32) is not None
+    assert Teacher.of(configuration.load(other / "config.toml"), FP32) is None
+
+
+def test_the_dry_run_counts_the_teacher_and_names_the_sizes(
+    finished: Callable[..., Path], run_here: Callable[..., Done], config_file: Path
+) -> None:
+    teacher = finished(1)
+    keys = ["augment.progressive={min_size=16, ramp_end=1, multiple=2}", f"distillation.teacher={teacher}"]
+    sets = [part for key in keys for part in ("--set", key)]
+    done = run_here("train.py", config_file, "--dry-run", *sets)
+    assert done.returncode == 0, done.stderr
+    parameters = sum(p.numel() for p in Trained.of(teacher, "last").ensemble.parameters())
+    assert "teacher   tiny, 4 x resnet18 with block 2: " in done.stdout
+    assert f"a picture forward, {parameters * 4 / 2**20:.2f} MiB" in done.stdout
+    assert "sizes     16 from epoch 0, 32 from epoch 1; costs are of the largest" in done.stdout
+    done = run_here("train.py", config_file, "--dry-run", "--set", "distillation.teacher=/nowhere")
+    assert "teacher   unknown: /nowhere is not a run directory" in done.stdout
