@@ -2,21 +2,23 @@
 
     python script/ablation.py [CONFIG] [--data DATA] [--set KEY=VALUE …] [--seeds 3] [--jobs 2] [--output runs/ablation]
 
-The plain recipe is CONFIG (default: the demo, a ResNet) with steps down to 0.1 at every third of the epochs, plain
-cross-entropy, crops and flips alone.  Runs are src/train.py's, one folder each below --output; what has finished is not
-run again, so a stopped ablation goes on with the same line.
+The plain recipe is CONFIG (default: the demo; a ResNet) with a learning rate that falls to a tenth after each third of
+the epochs, cross-entropy, crops and flips, and nothing else.  Runs are src/train.py's, one folder each below --output;
+what has finished is not run again, so a stopped ablation goes on with the same line.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import pandas as pd
@@ -27,9 +29,10 @@ from tqdm import tqdm
 from bandsplit import cli, configuration
 from bandsplit.errors import UserError
 from bandsplit.reporting import STYLE, WIDTH, mean_two_sigma, read_run
+from bandsplit.schema import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-BASE = "plain recipe"
+BASE, TEACHER = "plain recipe", "teacher"
 
 BAG = {  # He et al., Bag of Tricks (CVPR 2019)
     "warm-up of one epoch": ["schedule.warmup_epochs=1"],
@@ -42,20 +45,22 @@ BAG = {  # He et al., Bag of Tricks (CVPR 2019)
     "colour": ["augment.color={brightness=[0.6, 1.4], saturation=[0.6, 1.4], hue=144}"],
     "lighting noise 0.1": ["augment.pca_noise=0.1"],
 }
+TOGETHER = f"the {len(BAG)} above together"
 OTHERS = {
+    TOGETHER: [key for name in ("cosine", *BAG) for key in BAG[name]],  # cosine replaces the table, warm-up adds to it
+    "distillation": [],  # see `overrides_of`
     "CutMix 1.0": ["mix.cutmix=1.0"],
     "RandAugment, n = 2, m = 7": ['augment.auto={type="rand_augment", n=2, m=7}'],
     "random erasing": ["augment.erasing={}"],
+    "progressive size": [],
     "running mean of weights": ["train.ema_decay=0.98"],
 }
-ALL_OF_BAG = "all but the last four"  # warm-up after cosine, which takes the place of the whole table
-TRICKS = {**BAG, **OTHERS, ALL_OF_BAG: [key for name in ("cosine", *BAG) for key in BAG[name]]}
 
 
-def plain(epochs: int) -> list[str]:
-    """Overrides that turn every trick off."""
-    return [
-        f'schedule={{type="step", every_epochs={epochs / 3:.10g}}}',
+def overrides_of(config: RunConfig, output: Path) -> dict[str, list[str]]:
+    """Overrides of every row: those that turn all tricks off, and those of the trick."""
+    plain = [
+        f'schedule={{type="step", every_epochs={config.train.epochs / 3:.10g}}}',
         "loss={}",
         "mix={}",
         "augment={}",
@@ -63,13 +68,24 @@ def plain(epochs: int) -> list[str]:
         "model.zero_gamma=false",
         'model.tweaks=["b"]',
     ]
+    multiple = math.lcm(config.split.block, 8)
+    size = round(0.75 * config.data.image_size / multiple) * multiple
+    growing = f"{{min_size={size}, ramp_end={config.train.epochs * 2 // 3}, multiple={multiple}}}"
+    tricks = {**BAG, **OTHERS, "progressive size": [f"augment.progressive={growing}"]}
+    tricks["distillation"] = [f"distillation.teacher={json.dumps(str(output / folder_of(TEACHER, 0)))}"]
+    wide = [*BAG["cosine"], f"model.width={2 * config.model.width}"]
+    return {row: [*plain, *keys] for row, keys in {BASE: [], **tricks, TEACHER: wide}.items()}
+
+
+def folder_of(row: str, seed: int) -> str:
+    return f"{''.join(c if c.isalnum() else '_' for c in row)}-seed{seed}"
 
 
 def train(
-    arguments: argparse.Namespace, overrides: Sequence[str], row: str, seed: int, bar: tqdm[None]
+    arguments: argparse.Namespace, overrides: Sequence[str], row: str, seed: int, bar: tqdm[Any]
 ) -> dict[str, object]:
     """One run, unless it has finished already; returns its row, seed and last accuracy in percent."""
-    folder = arguments.output / f"{''.join(c if c.isalnum() else '_' for c in row)}-seed{seed}"
+    folder = arguments.output / folder_of(row, seed)
     if not (folder / "metrics.jsonl").exists() or not read_run(folder).ended:
         command = [sys.executable, str(REPOSITORY / "src/train.py"), str(arguments.config), "--resume"]
         command += ["--run-dir", str(folder), *(["--data", str(arguments.data)] if arguments.data else [])]
@@ -90,7 +106,7 @@ def table(results: pd.DataFrame) -> str:
     """Markdown: a row a trick, with the difference to the plain run of the same seed."""
     base = results[results["row"] == BASE].set_index("seed")["top1"]
     lines = ["| | n | top-1 | top-5 | difference in top-1 |", "|---|---:|---:|---:|---:|"]
-    for row, of_row in results.groupby("row", sort=False):
+    for row, of_row in results.groupby("row", observed=True):
         differences = of_row.set_index("seed")["top1"] - base
         change = "" if row == BASE else ("+" if differences.mean() >= 0 else "") + mean_two_sigma(list(differences))
         cells = [str(row), str(len(of_row)), *(mean_two_sigma(list(of_row[key])) for key in ("top1", "top5")), change]
@@ -105,16 +121,17 @@ def table(results: pd.DataFrame) -> str:
 def draw(results: pd.DataFrame, output: Path) -> None:
     """A dot a seed and a bar at the mean, by trick."""
     base = results[results["row"] == BASE].set_index("seed")["top1"]
-    tricks = results[results["row"] != BASE]
-    tricks = tricks.assign(difference=tricks["top1"] - tricks["seed"].map(base))
+    tricks = results.assign(difference=results["top1"] - results["seed"].map(base))
+    tricks = tricks[tricks["row"] != BASE].assign(row=lambda frame: frame["row"].cat.remove_unused_categories())
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH * 0.8, 0.5 + 0.22 * tricks["row"].nunique()), layout="constrained")
         axes = figure.subplots()
         axes.axvline(0, color="0.4", linewidth=0.8)
         sns.stripplot(tricks, x="difference", y="row", ax=axes, color="#0173b2", size=4, alpha=0.7, jitter=False)
-        means = tricks.groupby("row", sort=False)["difference"].mean()
+        means = tricks.groupby("row", observed=True)["difference"].mean()
         axes.plot(means, range(len(means)), linestyle="", marker="|", markersize=11, markeredgewidth=2, color="black")
         axes.set(xlabel=f"Top-1 against the {BASE} ({base.mean():.1f} %), percentage points", ylabel="")
+        axes.set_ylim(len(means) - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         for end in ("png", "svg"):
             figure.savefig(output / f"ablation.{end}", **({"metadata": {"Date": None}} if end == "svg" else {}))
@@ -127,25 +144,24 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any key")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
     parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: 1)")
-    parser.add_argument("--only", action="append", choices=TRICKS, help="this trick alone; may be repeated")
+    parser.add_argument("--only", action="append", choices=[*BAG, *OTHERS], help="this row alone; may be repeated")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     arguments = parser.parse_args()
 
     config = configuration.load(arguments.config, arguments.set, arguments.data)
-    rows = {BASE: [], **{name: keys for name, keys in TRICKS.items() if name in (arguments.only or TRICKS)}}
-    for row, keys in rows.items():
-        rows[row] = [*arguments.set, *plain(config.train.epochs), *keys]
-        configuration.load(arguments.config, rows[row], arguments.data)
-    with (
-        ThreadPoolExecutor(arguments.jobs) as pool,
-        tqdm(total=len(rows) * arguments.seeds, unit="run") as bar,
-    ):
-        found = pool.map(
-            lambda job: train(arguments, rows[job[1]], job[1], job[0], bar),
-            [(seed, row) for seed in range(arguments.seeds) for row in rows],
-        )
-        results = pd.DataFrame(list(found))
-    results["row"] = pd.Categorical(results["row"], categories=list(rows), ordered=True)
+    overrides = overrides_of(config, arguments.output)
+    chosen = arguments.only or [*BAG, *OTHERS]
+    rows = [row for row in overrides if row in (BASE, *chosen)]
+    taught = "distillation" in rows
+    for row in [*rows, *([TEACHER] if taught else [])]:
+        overrides[row] = [*arguments.set, *overrides[row]]
+        configuration.load(arguments.config, overrides[row], arguments.data)  # a mistake shows before the first run
+    jobs = [(row, seed) for seed in range(arguments.seeds) for row in rows]
+    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(jobs) + taught, unit="run") as bar:
+        if taught:
+            train(arguments, overrides[TEACHER], TEACHER, 0, bar)
+        results = pd.DataFrame(pool.map(lambda job: train(arguments, overrides[job[0]], *job, bar), jobs))
+    results["row"] = pd.Categorical(results["row"], categories=rows, ordered=True)
     results = results.sort_values(["row", "seed"])
     text = table(results)
     (arguments.output / "ablation.md").write_text(text, encoding="utf-8")
