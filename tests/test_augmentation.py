@@ -91,7 +91,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
         crops.append(images)
         return augmented(images, config, stream)
 
-    def graph(share: Share, config: schema.RunConfig, pictures: Pictures) -> Any:
+    def graph(share: Share, config: schema.RunConfig, pictures: Pictures, _: object) -> Any:
         return *pipeline.augmented(share, config, pictures), crops[-1]
 
     monkeypatch.setattr(augmentation, "augmented", remembering)
@@ -261,6 +261,54 @@ def test_rand_augment_applies_n_operations(flat: Callable[..., Array], monkeypat
     out = flat((160,) * 3, [RAND, "augment.auto.n=2", "augment.auto.m=10"])[:, 0, 0, 0]
     shares = [(out == value).mean() for value in (160, 80, 40)]
     assert shares == pytest.approx([0.25, 0.5, 0.25], abs=0.08)
+
+
+def test_operations_are_left_out_by_chance(flat: Callable[..., Array], monkeypatch: pytest.MonkeyPatch) -> None:
+    half = operations.brightness.augmentation((0, 0.5), False, lambda magnitude: 1 - magnitude)
+    monkeypatch.setattr(augmentation, "get_rand_augment_suite", lambda use_shape: [half])
+    out = flat((160,) * 3, [RAND, "augment.auto.n=2", "augment.auto.m=10", "augment.auto.probability=0.3"])[:, 0, 0, 0]
+    shares = [(out == value).mean() for value in (160, 80, 40)]
+    assert shares == pytest.approx([0.49, 0.42, 0.09], abs=0.06)
+
+
+TIMMS = {  # in timm's names, with how far a picture may be off in the mean, of 255
+    "AutoContrast": 1, "Equalize": 2, "Invert": 0, "Rotate": 2, "PosterizeIncreasing": 0, "SolarizeIncreasing": 0,
+    "SolarizeAdd": 0, "ColorIncreasing": 2, "ContrastIncreasing": 1, "BrightnessIncreasing": 1,
+    "SharpnessIncreasing": 0.7, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("n", "name"), list(enumerate(TIMMS)), ids=TIMMS)
+@pytest.mark.parametrize("strength", [3, 7, 9])
+def test_timms_operations_are_timms(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, name: str, strength: int
+) -> None:
+    """A picture by DALI and by timm's own code with Pillow, with both signs where the operation has one."""
+    timms = pytest.importorskip("timm.data.auto_augment")
+    assert list(TIMMS) == timms._RAND_INCREASING_TRANSFORMS
+    noise = np.random.default_rng(0).integers(40, 220, (20, 20, 3), dtype=np.uint8)
+    picture = Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
+    picture.save(tmp_path / "picture.png")
+    whole = ["data.image_size=64", "data.resize_size=64", "data.random_area=[1,1]", "data.random_aspect=[1,1]"]
+    keys = [*whole, "data.mirror=0", RAND, "augment.auto.operations=timm", "augment.auto.n=1"]
+    config = configuration.load(config_file, [*keys, f"augment.auto.m={strength}"])
+    operation = augmentation._timms_suite()[n]
+    monkeypatch.setattr(augmentation, "_timms_suite", lambda: [operation])
+    monkeypatch.setattr(pipeline, "has_operator", lambda device: False)
+    pipe = pipeline.training(config, Pictures([str(tmp_path / "picture.png")] * 16, [0] * 16, ["all"]), share(16))
+    ours = np.unique(outputs(pipe)[0], axis=0).astype(float)
+    theirs = []
+    for sign in (0.9, 0.1):
+        monkeypatch.setattr(timms.random, "random", lambda sign=sign: sign)
+        hparams = {"img_mean": (128,) * 3, "interpolation": Image.Resampling.BILINEAR}
+        theirs.append(
+            np.array(timms.AugmentOp(name, prob=1.0, magnitude=strength, hparams=hparams)(picture), dtype=float)
+        )
+    theirs = np.unique(theirs, axis=0)
+    assert len(ours) == len(theirs)
+    off = np.abs(ours[:, None] - theirs[None]).mean(axis=(2, 3, 4))
+    assert (off.min(axis=0) <= TIMMS[name]).all()
+    assert (off.min(axis=1) <= TIMMS[name]).all()
 
 
 def test_trivial_augment_draws_every_strength(flat: Callable[..., Array], monkeypatch: pytest.MonkeyPatch) -> None:

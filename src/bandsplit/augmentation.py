@@ -120,12 +120,17 @@ def _automatic(images: Any, auto: RandAugment | AutoAugment | TrivialAugment, si
 
     Shifts are relative to the picture: at most 100 of 224 pixels in RandAugment and 250 of 224 in AutoAugment, which
     are the published ones at 224; in TrivialAugment 32 pixels at any size, as published.  What comes in from outside
-    is grey (128).  RandAugment's operations are those of the paper, with identity; timm has inversion and additive
-    solarising instead, and leaves half of the chosen operations out.
+    is grey (128).
     """
     if isinstance(auto, RandAugment):
-        suite, levels, stages = get_rand_augment_suite(use_shape=True), _RAND_LEVELS, auto.n
+        suite = _timms_suite() if auto.operations == "timm" else get_rand_augment_suite(use_shape=True)
+        levels, stages = _RAND_LEVELS, auto.n
         chosen = draw.below("auto.operation", len(suite), (stages,))
+        if auto.probability < 1:
+            applied = draw.uniform("auto.applied", shape=(stages,)) < auto.probability
+            identity = len(suite)
+            suite = [*suite, operations.identity]
+            chosen = identity + applied * (chosen - identity)
         strength = math.clamp(auto.m + auto.std * draw.normal("auto.strength", (stages,)), 0.0, 10.0)
         level = fn.cast(strength * ((levels - 1) / 10), dtype=types.INT32)
     elif isinstance(auto, TrivialAugment):
@@ -157,6 +162,31 @@ def _automatic(images: Any, auto: RandAugment | AutoAugment | TrivialAugment, si
                 fill_value=128,
             )
     return images
+
+
+def _timms_suite() -> list[Any]:
+    """The operations and ranges of timm's `rand-m…-inc1`, all of them stronger with the magnitude, 0 .. 10."""
+    enhancing = (operations.color, operations.contrast, operations.brightness)
+    return [
+        operations.auto_contrast,
+        operations.equalize,
+        operations.invert,
+        operations.rotate.augmentation((0, 30), True),
+        operations.posterize.augmentation((0, 4), False, _posterizing_mask),
+        operations.solarize.augmentation((256, 0)),
+        operations.solarize_add.augmentation((0, 110)),
+        *(operation.augmentation((0, 0.9), True, operations.shift_enhance_range) for operation in enhancing),
+        operations.sharpness.augmentation((0, 0.9), True, operations.sharpness_kernel),
+        operations.shear_x.augmentation((0, 0.3), True),
+        operations.shear_y.augmentation((0, 0.3), True),
+        operations.translate_x.augmentation((0, 0.45), True),
+        operations.translate_y.augmentation((0, 0.45), True),
+    ]
+
+
+def _posterizing_mask(magnitude: float) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Keeps 4 bits of 8 at magnitude 0 and 1 at 3 and 4; at 4 timm's PosterizeIncreasing asks Pillow for 0, in vain."""
+    return np.array(256 - 2 ** min(7, 4 + int(magnitude)), dtype=np.uint8)
 
 
 class _Pairs:

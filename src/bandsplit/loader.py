@@ -90,7 +90,7 @@ class TrainingLoader:
         config = self._config.model_copy(update={"data": data})
         self._pipelines: list[Any] = []  # those of another size first give back their memory
         self._pipelines = [
-            pipeline.training(config, self._pictures, share, self._views, state["pipeline"])
+            pipeline.training(config, self._pictures, share, state["pipeline"], self._views[1:])
             for share, state in zip(self._shares, states, strict=True)
         ]
         self._turns = cycle(range(len(states)))

@@ -71,6 +71,7 @@ class Meter:
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
+        """Counts the host's time inside as waiting; on a CPU that includes mixing and what a teacher computes."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began

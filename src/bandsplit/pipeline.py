@@ -68,22 +68,22 @@ def has_operator(device: str) -> bool:
 
 
 def training(
-    config: RunConfig, pictures: Pictures, share: Share, views: Sequence[View], checkpoint: bytes | None = None
+    config: RunConfig, pictures: Pictures, share: Share, checkpoint: bytes | None = None, also: Sequence[View] = ()
 ) -> Pipeline:
     """An endless stream of batches: every pass over the data is a new shuffle of all pictures, from the seed.
 
-    Outputs: the inputs of every branch of every view, and the labels.  Ranks take disjoint parts of each pass and never
-    wait for each other at its end.  A checkpoint of such a pipeline continues exactly after the last batch that was
-    handed out.
+    Outputs: the inputs of every branch, those of the views that are wanted `also`, and labels.  Ranks take disjoint
+    parts of each pass and never wait for each other at its end.  A checkpoint of such a pipeline continues exactly
+    after the last batch that was handed out.
     """
     seed = seeds.derived(config.seed, "augmentation", share.rank)
     conditionals = augmentation.needs_conditionals(config.augment)
-    return _build(_training_graph, share, config, pictures, views, seed, checkpoint, conditionals)
+    return _build(_training_graph, share, config, pictures, also, seed, checkpoint, conditionals)
 
 
 def validation(config: RunConfig, pictures: Pictures, share: Share) -> Pipeline:
     """The pictures in their order, once; the last batch is filled up by repeating the last picture."""
-    return _build(_validation_graph, share, config, pictures, [View.of(config)])
+    return _build(_validation_graph, share, config, pictures)
 
 
 def first_undecodable(files: Sequence[str], threads: int) -> str | None:
@@ -116,7 +116,7 @@ def _build(
     share: Share,
     config: RunConfig,
     pictures: Pictures,
-    views: Sequence[View],
+    also: Sequence[View] = (),
     seed: int = 0,
     checkpoint: bytes | None = None,
     conditionals: bool = False,
@@ -125,7 +125,7 @@ def _build(
         share,
         config,
         pictures,
-        views,
+        [View.of(config), *also],
         batch_size=share.batch_size,
         num_threads=share.threads,
         device_id=share.device_id,

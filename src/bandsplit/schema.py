@@ -84,9 +84,13 @@ class Color(_Table):
 
 
 class RandAugment(_Table):
-    """`n` random operations of 14, of the same strength (Cubuk et al., 2020)."""
+    """`n` random operations of the same strength (Cubuk et al., 2020)."""
 
     type: Literal["rand_augment"] = "rand_augment"
+    operations: Literal["paper", "timm"] = "paper"
+    """`paper`: 14, identity among them; `timm`: its 15 of `rand-m…-inc1`, with inversion and additive solarising."""
+    probability: Fraction = 1.0
+    """Chance of each chosen operation to be applied; timm's is 0.5."""
     n: int = Field(2, ge=1, le=14)
     """Operations a picture, one after the other."""
     m: float = Field(7.0, ge=0, le=10)
