@@ -64,9 +64,8 @@ class StreamState(TypedDict):
 
 
 class TrainingLoader:
-    """Endless training batches, mixed and taught, from one or several streams of pictures.
+    """Endless training batches, mixed and taught, from one or several streams; `states` continue after the last ones.
 
-    `states` continue after the last ones.
     A run has as many streams as it had ranks when it began: a stream is a fixed share of every pass over the data with
     random numbers of its own, so that fewer ranks, with several streams each, see the same pictures in the same steps.
     """
