@@ -29,6 +29,7 @@ from tqdm import tqdm
 from bandsplit import cli, configuration
 from bandsplit.errors import UserError
 from bandsplit.reporting import STYLE, WIDTH, mean_two_sigma, read_run
+from bandsplit.runlog import RunDirectory
 from bandsplit.schema import RunConfig
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -89,7 +90,7 @@ def train(
     if not (folder / "metrics.jsonl").exists() or not read_run(folder).ended:
         command = [sys.executable, str(REPOSITORY / "src/train.py"), str(arguments.config), "--resume"]
         command += ["--run-dir", str(folder), *(["--data", str(arguments.data)] if arguments.data else [])]
-        for override in (*overrides, f"seed={seed}"):
+        for override in (*arguments.set, *overrides, f"seed={seed}"):
             command += ["--set", override]
         threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
         done = subprocess.run(
@@ -152,14 +153,15 @@ def main() -> None:
     overrides = overrides_of(config, arguments.output)
     chosen = arguments.only or [*BAG, *OTHERS]
     rows = [row for row in overrides if row in (BASE, *chosen)]
-    taught = "distillation" in rows
-    for row in [*rows, *([TEACHER] if taught else [])]:
-        overrides[row] = [*arguments.set, *overrides[row]]
-        configuration.load(arguments.config, overrides[row], arguments.data)  # a mistake shows before the first run
     jobs = [(row, seed) for seed in range(arguments.seeds) for row in rows]
-    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(jobs) + taught, unit="run") as bar:
-        if taught:
-            train(arguments, overrides[TEACHER], TEACHER, 0, bar)
+    teachers = [(TEACHER, 0)] if "distillation" in rows else []
+    for row, seed in (*teachers, *jobs):  # mistakes, and runs of another recipe, show before the first run
+        keys = [*arguments.set, *overrides[row], f"seed={seed}"]
+        run = configuration.load(arguments.config, keys, arguments.data)
+        RunDirectory(arguments.output / folder_of(row, seed)).check(run, resume=True)
+    with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(teachers) + len(jobs), unit="run") as bar:
+        for row, seed in teachers:
+            train(arguments, overrides[row], row, seed, bar)
         results = pd.DataFrame(pool.map(lambda job: train(arguments, overrides[job[0]], *job, bar), jobs))
     results["row"] = pd.Categorical(results["row"], categories=rows, ordered=True)
     results = results.sort_values(["row", "seed"])

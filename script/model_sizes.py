@@ -17,7 +17,7 @@ MIB = 2**20
 PUBLISHED = (
     ("VGG-16", "vgg16", 224, 1000, 527.79, ""),
     ("VGG-16 with batch norm, a branch of sub4", "vgg16_bn", 112, 1000, 207.82, ""),
-    ("VGG-16, a branch of sub16", "vgg16", 56, 1000, 128.05, "why is not known; without the last layer it would be 128.16"),
+    ("VGG-16, a branch of sub16", "vgg16", 56, 1000, 128.05, "why is not known; without the last layer: 128.16"),
     ("AlexNet", "alexnet", 224, 1000, 233.08, ""),
     ("AlexNet, a branch of sub4", "alexnet", 112, 1000, 61.04, "not with torchvision's layers; why is not known"),
     ("AlexNet, a branch of sub16", "alexnet", 56, 1000, 37.73, "not with torchvision's layers: "),

@@ -42,6 +42,10 @@ def test_an_ablation_is_what_its_runs_say(config_file: Path, tmp_path: Path) -> 
     assert again.stdout == done.stdout
     assert {path: path.stat().st_mtime for path in runs.values()} == written
 
+    other = ablation(config_file, output, "--set", "optim.lr=0.1")
+    assert other.returncode == 2
+    assert "plain_recipe-seed0 holds a run of another config: optim.lr was 0.05, now 0.1" in other.stderr
+
 
 def test_a_mistake_shows_before_the_first_run(config_file: Path, tmp_path: Path) -> None:
     done = ablation(config_file, tmp_path / "ablation", "--set", "optim.lrr=1")
