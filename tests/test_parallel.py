@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +14,10 @@ from torch import Tensor, nn
 
 from bandsplit import configuration, normalization, parallel
 from bandsplit.ensemble import Ensemble, parameters_of_branches
-from bandsplit.errors import UserError
+from bandsplit.errors import ToldElsewhere, UserError
 from bandsplit.evaluation import Accuracy, evaluate
 from bandsplit.learner import Learner
-from bandsplit.loader import Batch, Deliveries
+from bandsplit.loader import Batch, Deliveries, open_data
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
 from bandsplit.schema import RunConfig
@@ -151,6 +153,38 @@ def exchange_and_give_back(groups: tuple[tuple[int, ...], ...], half: bool) -> l
 def test_every_band_arrives_where_it_is_learnt(groups: tuple[tuple[int, ...], ...], half: bool) -> None:
     for right in on_ranks(RANKS, exchange_and_give_back, groups, half):
         assert all(right), right
+
+
+def told_on_rank(roots: list[str], config: RunConfig) -> str:
+    """What opening the data ends with on a rank whose data lie in a folder of its own."""
+    with parallel.ranks(60) as ranks:
+        data = config.data.model_copy(update={"root": roots[ranks.rank]})
+        try:
+            train, _ = open_data(config.model_copy(update={"data": data}), ranks)
+        except (UserError, ToldElsewhere) as error:
+            return f"{type(error).__name__} {getattr(error, 'one_rank', '')} {error}"
+        return f"{len(train)} pictures"
+
+
+def test_data_that_one_rank_misses_or_has_differently(config_file: Path, pictures: Path, tmp_path: Path) -> None:
+    """The rank that it happened to says so, and no other does."""
+    config, good = configuration.load(config_file), str(pictures)
+    fewer, renamed = (Path(shutil.copytree(pictures, tmp_path / name)) for name in ("fewer", "renamed"))
+    next((fewer / "train").rglob("*.jpg")).unlink()
+    file = next((renamed / "val").rglob("*.jpg"))
+    file.rename(file.with_name("another.jpg"))
+    assert on_ranks(3, told_on_rank, [good, good, good], config) == ["160 pictures"] * 3
+    for wrong, message in (
+        ("/nowhere", "data.root: /nowhere: no such folder"),
+        (fewer, f"data.root: {fewer}: 159 training pictures, but rank 0 has 160; every rank needs the same ones"),
+        (renamed, "50 validation pictures, but rank 0 has 50, of other names or classes; every rank"),
+    ):
+        first, second, third = on_ranks(3, told_on_rank, [good, str(wrong), str(wrong)], config)
+        assert re.search(f"UserError True rank 1 on .*: .*{message}", second)
+        assert first.split() == third.split() == ["ToldElsewhere"]
+    first, second = on_ranks(2, told_on_rank, ["/nowhere", "/nowhere"], config)
+    assert "UserError False data.root: /nowhere: no such folder" in first
+    assert second.split() == ["ToldElsewhere"]
 
 
 def evaluate_on_mesh(config: RunConfig, branch_groups: int) -> Accuracy:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from filelock import FileLock
 
 from bandsplit import demo_data
@@ -25,6 +27,14 @@ class Pictures:
 
     def __len__(self) -> int:
         return len(self.files)
+
+    @property
+    def digest(self) -> int:
+        """CRC-32 of the names of all files and their classes, wherever they lie."""
+        value = zlib.crc32(np.array(self.labels, dtype=np.int64).tobytes())
+        for file in self.files:
+            value = zlib.crc32(file.rpartition("/")[2].encode(errors="surrogateescape"), value)
+        return value
 
 
 def scan(folder: Path) -> Pictures:

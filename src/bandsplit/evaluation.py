@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from bandsplit import dataset, parallel
+from bandsplit import parallel
 from bandsplit.ensemble import Ensemble, fuse
 from bandsplit.errors import UserError
-from bandsplit.loader import Batch, Deliveries, ValidationLoader, share_of
+from bandsplit.loader import Batch, Deliveries, ValidationLoader, open_data, share_of
 from bandsplit.parallel import Mesh
 from bandsplit.recipe import Precision
 from bandsplit.runlog import replace_text
@@ -79,7 +79,7 @@ def evaluate_runs(
     Raises UserError where there is no such run or checkpoint, or where the runs saw different data or bands.
     """
     with parallel.ranks() as ranks:
-        runs = [Trained.of(run_dir, which, overrides) for run_dir in run_dirs]
+        runs = ranks.each(lambda: [Trained.of(run_dir, which, overrides) for run_dir in run_dirs])
         for run in runs[1:]:
             _require_same_data(runs[0], run)
         config = runs[0].config
@@ -90,7 +90,7 @@ def evaluate_runs(
         precision.apply()
         ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
-        _, pictures = dataset.open_data(config.data)
+        _, pictures = open_data(config, ranks)
         parts = ranks.world_size * config.train.accumulation  # need not divide: validation takes any number of ranks
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = ValidationLoader(config, pictures, share_of(config, ranks, batch_size, precision.half_bands))

@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import cycle
 from typing import Any, TypedDict
 
@@ -13,7 +14,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from bandsplit import pipeline, recipe, spectral
+from bandsplit import dataset, pipeline, recipe, spectral
 from bandsplit.dataset import Pictures
 from bandsplit.errors import UserError
 from bandsplit.parallel import Exchange, Mesh, Ranks, Transfer
@@ -38,6 +39,28 @@ class Batch:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+
+def open_data(config: RunConfig, ranks: Ranks) -> tuple[Pictures, Pictures]:
+    """Training and validation pictures, the same on every rank, all of which call it.
+
+    Raises UserError as `dataset.open_data` does, and where a rank finds other pictures than the first one.
+    """
+    both = ranks.each(partial(dataset.open_data, config.data))
+    here = [(len(pictures), pictures.digest) for pictures in both]
+    first = ranks.from_first(lambda: here)
+
+    def check() -> None:
+        for part, mine, theirs in zip(("training", "validation"), here, first, strict=True):
+            if mine != theirs:
+                other = ", of other names or classes" if mine[0] == theirs[0] else ""
+                raise UserError(
+                    f"data.root: {config.data.root}: {mine[0]} {part} pictures, but rank 0 has {theirs[0]}{other}; "
+                    "every rank needs the same ones"
+                )
+
+    ranks.each(check)
+    return both
 
 
 class UndecodablePicture(UserError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -13,11 +14,11 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from bandsplit import dataset, parallel, seeds
+from bandsplit import parallel, seeds
 from bandsplit.ensemble import parameters_of_branches
 from bandsplit.errors import UserError
 from bandsplit.learner import learners_of
-from bandsplit.loader import Deliveries, Streams
+from bandsplit.loader import Deliveries, Streams, open_data
 from bandsplit.parallel import Mesh
 from bandsplit.recipe import Precision
 from bandsplit.reporting import HEIGHT, STYLE, WIDTH
@@ -65,7 +66,7 @@ def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path
 def _range_test(config: RunConfig, lrs: Floats) -> Floats:
     """Losses (branches, steps); NaN from where a branch has diverged."""
     with parallel.ranks(config.parallel.timeout_seconds) as ranks:
-        pictures, _ = dataset.open_data(config.data)
+        pictures, _ = open_data(config, ranks)
         config.steps_per_epoch(len(pictures))
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
@@ -74,7 +75,7 @@ def _range_test(config: RunConfig, lrs: Floats) -> Floats:
         mesh = Mesh(ranks, len(parameters), groups)
         streams = Streams(config, ranks.world_size, ranks)
         _, learners = learners_of(config, streams.batch_size * groups, precision, mesh)
-        teacher = Teacher.of(config, precision)
+        teacher = ranks.each(partial(Teacher.of, config, precision))
         deliveries = Deliveries(streams.loader(pictures, precision.half_bands, None, teacher), mesh)
         losses = np.full((len(parameters), len(lrs)), np.nan)
         alive = np.ones(len(parameters), dtype=bool)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -82,6 +83,26 @@ class Ranks:
             raise told[1]
         value: T = told[0]
         return value
+
+    def each(self, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank, where it returns on all of them.
+
+        Raises the UserError of the first rank where it does not, on that rank, and ToldElsewhere on the others.
+        """
+        made, error = None, None
+        try:
+            made = make()
+        except UserError as mistake:
+            error = mistake
+        (first,) = self.largest([self.world_size - self.rank if error else 0])
+        if not first:
+            return cast(T, made)
+        if error is None or first != self.world_size - self.rank:
+            raise ToldElsewhere()
+        if not self.is_first:
+            error = UserError(f"rank {self.rank} on {socket.gethostname()}: {error}")
+            error.one_rank = True
+        raise error
 
     def wait(self) -> None:
         """Until every rank is here."""

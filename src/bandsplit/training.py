@@ -16,12 +16,12 @@ from loguru import logger
 from torch import nn
 from tqdm import tqdm
 
-from bandsplit import checkpoint, dataset, interruption, normalization, parallel, recipe, runlog, seeds
+from bandsplit import checkpoint, interruption, normalization, parallel, recipe, runlog, seeds
 from bandsplit.ensemble import Ensemble, parameters_of_branches
 from bandsplit.errors import Interrupted
 from bandsplit.evaluation import evaluate
 from bandsplit.learner import Learner, learners_of
-from bandsplit.loader import Deliveries, Streams, StreamState, TrainingLoader, ValidationLoader, share_of
+from bandsplit.loader import Deliveries, Streams, StreamState, TrainingLoader, ValidationLoader, open_data, share_of
 from bandsplit.meter import Meter, Progress
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.recipe import Precision
@@ -39,12 +39,12 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
     timeout = config.parallel.timeout_seconds
     with interruption.noticed() as interrupted, parallel.ranks(timeout) as ranks, ExitStack() as stack:
         # ------------------------------------------------------------------ pictures, mesh and run directory
-        train_pictures, val_pictures = dataset.open_data(config.data)
+        train_pictures, val_pictures = open_data(config, ranks)
         steps_per_epoch = config.steps_per_epoch(len(train_pictures))
         total_steps = config.train.epochs * steps_per_epoch
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
-        teacher = Teacher.of(config, precision)
+        teacher = ranks.each(partial(Teacher.of, config, precision))
         half, parameters = precision.half_bands, parameters_of_branches(config)
         mesh = Mesh(ranks, len(parameters), parallel.branch_groups(config, ranks.world_size, parameters, half))
         directory = RunDirectory(run_dir)
