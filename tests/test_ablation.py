@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +15,7 @@ TRICK = "label smoothing 0.1"
 
 def ablation(config_file: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, REPOSITORY / "script/ablation.py", config_file, "--output", output, *more]
-    command += ["--set", "train.epochs=1", "--seeds", "2", "--jobs", "2", "--only", TRICK]
+    command += ["--set", "train.epochs=1", "--seeds", "1", "--jobs", "2", "--only", TRICK]
     return subprocess.run(command, capture_output=True, text=True)
 
 
@@ -25,16 +24,15 @@ def test_an_ablation_is_what_its_runs_say(config_file: Path, tmp_path: Path) -> 
     done = ablation(config_file, output)
     assert done.returncode == 0, done.stderr
     runs = {path.name: path for path in output.glob("*-seed*")}
-    assert sorted(runs) == [f"{row}-seed{n}" for row in ("label_smoothing_0_1", "plain_recipe") for n in (0, 1)]
+    assert sorted(runs) == ["label_smoothing_0_1-seed0", "plain_recipe-seed0"]
     assert "smoothing = 0.1" in (runs["label_smoothing_0_1-seed0"] / "config.toml").read_text()
     assert "smoothing = 0.0" in (runs["plain_recipe-seed0"] / "config.toml").read_text()
     top1 = {name: metrics(path)[-2]["top1"] for name, path in runs.items()}
-    differences = [top1[f"label_smoothing_0_1-seed{n}"] - top1[f"plain_recipe-seed{n}"] for n in (0, 1)]
-    mean, spread = statistics.mean(differences), 2 * statistics.stdev(differences)
+    difference = top1["label_smoothing_0_1-seed0"] - top1["plain_recipe-seed0"]
     line = next(line for line in done.stdout.splitlines() if line.startswith(f"| {TRICK}"))
-    assert line.endswith(f"| {'+' if mean >= 0 else ''}{mean:.2f} ± {spread:.2f} |")
+    assert line.endswith(f"| {'+' if difference >= 0 else ''}{difference:.2f} |")
     assert (output / "ablation.md").read_text() in done.stdout
-    assert len(json.loads((output / "ablation.json").read_text())) == 4
+    assert len(json.loads((output / "ablation.json").read_text())) == 2
     assert (output / "ablation.png").exists()
 
     written = {path: path.stat().st_mtime for path in runs.values()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "resnet50_one_cycle": (*RESNET18, "optim.lr=0.05"),
     "resnet50_bag_of_tricks": RESNET18,
     "resnet50d": SMALL,
+    "resnet50d_distilled": (*RESNET18, "distillation.teacher=TEACHER"),
     "resnet50_rsb_a1": RESNET18,
     "resnet50_rsb_a3": RESNET18,
     "resnet34_sub4_rsb": RESNET18,
@@ -110,14 +112,16 @@ CASES = [
 
 
 @pytest.mark.parametrize(("name", "keys"), CASES)
-def test_it_trains_on_real_files(name: str, keys: tuple[str, ...], pictures: Path, tmp_path: Path) -> None:
+def test_it_trains_on_real_files(
+    name: str, keys: tuple[str, ...], pictures: Path, finished: Callable[..., Path], tmp_path: Path
+) -> None:
     """Thirteen steps: losses are finite and every parameter has moved."""
     if "rsb" in name:
         pytest.importorskip("timm")
     data = DATA_TOML.replace("image_size = 32\nresize_size = 40", "image_size = 64\nresize_size = 64")
     (tmp_path / "data.toml").write_text(data.format(root=pictures))
     few = ("train.epochs=1", "train.log_every=1", "schedule.warmup_epochs=0", "validation.batch_size=25", *keys)
-    sets = [argument for key in few for argument in ("--set", key)]
+    sets = [argument for key in few for argument in ("--set", key.replace("TEACHER", str(finished(1))))]
     arguments = (REPOSITORY / "config/train" / name, "--data", tmp_path / "data.toml", "--run-dir", tmp_path / "run")
     done = run("train.py", *arguments, *sets)
     assert done.returncode == 0, done.stderr
