@@ -12,7 +12,7 @@ import torch
 
 from bandsplit import configuration, dataset, recipe
 from bandsplit.errors import UserError
-from bandsplit.learner import Learner
+from bandsplit.learner import Learner, learners_of
 from bandsplit.loader import TrainingLoader
 from bandsplit.parallel import Mesh, Ranks
 from bandsplit.pipeline import Share
@@ -70,6 +70,24 @@ def test_a_branch_comes_to_agree_with_its_teacher(config_file: Path) -> None:
         )
     assert agreement[0][0] > 0.95 > 0.7 > agreement[0][1]
     assert agreement[1][1] > 0.95 > 0.7 > agreement[1][0]
+
+
+def test_a_teacher_never_learns(finished: Callable[..., Path], config_file: Path) -> None:
+    """Neither its weights nor its running statistics move while others learn from it."""
+    config = configuration.load(config_file, [f"distillation.teacher={finished(1)}"])
+    teacher, x = Teacher.of(config, FP32), [torch.randn(8, 3, 16, 16) for _ in range(4)]
+    assert teacher is not None
+    before = teacher.logits(x)
+    pictures, share = dataset.scan(Path(config.data.root) / "train"), Share(0, 1, 12, threads=1, device_id=None)
+    batches = TrainingLoader(config, pictures, [share], teacher=teacher)
+    ensemble, learners = learners_of(config, 12, FP32, Mesh(ALONE.ranks, 4))
+    own = ensemble([torch.ones(8, 3, 16, 16)] * 4)
+    for _ in range(3):
+        batch = next(batches)
+        for i, learner in enumerate(learners):
+            learner.step([batch.inputs[i]], [batch.labels], 0.1, taught=[batch.taught])
+    assert torch.equal(teacher.logits(x), before)
+    assert not torch.equal(ensemble([torch.ones(8, 3, 16, 16)] * 4), own)
 
 
 @pytest.mark.parametrize("groups", [1, 2])
