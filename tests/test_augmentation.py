@@ -279,7 +279,7 @@ TIMMS = {  # in timm's names, with how far a picture may be off in the mean, of 
 
 
 @pytest.mark.parametrize(("n", "name"), list(enumerate(TIMMS)), ids=TIMMS)
-@pytest.mark.parametrize("strength", [3, 7, 9])
+@pytest.mark.parametrize("strength", [7, *(pytest.param(m, marks=pytest.mark.long) for m in (3, 9))])
 def test_timms_operations_are_timms(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, name: str, strength: int
 ) -> None:

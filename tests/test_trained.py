@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import shutil
 import signal
 from collections.abc import Callable
@@ -26,8 +27,17 @@ ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
 FP32 = Precision("fp32", ALONE.ranks.device)
 
 
-@pytest.mark.parametrize("mix", ["mix.mixup=0", "mix.mixup=1.0", "mix.cutmix=1.0"])
-@pytest.mark.parametrize("block", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("block", "mix"),
+    [
+        *itertools.product([1, 4], ["mix.mixup=0", "mix.cutmix=1.0"]),
+        (2, "mix.mixup=1.0"),
+        *(
+            pytest.param(block, mix, marks=pytest.mark.long)
+            for block, mix in ((1, "mix.mixup=1.0"), (4, "mix.mixup=1.0"), (2, "mix.mixup=0"), (2, "mix.cutmix=1.0"))
+        ),
+    ],
+)
 def test_a_teacher_sees_the_pictures_of_the_batch(
     finished: Callable[..., Path], config_file: Path, block: int, mix: str
 ) -> None:
