@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from bandsplit import checkpoint, interruption, normalization, parallel, recipe, runlog, seeds
 from bandsplit.ensemble import Ensemble, parameters_of_branches
-from bandsplit.errors import Interrupted
+from bandsplit.errors import Interrupted, UserError
 from bandsplit.evaluation import evaluate
 from bandsplit.learner import Learner, learners_of
 from bandsplit.loader import Deliveries, Streams, StreamState, TrainingLoader, ValidationLoader, open_data, share_of
@@ -154,7 +154,10 @@ class Before:
     run: checkpoint.State
 
     def loader_states(self, streams: Streams) -> list[StreamState]:
-        return [checkpoint.read(self.path, checkpoint.stream_file(s))["loader"] for s in streams.own]
+        states = [checkpoint.read(self.path, checkpoint.stream_file(s))["loader"] for s in streams.own]
+        if not all(isinstance(state, dict) for state in states):
+            raise UserError(f"{self.path}: written by an earlier version, which this one cannot go on from")
+        return states
 
     def fits(self, mesh: Mesh) -> bool:
         """Whether as many ranks wrote it as go on, with the same branches each."""
