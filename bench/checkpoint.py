@@ -17,11 +17,13 @@ import common
 import numpy as np
 import torch
 
-from bandsplit import checkpoint, configuration
-from bandsplit.ensemble import Ensemble
-from bandsplit.learner import Learner
-from bandsplit.parallel import Mesh, Ranks
-from bandsplit.recipe import Precision
+from bandsplit.config import loading
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.precision import Precision
+from bandsplit.runs import checkpoint, saver
+from bandsplit.training.learner import Learner
 
 
 def main() -> None:
@@ -33,7 +35,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("bench/results/checkpoint.json"))
     arguments = parser.parse_args()
 
-    config = configuration.load(arguments.config, arguments.set)
+    config = loading.load(arguments.config, arguments.set)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     mesh = Mesh(Ranks(0, 1, 0, 1, device), len(config.split.groups))
     ensemble = Ensemble.of(config).to(device)
@@ -44,7 +46,7 @@ def main() -> None:
         learner.step([x], [torch.zeros(2, dtype=torch.int64, device=device)], lr=1e-3)
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    writer = checkpoint.Writer(arguments.folder, leads=True, keep=1)
+    writer = saver.Writer(arguments.folder, leads=True, keep=1)
     copied, written = [], []
     for n in range(arguments.rounds + 1):  # the first one finds cold memory
         began = time.perf_counter()

@@ -18,15 +18,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
-from bandsplit import demo_data, runlog
+from bandsplit.data import demo
+from bandsplit.runs import directory
 
-Pictures = npt.NDArray[np.uint8]
+Images = npt.NDArray[np.uint8]
 
 
 def arguments(description: str, output: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument(
-        "--pictures", type=Path, help="folder of JPEG files, searched to its bottom (default: demo pictures)"
+        "--images", type=Path, help="folder of JPEG files, searched to its bottom (default: demo images)"
     )
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds; each round times every subject once")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every subject")
@@ -35,11 +36,11 @@ def arguments(description: str, output: str) -> argparse.ArgumentParser:
 
 
 def jpeg_files(folder: Path | None, count: int) -> list[Path]:
-    """`count` files below a folder in random but fixed order; without a folder demo pictures, made once."""
+    """`count` files below a folder in random but fixed order; without a folder demo images, made once."""
     if folder is None:
         folder = Path("data/demo")
         if not folder.exists():
-            demo_data.generate(folder)
+            demo.generate(folder)
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not found:
         raise SystemExit(f"error: {folder}: no JPEG files below it")
@@ -47,24 +48,24 @@ def jpeg_files(folder: Path | None, count: int) -> list[Path]:
     return (found * -(-count // len(found)))[:count]
 
 
-def decoded(files: list[Path], side: int) -> Pictures:
-    """Pictures (len(files), side, side, 3), each resized to cover a square and cut to it."""
-    pictures = []
+def decoded(files: list[Path], side: int) -> Images:
+    """Images (len(files), side, side, 3), each resized to cover a square and cut to it."""
+    images = []
     for file in files:
         image = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
         scale = side / min(image.size)
         image = image.resize([max(side, round(length * scale)) for length in image.size])
         left, top = ((length - side) // 2 for length in image.size)
-        pictures.append(np.asarray(image.crop((left, top, left + side, top + side))))
-    return np.stack(pictures)
+        images.append(np.asarray(image.crop((left, top, left + side, top + side))))
+    return np.stack(images)
 
 
 def interleaved(
     subjects: Mapping[str, Callable[[], int]], rounds: int, seconds: float, pause: float = 0, skip: int = 0
 ) -> dict[str, list[float]]:
-    """Pictures a second of every subject in every round; in each round all subjects run, in a new order.
+    """Images a second of every subject in every round; in each round all subjects run, in a new order.
 
-    A subject does a little work and returns how many pictures that was; it is called again until `seconds` are over.
+    A subject does a little work and returns how many images that was; it is called again until `seconds` are over.
     Subjects that prepare batches ahead get `pause` seconds, in which the queues of all fill and the machine comes to
     rest, and `skip` calls that are not counted, which empty their own again.
     """
@@ -105,7 +106,7 @@ def print_table(title: str, rates: Mapping[str, list[float]], ours: str) -> None
 def write(path: Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
     """Settings, machine and every round's figures as JSON."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    machine = {"processor": _processor(), "gpu": gpu, **runlog.environment(1, "cuda" if gpu else "cpu")}
+    machine = {"processor": _processor(), "gpu": gpu, **directory.environment(1, "cuda" if gpu else "cpu")}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"settings": settings, "machine": machine, "results": results}, indent=2) + "\n")
     print(f"\nall rounds: {path}")

@@ -20,13 +20,16 @@ from typing import Any
 import common
 import torch
 
-from bandsplit import configuration, normalization, parallel
-from bandsplit.ensemble import Ensemble, parameters_of_branches
-from bandsplit.learner import Learner
-from bandsplit.loader import Batch, Deliveries
-from bandsplit.parallel import Mesh, Traffic
-from bandsplit.recipe import Precision
-from bandsplit.schema import RunConfig
+from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
+from bandsplit.data.loader import Batch, BatchFeed
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import joined
+from bandsplit.distributed.traffic import Traffic, possible_groups, step_traffic
+from bandsplit.models import batch_norm
+from bandsplit.models.ensemble import Ensemble, parameters_of_branches
+from bandsplit.models.precision import Precision
+from bandsplit.training.learner import Learner
 
 DEFAULT = ["train.batch_size=2048"]
 
@@ -37,22 +40,22 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--world-size", type=int, default=8, help="ranks of the computed table")
     parser.add_argument("--processes", default="2,4", help="numbers of processes to measure with")
-    parser.add_argument("--pictures", type=int, default=8, help="global batch to measure with")
+    parser.add_argument("--images", type=int, default=8, help="global batch to measure with")
     parser.add_argument("--steps", type=int, default=2, help="steps to measure")
     parser.add_argument("--output", type=Path, default=Path("bench/results/communication.json"))
     arguments = parser.parse_args()
 
-    config = configuration.load(arguments.config, [*DEFAULT, *arguments.set])
+    config = loading.load(arguments.config, [*DEFAULT, *arguments.set])
     parameters = parameters_of_branches(config)
     print(
         f"\n{config.name}: {len(parameters)} branches, {sum(parameters) / 1e6:.1f} M parameters, "
-        f"{config.train.batch_size} pictures of {config.data.image_size}², float16 bands, {arguments.world_size} ranks"
+        f"{config.train.batch_size} images of {config.data.image_size}², float16 bands, {arguments.world_size} ranks"
     )
     print("| branch groups | branches a rank | gradients MB | bands MB |  all MB | less than plain DDP by |")
     print("|--------------:|----------------:|-------------:|---------:|--------:|-----------------------:|")
     computed = [
-        parallel.traffic(config, arguments.world_size, g, parameters, half=True)
-        for g in parallel.possible_groups(config, arguments.world_size)
+        step_traffic(config, arguments.world_size, g, parameters, half=True)
+        for g in possible_groups(config, arguments.world_size)
     ]
     for sent in computed:
         print(
@@ -60,16 +63,16 @@ def main() -> None:
             f"{sent.bands / 1e6:>8,.1f} | {sent.bytes / 1e6:>7,.1f} | {computed[0].bytes / sent.bytes:>22.1f} |"
         )
 
-    small = configuration.load(
-        arguments.config, [*DEFAULT, *arguments.set, f"train.batch_size={arguments.pictures}", "optim.momentum=0"]
+    small = loading.load(
+        arguments.config, [*DEFAULT, *arguments.set, f"train.batch_size={arguments.images}", "optim.momentum=0"]
     )
-    print(f"\nmeasured: {arguments.pictures} pictures a step, {arguments.steps} steps")
+    print(f"\nmeasured: {arguments.images} images a step, {arguments.steps} steps")
     print("| processes | branch groups | computed MB | measured MB | measured / computed |")
     print("|----------:|--------------:|------------:|------------:|--------------------:|")
     measured = []
     for processes in map(int, arguments.processes.split(",")):
-        for groups in parallel.possible_groups(small, processes):
-            sent = parallel.traffic(small, processes, groups, parameters, half=True)
+        for groups in possible_groups(small, processes):
+            sent = step_traffic(small, processes, groups, parameters, half=True)
             found = _measure(small, processes, groups, arguments.steps)
             measured.append({"processes": processes, "computed": _as_dict(sent), "measured": found})
             print(
@@ -77,7 +80,7 @@ def main() -> None:
                 f"{found / sent.bytes:>19.3f} |",
                 flush=True,
             )
-    settings = {"config": str(arguments.config), "set": arguments.set, "pictures": arguments.pictures}
+    settings = {"config": str(arguments.config), "set": arguments.set, "images": arguments.images}
     common.write(arguments.output, settings, {"computed": list(map(_as_dict, computed)), "measured": measured})
 
 
@@ -91,7 +94,7 @@ def _measure(config: RunConfig, processes: int, groups: int, steps: int) -> floa
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bandsplit.training"])
+    context.set_forkserver_preload(["bandsplit.training.loop"])
     results = context.SimpleQueue()
     work = partial(_train, config, processes, groups, steps, port, results)
     ranks = [context.Process(target=work, args=(rank,)) for rank in range(processes)]
@@ -109,19 +112,19 @@ def _train(config: RunConfig, processes: int, groups: int, steps: int, port: int
     place = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()}, GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
-    with parallel.ranks() as ranks:
+    with joined() as ranks:
         mesh = Mesh(ranks, len(config.split.groups), groups)
         ensemble = Ensemble.of(config, mesh.own).to(memory_format=torch.channels_last)
         at_once = config.rank_batch_size(processes) * groups
-        norm_batch = normalization.norm_batch(config, at_once, mesh.rows)
+        bn_batch_size = batch_norm.bn_batch_size(config, at_once, mesh.replicas)
         for branch in ensemble.branches:
-            normalization.fit(branch, norm_batch, at_once, mesh)
+            batch_norm.fit(branch, bn_batch_size, at_once, mesh)
         precision = Precision("fp32", ranks.device)
         learners = [Learner(branch, config, precision, mesh) for branch in ensemble.branches]
-        deliveries = Deliveries(_random_batches(config, processes), mesh)
+        feed = BatchFeed(_random_batches(config, processes), mesh)
 
         def step(ahead: bool) -> None:
-            (batch,) = deliveries.take(1, ahead)
+            (batch,) = feed.take(1, ahead)
             for x, learner in zip(batch.inputs, learners, strict=True):
                 learner.step([x.float()], [batch.labels], lr=1e-3)
 

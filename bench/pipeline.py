@@ -1,8 +1,8 @@
-"""From JPEG files to training batches: python bench/pipeline.py [--pictures FOLDER]
+"""From JPEG files to training batches: python bench/pipeline.py [--images FOLDER]
 
 The same files, random-resized-crop and flip for every subject: our pipeline with the split, the same DALI pipeline
 ending in crop_mirror_normalize, torchvision's ImageFolder with v2 transforms in a DataLoader, and FFCV where it is
-installed. Rates are pictures a second.
+installed. Rates are images a second.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
-from bandsplit import pipeline, schema
-from bandsplit.dataset import Pictures
-from bandsplit.loader import TrainingLoader
-from bandsplit.pipeline import Share
+from bandsplit.config import schema
+from bandsplit.data import pipeline
+from bandsplit.data.images import ImageFiles
+from bandsplit.data.loader import TrainingLoader
+from bandsplit.data.pipeline import Shard
 
 Subject = Callable[[], int]
 
@@ -42,8 +43,8 @@ def config(side: int, block: int) -> schema.RunConfig:
     )
 
 
-def ours(files: list[Path], side: int, block: int, share: Share) -> Subject:
-    loader = TrainingLoader(config(side, block), Pictures([*map(str, files)], [0] * len(files), ["all"]), [share])
+def ours(files: list[Path], side: int, block: int, share: Shard) -> Subject:
+    loader = TrainingLoader(config(side, block), ImageFiles([*map(str, files)], [0] * len(files), ["all"]), [share])
 
     def step() -> int:
         return len(next(loader))
@@ -51,14 +52,14 @@ def ours(files: list[Path], side: int, block: int, share: Share) -> Subject:
     return step
 
 
-def without_split(files: list[Path], side: int, share: Share) -> Subject:
+def without_split(files: list[Path], side: int, share: Shard) -> Subject:
     """Our own graph with crop_mirror_normalize in the place of the split."""
     run = config(side, 1)
-    pictures = Pictures([*map(str, files)], [0] * len(files), ["all"])
+    listed = ImageFiles([*map(str, files)], [0] * len(files), ["all"])
 
     @pipeline_def(batch_size=share.batch_size, num_threads=share.threads, device_id=None, prefetch_queue_depth=2)
     def graph() -> Any:
-        images, mirror, labels = pipeline.augmented(share, run, pictures)
+        images, mirror, labels = pipeline.augmented(share, run, listed)
         mean, std = list(run.data.mean), list(run.data.std)
         return fn.crop_mirror_normalize(images, mirror=mirror, mean=mean, std=std, output_layout="HWC"), labels
 
@@ -72,7 +73,7 @@ def without_split(files: list[Path], side: int, share: Share) -> Subject:
 
 
 def torchvision_loader(files: list[Path], folder: Path, side: int, batch_size: int, workers: int) -> Subject:
-    links = folder / "pictures" / "all"
+    links = folder / "images" / "all"
     if not links.exists():
         links.mkdir(parents=True)
         for n, file in enumerate(files):
@@ -133,7 +134,7 @@ def ffcv_loader(files: list[Path], folder: Path, side: int, batch_size: int, wor
             destination["data_ptr"], storage = malloc(content.nbytes)
             storage[:] = content
 
-    container = folder / "pictures.beton"
+    container = folder / "images.beton"
     if not container.exists():
         writer = DatasetWriter(str(container), {"image": StoredJpeg(), "label": IntField()}, num_workers=1)
         writer.from_indexed_dataset([(str(file), 0) for file in files])
@@ -163,8 +164,8 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--files", type=int, default=2000)
     options = parser.parse_args()
-    files = common.jpeg_files(options.pictures, options.files)
-    share = Share(0, 1, options.batch, options.threads, None)
+    files = common.jpeg_files(options.images, options.files)
+    share = Shard(0, 1, options.batch, options.threads, None)
     results = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -1,7 +1,7 @@
-"""The operator alone: python bench/spectral_split.py [--pictures FOLDER]
+"""The operator alone: python bench/spectral_split.py [--images FOLDER]
 
-Every subject gets the same decoded pictures in memory and makes the same float32 numbers (or, where it says so, fewer);
-DALI's subjects each run in a pipeline of that one operator. Rates are pictures a second.
+Every subject gets the same decoded images in memory and makes the same float32 numbers (or, where it says so, fewer);
+DALI's subjects each run in a pipeline of that one operator. Rates are images a second.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import torch
 from einops import rearrange
 from nvidia.dali import fn, pipeline_def, types
 
-from bandsplit import native, spectral
+from bandsplit.spectral import native, transforms
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
 SIDE = 216  # 2, 4 and 6 divide it
 Subject = Callable[[], int]
 
 
-def dali(pictures: common.Pictures, threads: int, operator: Callable[[Any, Any], Any]) -> Subject:
-    """A pipeline that hands the pictures to one operator without copying them, half of them to be mirrored."""
-    flips = np.arange(len(pictures), dtype=np.int32) % 2
+def dali(images: common.Images, threads: int, operator: Callable[[Any, Any], Any]) -> Subject:
+    """A pipeline that hands the images to one operator without copying them, half of them to be mirrored."""
+    flips = np.arange(len(images), dtype=np.int32) % 2
 
-    @pipeline_def(batch_size=len(pictures), num_threads=threads, device_id=None, prefetch_queue_depth=2)
+    @pipeline_def(batch_size=len(images), num_threads=threads, device_id=None, prefetch_queue_depth=2)
     def graph() -> Any:
-        images = fn.external_source(lambda: pictures, layout="HWC", no_copy=True)
+        source = fn.external_source(lambda: images, layout="HWC", no_copy=True)
         mirror = fn.external_source(lambda: flips)
-        outputs = operator(images, mirror)
+        outputs = operator(source, mirror)
         return tuple(outputs) if isinstance(outputs, list | tuple) else outputs
 
     pipe = graph()
@@ -39,13 +39,13 @@ def dali(pictures: common.Pictures, threads: int, operator: Callable[[Any, Any],
 
     def step() -> int:
         pipe.run()
-        return len(pictures)
+        return len(images)
 
     return step
 
 
 def split_operator(block: int, bands: list[int] | None = None) -> Callable[[Any, Any], Any]:
-    matrix = spectral.transform_matrix("dct2d", block).ravel().tolist()
+    matrix = transforms.transform_matrix("dct2d", block).ravel().tolist()
     groups = {} if bands is None else {"groups": bands, "group_sizes": [1] * len(bands)}
     return lambda images, mirror: fn.spectral_split(
         images, mirror=mirror, block=block, matrix=matrix, mean=MEAN, std=STD, **groups
@@ -57,10 +57,10 @@ def crop_mirror_normalize(images: Any, mirror: Any) -> Any:
 
 
 def scipy_function(block: int) -> Callable[[Any, Any], Any]:
-    """What a user would write first: scipy in a python_function, one picture at a time."""
+    """What a user would write first: scipy in a python_function, one image at a time."""
 
-    def transform(picture: Any, mirror: Any) -> Any:
-        flipped = picture[:, ::-1] if mirror else picture
+    def transform(image: Any, mirror: Any) -> Any:
+        flipped = image[:, ::-1] if mirror else image
         x = ((flipped - np.float32(MEAN)) / np.float32(STD)).astype(np.float32)
         blocks = rearrange(x, "(h r) (w s) c -> h w r s c", r=block, s=block)
         return rearrange(scipy.fft.dctn(blocks, axes=(2, 3), norm="ortho"), "h w r s c -> h w (r s c)")
@@ -68,9 +68,9 @@ def scipy_function(block: int) -> Callable[[Any, Any], Any]:
     return lambda images, mirror: fn.python_function(images, mirror, function=transform)
 
 
-def torch_subjects(pictures: common.Pictures, block: int) -> dict[str, Subject]:
-    batch = torch.from_numpy(pictures)
-    matrix = torch.from_numpy(spectral.transform_matrix("dct2d", block)).float()
+def torch_subjects(images: common.Images, block: int) -> dict[str, Subject]:
+    batch = torch.from_numpy(images)
+    matrix = torch.from_numpy(transforms.transform_matrix("dct2d", block)).float()
     mean, std = (torch.tensor(values)[:, None, None] for values in (MEAN, STD))
     flip = (torch.arange(len(batch)) % 2 == 1)[:, None, None, None]
     kernels = rearrange(matrix, "k (r s) -> k 1 r s", r=block).repeat(3, 1, 1, 1)
@@ -105,14 +105,14 @@ def torch_subjects(pictures: common.Pictures, block: int) -> dict[str, Subject]:
     return {**subjects, "torch-dct": dct_package}
 
 
-def memcpy(pictures: common.Pictures) -> Subject:
+def memcpy(images: common.Images) -> Subject:
     """Copies as many bytes as the operator reads and writes, half of them read, half written."""
-    source = torch.zeros(pictures.size * 5 // 2, dtype=torch.uint8)
+    source = torch.zeros(images.size * 5 // 2, dtype=torch.uint8)
     target = torch.ones_like(source)
 
     def step() -> int:
         target.copy_(source)
-        return len(pictures)
+        return len(images)
 
     return step
 
@@ -123,19 +123,19 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     native.load()
-    pictures = common.decoded(common.jpeg_files(options.pictures, options.batch), SIDE)
+    images = common.decoded(common.jpeg_files(options.images, options.batch), SIDE)
     results = {}
     for block in (2, 4, 6):
         ours = f"spectral_split, s = {block}"
         subjects = {
-            ours: dali(pictures, options.threads, split_operator(block)),
-            "crop_mirror_normalize": dali(pictures, options.threads, crop_mirror_normalize),
-            "memcpy of the same bytes": memcpy(pictures),
-            **torch_subjects(pictures, block),
-            "python_function with scipy": dali(pictures[:8], options.threads, scipy_function(block)),
+            ours: dali(images, options.threads, split_operator(block)),
+            "crop_mirror_normalize": dali(images, options.threads, crop_mirror_normalize),
+            "memcpy of the same bytes": memcpy(images),
+            **torch_subjects(images, block),
+            "python_function with scipy": dali(images[:8], options.threads, scipy_function(block)),
         }
         if block == 4:
-            subjects["spectral_split, s = 4, one band"] = dali(pictures, options.threads, split_operator(4, [0]))
+            subjects["spectral_split, s = 4, one band"] = dali(images, options.threads, split_operator(4, [0]))
         rates = common.interleaved(subjects, options.rounds, seconds=0.3)
         common.print_table(
             f"block {block}, {SIDE} x {SIDE}, batch {options.batch}, {options.threads} threads", rates, ours

@@ -26,11 +26,14 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from bandsplit import cli, configuration
+from bandsplit.cli import entry
+from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
 from bandsplit.errors import UserError
-from bandsplit.reporting import STYLE, WIDTH, mean_two_sigma, read_run
-from bandsplit.runlog import RunDirectory
-from bandsplit.schema import RunConfig
+from bandsplit.reporting.figures import STYLE, WIDTH
+from bandsplit.reporting.runs import read_run
+from bandsplit.reporting.tables import mean_two_sigma
+from bandsplit.runs.directory import RunDirectory
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 BASE, TEACHER = "plain recipe", "teacher"
@@ -149,7 +152,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     arguments = parser.parse_args()
 
-    config = configuration.load(arguments.config, arguments.set, arguments.data)
+    config = loading.load(arguments.config, arguments.set, arguments.data)
     overrides = overrides_of(config, arguments.output)
     chosen = arguments.only or [*BAG, *OTHERS]
     rows = [row for row in overrides if row in (BASE, *chosen)]
@@ -157,7 +160,7 @@ def main() -> None:
     teachers = [(TEACHER, 0)] if "distillation" in rows else []
     for row, seed in (*teachers, *jobs):  # mistakes, and runs of another recipe, show before the first run
         keys = [*arguments.set, *overrides[row], f"seed={seed}"]
-        run = configuration.load(arguments.config, keys, arguments.data)
+        run = loading.load(arguments.config, keys, arguments.data)
         RunDirectory(arguments.output / folder_of(row, seed)).check(run, resume=True)
     with ThreadPoolExecutor(arguments.jobs) as pool, tqdm(total=len(teachers) + len(jobs), unit="run") as bar:
         for row, seed in teachers:
@@ -173,4 +176,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Circle, FancyArrowPatch, Polygon, Rectangle
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from bandsplit import cli
+from bandsplit.cli import entry
 from bandsplit.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
@@ -44,7 +44,7 @@ INK, SOFT, FAINT = "#222222", "#666666", "#c4c4c4"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("picture", nargs="?", type=Path, help="photograph (default: Grace Hopper, from matplotlib)")
+    parser.add_argument("image", nargs="?", type=Path, help="photograph (default: Grace Hopper, from matplotlib)")
     parser.add_argument("--block", type=int, default=2, help=f"side of the pixel block, 2 to {LARGEST_BLOCK}")
     parser.add_argument("--transform", choices=get_args(Transform), default="dct2d")
     parser.add_argument("--output", type=Path, default=REPOSITORY / "doc/bands.png", help="PNG file to write")
@@ -53,58 +53,58 @@ def main() -> None:
     if arguments.output.suffix.lower() != ".png":
         raise UserError(f"--output: {arguments.output} given; allowed: a name that ends in .png")
     matrix = transform_matrix(arguments.transform, arguments.block)
-    square = read_square(arguments.picture or default_picture(), arguments.block)
+    square = read_square(arguments.image or default_image(), arguments.block)
     write_png(draw(square, matrix, arguments.transform), arguments.output)
 
 
 # ---------------------------------------------------------------------------- photograph and bands
 
 
-def default_picture() -> Path:
+def default_image() -> Path:
     """The portrait of Grace Hopper that comes with matplotlib: a work of the US Navy, in the public domain."""
     return Path(cbook.get_sample_data("grace_hopper.jpg", asfileobj=False))
 
 
 def transform_matrix(transform: Transform, block: int) -> Pixels:
     """(N, N), orthonormal; refuses blocks that the transform or the drawing cannot do."""
-    from bandsplit import spectral
+    from bandsplit.spectral import transforms
 
     if not 2 <= block <= LARGEST_BLOCK:
         raise UserError(f"--block: {block} given; allowed: 2 to {LARGEST_BLOCK}")
     try:
-        return spectral.transform_matrix(transform, block)
+        return transforms.transform_matrix(transform, block)
     except ValueError as error:
         raise UserError(f"--transform {transform}: {error}") from None
 
 
 def read_square(path: Path, block: int) -> Pixels:
-    """A square of a picture as (side, side, 3) in 0..1: at most PIXELS a side, and a multiple of the block.
+    """A square of a image as (side, side, 3) in 0..1: at most PIXELS a side, and a multiple of the block.
 
-    It is cut from the middle, in upright pictures from above it: portraits keep their heads.
+    It is cut from the middle, in upright images from above it: portraits keep their heads.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a picture")
+        raise UserError(f"{path}: no such file; expected a image")
     try:
-        picture = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
+        image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: not a picture that can be read: {error}") from None
-    if min(picture.size) < block:
-        raise UserError(f"--block: {block} given, but {path} has {picture.width} x {picture.height} pixels")
-    scale = PIXELS / min(picture.size)
-    picture.thumbnail((scale * picture.width, scale * picture.height), Image.Resampling.LANCZOS)
-    side = min(picture.size) // block * block
-    left, top = (picture.width - side) // 2, (picture.height - side) // 5
-    return np.asarray(picture.crop((left, top, left + side, top + side)), dtype=np.float64) / 255
+        raise UserError(f"{path}: not a image that can be read: {error}") from None
+    if min(image.size) < block:
+        raise UserError(f"--block: {block} given, but {path} has {image.width} x {image.height} pixels")
+    scale = PIXELS / min(image.size)
+    image.thumbnail((scale * image.width, scale * image.height), Image.Resampling.LANCZOS)
+    side = min(image.size) // block * block
+    left, top = (image.width - side) // 2, (image.height - side) // 5
+    return np.asarray(image.crop((left, top, left + side, top + side)), dtype=np.float64) / 255
 
 
 def split(square: Pixels, matrix: Pixels) -> Pixels:
     """(H, W, 3) -> (N, H/s, W/s, 3), by the project's own reference."""
     import torch
 
-    from bandsplit import spectral
+    from bandsplit.spectral import transforms
 
     images = torch.from_numpy(rearrange(square, "h w c -> 1 c h w").copy())
-    return rearrange(spectral.split(images, matrix, block_of(matrix)).numpy(), "n 1 c h w -> n h w c")
+    return rearrange(transforms.split(images, matrix, block_of(matrix)).numpy(), "n 1 c h w -> n h w c")
 
 
 def block_of(matrix: Pixels) -> int:
@@ -114,7 +114,7 @@ def block_of(matrix: Pixels) -> int:
 def displayed(bands: Pixels, matrix: Pixels) -> tuple[Pixels, int]:
     """Bands as colours in 0..1, and the factor that stretches the contrast of the details; 0 where there are none.
 
-    A band whose row of the matrix has a sum is low: divided by the sum, it is the picture in natural colour. All
+    A band whose row of the matrix has a sum is low: divided by the sum, it is the image in natural colour. All
     others are details: on the scale of the low band, times one common factor, around mid-grey.
     """
     sums = matrix.sum(axis=1)
@@ -131,7 +131,7 @@ def displayed(bands: Pixels, matrix: Pixels) -> tuple[Pixels, int]:
 
 
 def liveliest_block(square: Pixels, block: int) -> Place:
-    """The block that varies most, right of the middle of the picture."""
+    """The block that varies most, right of the middle of the image."""
     count = len(square) // block
     blocks = rearrange(square, "(h r) (w s) c -> h w (r s) c", r=block, s=block)
     variation = blocks.var(axis=2).sum(axis=-1)
@@ -250,10 +250,10 @@ def draw_fusion(axes: Axes) -> None:
     titles(axes, LOGITS_X + 0.24, "prediction", "")
 
 
-def paint(axes: Axes, picture: Pixels, left: float, bottom: float, side: float, edge: Color | str = INK) -> None:
-    """A picture (H, W, 3) in a frame."""
+def paint(axes: Axes, image: Pixels, left: float, bottom: float, side: float, edge: Color | str = INK) -> None:
+    """A image (H, W, 3) in a frame."""
     extent = (left, left + side, bottom, bottom + side)
-    axes.imshow(picture, extent=extent, interpolation="nearest", aspect="auto")
+    axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
     axes.add_patch(Rectangle((left, bottom), side, side, fill=False, ec=edge, lw=1.2, zorder=2))
 
 
@@ -273,13 +273,13 @@ def write_png(figure: Figure, path: Path) -> None:
     """Writes the drawing with 256 colours chosen for it: a fraction of the size, and the eye sees no difference."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
-    picture = Image.open(buffer).convert("RGB").quantize(256)
+    image = Image.open(buffer).convert("RGB").quantize(256)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path, format="PNG", optimize=True)
+        image.save(path, format="PNG", optimize=True)
     except OSError as error:
         raise UserError(f"--output: {path} cannot be written: {error.strerror}") from None
 
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(main)

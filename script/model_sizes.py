@@ -8,8 +8,9 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from bandsplit import models, schema
+from bandsplit.config import schema
 from bandsplit.errors import UserError
+from bandsplit.models import networks
 
 MIB = 2**20
 
@@ -30,9 +31,9 @@ PUBLISHED = (
 
 
 def network(arch: str, size: int, classes: int) -> nn.Module:
-    """A network for RGB pictures on the meta device."""
+    """A network for RGB images on the meta device."""
     with torch.device("meta"):
-        return models.build(schema.Model(arch=arch), 3, classes, size)
+        return networks.build(schema.Model(arch=arch), 3, classes, size)
 
 
 def sizes(network: nn.Module) -> tuple[float, float]:
@@ -60,7 +61,7 @@ def main() -> None:
         try:
             ours = sizes(network(arch, size, classes))
         except UserError:
-            print(f"{row} | | {published:.2f} | | {remark}torchvision's takes {models.SMALLEST[arch]}² and more |")
+            print(f"{row} | | {published:.2f} | | {remark}torchvision's takes {networks.SMALLEST[arch]}² and more |")
             continue
         difference = min((round(mib, 2) - published for mib in ours), key=abs)
         equal = abs(difference) < 0.005

@@ -1,23 +1,6 @@
 """Plot and tabulate one or more runs: python src/report.py RUN [RUN …]"""
 
-from __future__ import annotations
-
-import argparse
-from pathlib import Path
-
-from bandsplit import cli
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("run", nargs="+", type=Path, help="run directory; runs equal but for the seed are averaged")
-    parser.add_argument("--output", type=Path, help="default: RUN/plots for one run, plots/ here for several")
-    arguments = parser.parse_args()
-
-    from bandsplit import reporting
-
-    reporting.report(arguments.run, arguments.output)
-
+from bandsplit.cli import entry, report
 
 if __name__ == "__main__":
-    cli.run(main)
+    entry.run(report.main)

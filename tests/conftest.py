@@ -20,10 +20,10 @@ from typing import Any
 
 import pytest
 
-from bandsplit import demo_data
+from bandsplit.data import demo
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TRAIN_PER_CLASS, VAL_PER_CLASS = 16, 5  # 160 and 50 pictures: no multiple of the batch sizes below
+TRAIN_PER_CLASS, VAL_PER_CLASS = 16, 5  # 160 and 50 images: no multiple of the batch sizes below
 
 TRAIN_TOML = """
 data = "data.toml"
@@ -54,17 +54,17 @@ threads = 1
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a data set with train/ and val/; not to be changed."""
-    root = tmp_path_factory.mktemp("pictures") / "demo"
-    demo_data.generate(root, seed=1, train_per_class=TRAIN_PER_CLASS, val_per_class=VAL_PER_CLASS)
+    root = tmp_path_factory.mktemp("images") / "demo"
+    demo.generate(root, seed=1, train_per_class=TRAIN_PER_CLASS, val_per_class=VAL_PER_CLASS)
     return root
 
 
 @pytest.fixture
-def config_file(tmp_path: Path, pictures: Path) -> Path:
+def config_file(tmp_path: Path, image_root: Path) -> Path:
     """A train config beside its data config, free to be changed."""
-    (tmp_path / "data.toml").write_text(DATA_TOML.format(root=pictures))
+    (tmp_path / "data.toml").write_text(DATA_TOML.format(root=image_root))
     path = tmp_path / "tiny.toml"
     path.write_text(TRAIN_TOML)
     return path
@@ -86,7 +86,7 @@ class Done:
 
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.conftest", "bandsplit.training", "bandsplit.summary"])
+_forks.set_forkserver_preload(["tests.conftest", "bandsplit.training.loop", "bandsplit.training.dry_run"])
 
 
 class Launch:
@@ -196,10 +196,10 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 
 @pytest.fixture(scope="session")
-def finished(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def finished(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Run directories of undisturbed runs on so many processes, with overrides; made when first asked for."""
     folder = tmp_path_factory.mktemp("finished")
-    (folder / "data.toml").write_text(DATA_TOML.format(root=pictures))
+    (folder / "data.toml").write_text(DATA_TOML.format(root=image_root))
     (folder / "tiny.toml").write_text(TRAIN_TOML)
 
     def make(ranks: int, *overrides: str) -> Path:

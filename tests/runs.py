@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from bandsplit import checkpoint
+from bandsplit.runs import checkpoint
 from tests.conftest import Launch
 
 VOLATILE = {"seconds", "images_per_second", "data_wait", "peak_memory_mib", "validation_seconds"}

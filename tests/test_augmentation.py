@@ -1,4 +1,4 @@
-"""Augmentations of training pictures: what they do, what they leave alone, and that a stream goes on exactly."""
+"""Augmentations of training images: what they do, what they leave alone, and that a stream goes on exactly."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ from nvidia.dali.auto_aug import augmentations as operations
 from nvidia.dali.auto_aug.core import Policy
 from PIL import Image
 
-from bandsplit import augmentation, configuration, pipeline, schema
-from bandsplit.dataset import Pictures
+from bandsplit.config import loading, schema
+from bandsplit.data import augmentation, pipeline
+from bandsplit.data.images import ImageFiles
+from bandsplit.data.loader import TrainingLoader, ValidationLoader
+from bandsplit.data.pipeline import Shard
 from bandsplit.errors import UserError
-from bandsplit.loader import TrainingLoader, ValidationLoader
-from bandsplit.pipeline import Share
 
 Array = npt.NDArray[Any]
 
@@ -38,8 +39,8 @@ EVERY = {
 each = pytest.mark.parametrize("keys", EVERY.values(), ids=EVERY.keys())
 
 
-def share(batch_size: int = 6) -> Share:
-    return Share(0, 1, batch_size, threads=1, device_id=None)
+def share(batch_size: int = 6) -> Shard:
+    return Shard(0, 1, batch_size, threads=1, device_id=None)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -49,31 +50,31 @@ def operator() -> None:
 
 
 @pytest.fixture
-def numbered(tmp_path: Path) -> Pictures:
-    """23 pictures whose label is their own number."""
+def numbered(tmp_path: Path) -> ImageFiles:
+    """23 images whose label is their own number."""
     files = []
     for n in range(23):
         path = tmp_path / f"{n:02d}.jpg"
         noise = np.random.default_rng(n).integers(0, 256, (5, 4, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((80, 100)).save(path, quality=90)
         files.append(str(path))
-    return Pictures(files, list(range(23)), ["all"])
+    return ImageFiles(files, list(range(23)), ["all"])
 
 
 @pytest.fixture
 def flat(config_file: Path, tmp_path: Path) -> Callable[..., Array]:
-    """What becomes of pictures of one colour: (pictures, height, width, channels)."""
+    """What becomes of images of one colour: (images, height, width, channels)."""
 
     def make(color: tuple[int, int, int], keys: list[str], batches: int = 4, size: int = 8) -> Array:
         path = tmp_path / "flat.png"
         Image.new("RGB", (32, 32), color).save(path)
         sizes = [f"data.image_size={size}", f"data.resize_size={size}"]
-        config = configuration.load(config_file, [*sizes, *keys])
-        pipe = pipeline.training(config, Pictures([str(path)] * 256, [0] * 256, ["all"]), share(256))
+        config = loading.load(config_file, [*sizes, *keys])
+        pipe = pipeline.training(config, ImageFiles([str(path)] * 256, [0] * 256, ["all"]), share(256))
         return np.concatenate([outputs(pipe)[0] for _ in range(batches)])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "has_operator", lambda device: False)  # pictures come out as the split would get them
+        patch.setattr(pipeline, "has_operator", lambda device: False)  # images come out as the split would get them
         yield make
 
 
@@ -83,7 +84,7 @@ def outputs(pipe: Any) -> list[Array]:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training pipelines give out: pictures, mirror, labels, and the pictures before any augmentation."""
+    """Training pipelines give out: images, mirror, labels, and the images before any augmentation."""
     crops: list[Any] = []
     augmented = augmentation.augmented
 
@@ -91,8 +92,8 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
         crops.append(images)
         return augmented(images, config, stream)
 
-    def graph(share: Share, config: schema.RunConfig, pictures: Pictures, _: object) -> Any:
-        return *pipeline.augmented(share, config, pictures), crops[-1]
+    def graph(share: Shard, config: schema.RunConfig, images: ImageFiles, _: object) -> Any:
+        return *pipeline.augmented(share, config, images), crops[-1]
 
     monkeypatch.setattr(augmentation, "augmented", remembering)
     monkeypatch.setattr(pipeline, "_training_graph", graph)
@@ -101,10 +102,10 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> None:
 @each
 @pytest.mark.usefixtures("watched")
 def test_order_crops_and_flips_do_not_depend_on_augmentations(
-    config_file: Path, numbered: Pictures, keys: list[str]
+    config_file: Path, numbered: ImageFiles, keys: list[str]
 ) -> None:
-    plain = pipeline.training(configuration.load(config_file), numbered, share())
-    other = pipeline.training(configuration.load(config_file, keys), numbered, share())
+    plain = pipeline.training(loading.load(config_file), numbered, share())
+    other = pipeline.training(loading.load(config_file, keys), numbered, share())
     changed = []
     for _ in range(8):  # two passes
         (images, *rest), (augmented, *same) = outputs(plain), outputs(other)
@@ -117,8 +118,8 @@ def test_order_crops_and_flips_do_not_depend_on_augmentations(
 
 
 @each
-def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, numbered: Pictures, keys: list[str]) -> None:
-    config = configuration.load(config_file, keys)
+def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, numbered: ImageFiles, keys: list[str]) -> None:
+    config = loading.load(config_file, keys)
     loader = TrainingLoader(config, numbered, [share()])
     batches = iter(loader)
     for _ in range(5):
@@ -134,9 +135,9 @@ def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, numbered
 
 
 @pytest.mark.parametrize("keys", [EVERY["all"], [AUTO], [TRIVIAL]], ids=["all", "auto_augment", "trivial_augment"])
-def test_augmentations_are_a_function_of_the_seed(config_file: Path, numbered: Pictures, keys: list[str]) -> None:
+def test_augmentations_are_a_function_of_the_seed(config_file: Path, numbered: ImageFiles, keys: list[str]) -> None:
     def stream(seed: int) -> list[torch.Tensor]:
-        batches = iter(TrainingLoader(configuration.load(config_file, [*keys, f"seed={seed}"]), numbered, [share()]))
+        batches = iter(TrainingLoader(loading.load(config_file, [*keys, f"seed={seed}"]), numbered, [share()]))
         return [next(batches).inputs[0] for _ in range(3)]
 
     first, again, other = stream(0), stream(0), stream(1)
@@ -145,8 +146,8 @@ def test_augmentations_are_a_function_of_the_seed(config_file: Path, numbered: P
 
 
 @pytest.mark.parametrize("keys", [EVERY["all"], [AUTO], [TRIVIAL]], ids=["all", "auto_augment", "trivial_augment"])
-def test_validation_is_never_augmented(config_file: Path, numbered: Pictures, keys: list[str]) -> None:
-    plain, other = (ValidationLoader(configuration.load(config_file, k), numbered, share()) for k in ([], keys))
+def test_validation_is_never_augmented(config_file: Path, numbered: ImageFiles, keys: list[str]) -> None:
+    plain, other = (ValidationLoader(loading.load(config_file, k), numbered, share()) for k in ([], keys))
     for a, b in zip(plain, other, strict=True):
         assert all(torch.equal(x, y) for x, y in zip(a.inputs, b.inputs, strict=True))
 
@@ -155,7 +156,7 @@ def test_validation_is_never_augmented(config_file: Path, numbered: Pictures, ke
     ("key", "factor"),
     [
         ("brightness", lambda out: out[:, 0] / np.array(160)),
-        ("contrast", lambda out: (out[:, 0] - 128) / (160 - 128)),  # around 128, not around the picture's mean
+        ("contrast", lambda out: (out[:, 0] - 128) / (160 - 128)),  # around 128, not around the image's mean
         ("saturation", lambda out: (out[:, 0] - out[:, 1]) / (160 - 100)),
     ],
 )
@@ -163,7 +164,7 @@ def test_factors_on_colours_fill_their_range(
     flat: Callable[..., Array], key: str, factor: Callable[[Array], Array]
 ) -> None:
     out = flat((160, 100, 80), [f"augment.color.{key}=[0.6, 1.3]"])
-    assert (out == out[:, :1, :1]).all()  # one factor a picture
+    assert (out == out[:, :1, :1]).all()  # one factor a image
     found = factor(out[:, 0, 0].astype(float))
     assert 0.58 < found.min() < 0.63
     assert 1.27 < found.max() < 1.33
@@ -188,7 +189,7 @@ def test_hues_turn_both_ways_up_to_their_angle(flat: Callable[..., Array]) -> No
 
 def test_lighting_noise_has_the_spread_of_imagenets_colours(flat: Callable[..., Array]) -> None:
     out = flat((128, 128, 128), ["augment.pca_noise=0.1"], batches=16)
-    assert (out == out[:, :1, :1]).all()  # one triple a picture
+    assert (out == out[:, :1, :1]).all()  # one triple a image
     noise = out[:, 0, 0].astype(float) - 128
     components = 0.1 * np.array(augmentation.EIGENVECTORS) * augmentation.EIGENVALUES
     expected = components @ components.T + np.eye(3) / 12  # values are rounded
@@ -211,7 +212,7 @@ FILL = (124, 116, 104)
 
 
 def test_erased_rectangles_have_the_shares_that_the_config_allows(flat: Callable[..., Array]) -> None:
-    keys = ["probability=0.3", "area=[0.1, 0.4]", "aspect=[0.5, 3.0]"]
+    keys = ["probability=0.3", "scale=[0.1, 0.4]", "ratio=[0.5, 3.0]"]
     out = flat((10, 200, 30), [f"augment.erasing.{key}" for key in keys], batches=6, size=100)
     gone = (out != (10, 200, 30)).any(-1)
     assert (out[gone] == FILL).all()
@@ -271,7 +272,7 @@ def test_operations_are_left_out_by_chance(flat: Callable[..., Array], monkeypat
     assert shares == pytest.approx([0.49, 0.42, 0.09], abs=0.06)
 
 
-TIMMS = {  # in timm's names, with how far a picture may be off in the mean, of 255
+TIMMS = {  # in timm's names, with how far a image may be off in the mean, of 255
     "AutoContrast": 1, "Equalize": 2, "Invert": 0, "Rotate": 2, "PosterizeIncreasing": 0, "SolarizeIncreasing": 0,
     "SolarizeAdd": 0, "ColorIncreasing": 2, "ContrastIncreasing": 1, "BrightnessIncreasing": 1,
     "SharpnessIncreasing": 0.7, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1,
@@ -283,26 +284,26 @@ TIMMS = {  # in timm's names, with how far a picture may be off in the mean, of 
 def test_timms_operations_are_timms(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, name: str, strength: int
 ) -> None:
-    """A picture by DALI and by timm's own code with Pillow, with both signs where the operation has one."""
+    """A image by DALI and by timm's own code with Pillow, with both signs where the operation has one."""
     timms = pytest.importorskip("timm.data.auto_augment")
     assert list(TIMMS) == timms._RAND_INCREASING_TRANSFORMS
     noise = np.random.default_rng(0).integers(40, 220, (20, 20, 3), dtype=np.uint8)
-    picture = Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
-    picture.save(tmp_path / "picture.png")
-    whole = ["data.image_size=64", "data.resize_size=64", "data.random_area=[1,1]", "data.random_aspect=[1,1]"]
-    keys = [*whole, "data.mirror=0", RAND, "augment.auto.operations=timm", "augment.auto.n=1"]
-    config = configuration.load(config_file, [*keys, f"augment.auto.m={strength}"])
+    image = Image.fromarray(noise).resize((64, 64), Image.Resampling.BICUBIC)
+    image.save(tmp_path / "image.png")
+    whole = ["data.image_size=64", "data.resize_size=64", "data.scale=[1,1]", "data.ratio=[1,1]"]
+    keys = [*whole, "data.hflip=0", RAND, "augment.auto.operations=timm", "augment.auto.n=1"]
+    config = loading.load(config_file, [*keys, f"augment.auto.m={strength}"])
     operation = augmentation._timms_suite()[n]
     monkeypatch.setattr(augmentation, "_timms_suite", lambda: [operation])
     monkeypatch.setattr(pipeline, "has_operator", lambda device: False)
-    pipe = pipeline.training(config, Pictures([str(tmp_path / "picture.png")] * 16, [0] * 16, ["all"]), share(16))
+    pipe = pipeline.training(config, ImageFiles([str(tmp_path / "image.png")] * 16, [0] * 16, ["all"]), share(16))
     ours = np.unique(outputs(pipe)[0], axis=0).astype(float)
     theirs = []
     for sign in (0.9, 0.1):
         monkeypatch.setattr(timms.random, "random", lambda sign=sign: sign)
         hparams = {"img_mean": (128,) * 3, "interpolation": Image.Resampling.BILINEAR}
         theirs.append(
-            np.array(timms.AugmentOp(name, prob=1.0, magnitude=strength, hparams=hparams)(picture), dtype=float)
+            np.array(timms.AugmentOp(name, prob=1.0, magnitude=strength, hparams=hparams)(image), dtype=float)
         )
     theirs = np.unique(theirs, axis=0)
     assert len(ours) == len(theirs)
@@ -335,7 +336,7 @@ def test_auto_augment_applies_pairs_in_their_order(flat: Callable[..., Array], m
 def test_the_operations_are_drawn_evenly_from_dalis_suites(
     flat: Callable[..., Array], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """14 operations of which one is replaced by one that paints the picture black."""
+    """14 operations of which one is replaced by one that paints the image black."""
     black = operations.brightness.augmentation((0, 0), False, None)
     for suite, key in (("get_rand_augment_suite", RAND), ("get_trivial_augment_wide_suite", TRIVIAL)):
         theirs = getattr(augmentation, suite)
@@ -346,7 +347,7 @@ def test_the_operations_are_drawn_evenly_from_dalis_suites(
 
 def test_a_config_with_augmentations_survives_being_written(config_file: Path) -> None:
     for keys in EVERY.values():
-        config = configuration.load(config_file, keys)
+        config = loading.load(config_file, keys)
         assert config.augment != schema.Augment()
         assert schema.RunConfig.model_validate(config.model_dump(mode="json", exclude_none=True)) == config
 
@@ -360,9 +361,9 @@ def test_a_config_with_augmentations_survives_being_written(config_file: Path) -
         ("augment.color.brightness=[1]", r"brightness: \[1\] given; expected 2 numbers"),
         ("augment.color.hue=200", "augment.color.hue: 200 given; it should be less than or equal to 180"),
         ("augment.pca_noise=-0.1", "augment.pca_noise: -0.1 given; it should be greater than or equal to 0"),
-        ("augment.erasing.area=[0, 0.5]", r"area: \[0.0, 0.5\] given; allowed: 0 < smallest <= largest <= 1"),
-        ("augment.erasing.aspect=[2, 1]", r"aspect: \[2.0, 1.0\] given; allowed: 0 < smallest <= largest"),
-        ("augment.erasing.aspect=[3, 4]", r"aspect: \[3.0, 4.0\] given; allowed: one that fits into the picture"),
+        ("augment.erasing.scale=[0, 0.5]", r"scale: \[0.0, 0.5\] given; allowed: 0 < smallest <= largest <= 1"),
+        ("augment.erasing.ratio=[2, 1]", r"ratio: \[2.0, 1.0\] given; allowed: 0 < smallest <= largest"),
+        ("augment.erasing.ratio=[3, 4]", r"ratio: \[3.0, 4.0\] given; allowed: one that fits into the image"),
         ("augment.erasing.probability=2", "probability: 2 given; it should be less than or equal to 1"),
         (
             "augment.auto.m=3",
@@ -376,5 +377,5 @@ def test_a_config_with_augmentations_survives_being_written(config_file: Path) -
 )
 def test_mistakes_are_refused_with_one_message(config_file: Path, override: str, message: str) -> None:
     with pytest.raises(UserError, match=message) as caught:
-        configuration.load(config_file, [override])
+        loading.load(config_file, [override])
     assert "\n" not in str(caught.value)

@@ -9,26 +9,26 @@ import pytest
 from PIL import Image
 from script import bands_figure
 
-from bandsplit import spectral
 from bandsplit.errors import UserError
+from bandsplit.spectral import transforms
 
 SCRIPT = Path(bands_figure.__file__)
 
 
 @pytest.fixture
-def picture(tmp_path: Path) -> Path:
+def image(tmp_path: Path) -> Path:
     """101 x 83 pixels of noise on a ramp: no side is a multiple of a block."""
     ramp = np.linspace(40, 200, 101)[None, :, None]
     noise = np.random.default_rng(0).uniform(-40, 40, (83, 101, 3))
-    path = tmp_path / "picture.png"
+    path = tmp_path / "image.png"
     Image.fromarray((ramp + noise).astype(np.uint8)).save(path)
     return path
 
 
 @pytest.mark.parametrize("block", [2, 4])
-def test_figure_of_a_picture(picture: Path, tmp_path: Path, block: int) -> None:
+def test_figure_of_a_image(image: Path, tmp_path: Path, block: int) -> None:
     matrix = bands_figure.transform_matrix("dct2d", block)
-    square = bands_figure.read_square(picture, block)
+    square = bands_figure.read_square(image, block)
     assert square.shape == (83 // block * block,) * 2 + (3,)
     figure = bands_figure.draw(square, matrix, "dct2d")
     texts = [text.get_text() for text in figure.axes[0].texts]
@@ -41,25 +41,25 @@ def test_figure_of_a_picture(picture: Path, tmp_path: Path, block: int) -> None:
 
 
 @pytest.mark.parametrize("transform", ["dct2d", "dct1d", "hadamard"])
-def test_low_band_is_the_picture_and_details_of_a_flat_one_are_grey(transform: spectral.Kind) -> None:
-    matrix = spectral.transform_matrix(transform, 2)
+def test_low_band_is_the_image_and_details_of_a_flat_one_are_grey(transform: transforms.Kind) -> None:
+    matrix = transforms.transform_matrix(transform, 2)
     color = np.array([0.2, 0.5, 0.9])
     shown, _ = bands_figure.displayed(bands_figure.split(np.tile(color, (8, 8, 1)), matrix), matrix)
     np.testing.assert_allclose(shown[0], np.broadcast_to(color, (4, 4, 3)))
     np.testing.assert_allclose(shown[1:], 0.5)
 
 
-def test_details_share_one_factor(picture: Path) -> None:
-    matrix = spectral.transform_matrix("dct2d", 2)
-    bands = bands_figure.split(bands_figure.read_square(picture, 2), matrix)
+def test_details_share_one_factor(image: Path) -> None:
+    matrix = transforms.transform_matrix("dct2d", 2)
+    bands = bands_figure.split(bands_figure.read_square(image, 2), matrix)
     shown, factor = bands_figure.displayed(bands, matrix)
     np.testing.assert_allclose(shown[1:], (0.5 + factor * bands[1:] / 2).clip(0, 1))
     assert np.mean((shown[1:] == 0) | (shown[1:] == 1)) < 0.05
 
 
-def test_pixels_of_the_identity_are_all_in_natural_colour(picture: Path) -> None:
-    matrix = spectral.transform_matrix("identity", 2)
-    square = bands_figure.read_square(picture, 2)
+def test_pixels_of_the_identity_are_all_in_natural_colour(image: Path) -> None:
+    matrix = transforms.transform_matrix("identity", 2)
+    square = bands_figure.read_square(image, 2)
     shown, factor = bands_figure.displayed(bands_figure.split(square, matrix), matrix)
     assert factor == 0
     np.testing.assert_allclose(shown[1], square[0::2, 1::2])
@@ -71,14 +71,14 @@ def test_missing_file_ends_with_one_message(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(path), "--output", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: {path}: no such file; expected a picture\n"
+    assert result.stderr == f"error: {path}: no such file; expected a image\n"
     assert not output.exists()
 
 
-def test_what_is_no_picture_or_too_small_is_named(tmp_path: Path) -> None:
+def test_what_is_no_image_or_too_small_is_named(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
-    text.write_text("no picture")
-    with pytest.raises(UserError, match="notes.txt: not a picture"):
+    text.write_text("no image")
+    with pytest.raises(UserError, match="notes.txt: not a image"):
         bands_figure.read_square(text, 2)
     small = tmp_path / "small.png"
     Image.new("RGB", (9, 3)).save(small)
@@ -87,6 +87,6 @@ def test_what_is_no_picture_or_too_small_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("transform", "block"), [("dct2d", 1), ("dct2d", 9), ("hadamard", 6)])
-def test_blocks_that_cannot_be_drawn_are_refused(transform: spectral.Kind, block: int) -> None:
+def test_blocks_that_cannot_be_drawn_are_refused(transform: transforms.Kind, block: int) -> None:
     with pytest.raises(UserError, match=str(block)):
         bands_figure.transform_matrix(transform, block)

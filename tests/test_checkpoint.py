@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandsplit import checkpoint
 from bandsplit.errors import UserError
+from bandsplit.runs import checkpoint, saver
 
 FILES = checkpoint.files_of([0, 3], streams=1)
 
@@ -29,14 +29,14 @@ def states(value: float) -> dict[str, checkpoint.State]:
     }
 
 
-def save(folder: Path, step: int, best: bool = False, keep: int = 2) -> checkpoint.Writer:
-    writer = checkpoint.Writer(folder, leads=True, keep=keep)
+def save(folder: Path, step: int, best: bool = False, keep: int = 2) -> saver.Writer:
+    writer = saver.Writer(folder, leads=True, keep=keep)
     writer.start(step, states(step), FILES, best)
     wait(writer)
     return writer
 
 
-def wait(writer: checkpoint.Writer) -> None:
+def wait(writer: saver.Writer) -> None:
     deadline = time.monotonic() + 20
     while writer.busy:
         assert time.monotonic() < deadline
@@ -78,7 +78,7 @@ def test_what_is_saved_is_what_was_handed_over(tmp_path: Path) -> None:
 
 def test_several_ranks_write_one_checkpoint(tmp_path: Path) -> None:
     """It gets its name when the last file of the last rank is there, whoever is first."""
-    first, second = (checkpoint.Writer(tmp_path, leads, 2) for leads in (True, False))
+    first, second = (saver.Writer(tmp_path, leads, 2) for leads in (True, False))
     files = states(7)
     theirs = {"branch_03.pt": files.pop("branch_03.pt")}
     first.start(7, files, FILES, best=False)

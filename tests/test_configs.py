@@ -11,8 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from bandsplit import checkpoint, configuration, recipe, schema
-from bandsplit.ensemble import Ensemble
+from bandsplit.config import loading, schema
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.runs import checkpoint
+from bandsplit.training import optimizers, schedules
 from tests.conftest import DATA_TOML, REPOSITORY, run
 
 CONFIGS = sorted((REPOSITORY / "config/train").glob("*.toml"))
@@ -52,18 +54,18 @@ def by_hand(config: schema.RunConfig) -> tuple[list[float], list[float | None]]:
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_it_loads_builds_and_has_its_learning_rates(path: Path) -> None:
-    config = configuration.load(path)
+    config = loading.load(path)
     steps = (np.linspace(0, 1, 10) * (config.train.epochs * STEPS - 1)).astype(int).tolist()
     lrs, momenta = by_hand(config)
-    assert [recipe.lr_at(step, STEPS, config) for step in steps] == pytest.approx(lrs, rel=1e-6, abs=1e-12)
-    ours = [recipe.momentum_at(step, STEPS, config) for step in steps]
+    assert [schedules.lr_at(step, STEPS, config) for step in steps] == pytest.approx(lrs, rel=1e-6, abs=1e-12)
+    ours = [schedules.momentum_at(step, STEPS, config) for step in steps]
     assert ours == [None if m is None else pytest.approx(m, rel=1e-6) for m in momenta]
     side, last = config.data.image_size // config.split.block, len(config.split.groups) - 1
     with torch.device("meta"):
         ensemble = Ensemble.of(config, range(last, last + 1)).eval()
         logits = ensemble([torch.empty(2, 3 * len(config.split.groups[last]), side, side)])
     assert logits.shape == (1, 2, config.data.classes)
-    optimizer = recipe.optimizer(ensemble.branches[0], config)
+    optimizer = optimizers.optimizer(ensemble.branches[0], config)
     assert optimizer.defaults["lr"] == pytest.approx(max(lrs) if config.schedule.type == "step" else config.peak_lr)
 
 
@@ -113,13 +115,13 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "keys"), CASES)
 def test_it_trains_on_real_files(
-    name: str, keys: tuple[str, ...], pictures: Path, finished: Callable[..., Path], tmp_path: Path
+    name: str, keys: tuple[str, ...], image_root: Path, finished: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Thirteen steps: losses are finite and every parameter has moved."""
     if "rsb" in name:
         pytest.importorskip("timm")
     data = DATA_TOML.replace("image_size = 32\nresize_size = 40", "image_size = 64\nresize_size = 64")
-    (tmp_path / "data.toml").write_text(data.format(root=pictures))
+    (tmp_path / "data.toml").write_text(data.format(root=image_root))
     few = ("train.epochs=1", "train.log_every=1", "schedule.warmup_epochs=0", "validation.batch_size=25", *keys)
     sets = [argument for key in few for argument in ("--set", key.replace("TEACHER", str(finished(1))))]
     arguments = (REPOSITORY / "config/train" / name, "--data", tmp_path / "data.toml", "--run-dir", tmp_path / "run")
@@ -129,7 +131,7 @@ def test_it_trains_on_real_files(
     trained = [line for line in lines if line["event"] == "train"]
     assert len(trained) == 13
     assert all(math.isfinite(loss) for line in trained for loss in line["branch_loss"])
-    config = configuration.load(tmp_path / "run/config.toml")
+    config = loading.load(tmp_path / "run/config.toml")
     for k, branch in enumerate(Ensemble.of(config).branches):
         after = checkpoint.read(tmp_path / "run/checkpoints/last", checkpoint.branch_file(k))["network"]
         stayed = [name for name, p in branch.named_parameters() if torch.equal(p.detach(), after[name])]

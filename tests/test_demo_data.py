@@ -1,4 +1,4 @@
-"""The demo pictures: complete or absent, the same everywhere, and with their textures in the detail bands alone."""
+"""The demo images: complete or absent, the same everywhere, and with their textures in the detail bands alone."""
 
 import signal
 import subprocess
@@ -11,8 +11,8 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image, JpegImagePlugin
 
-from bandsplit import demo_data
-from bandsplit.demo_data import CLASSES, PERIOD, SHAPES, SIDE, draw, generate
+from bandsplit.data import demo
+from bandsplit.data.demo import CLASSES, PERIOD, SHAPES, SIDE, draw, generate
 from bandsplit.errors import UserError
 
 
@@ -30,7 +30,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # ------------------------------------------------------------------------------------------------------------ data set
 
 
-def test_every_class_has_its_pictures(data: Path) -> None:
+def test_every_class_has_its_images(data: Path) -> None:
     assert len(CLASSES) == len(set(CLASSES)) == 10
     assert list(CLASSES) == sorted(CLASSES)  # labels are the folders' alphabetical order for every reader
     for split, count in (("train", 5), ("val", 2)):
@@ -52,13 +52,13 @@ def test_files_are_jpeg_of_many_kinds(data: Path) -> None:
             sizes.add(image.size)
             samplings.add(JpegImagePlugin.get_sampling(image) if image.mode == "RGB" else "grey")
             quantizations.add(tuple(image.quantization[0]))
-    assert len(sizes) > 50  # of 70 pictures
+    assert len(sizes) > 50  # of 70 images
     assert {0, 1, 2} <= samplings  # 4:4:4, 4:2:2, 4:2:0
     assert len(quantizations) > 10
 
 
-def test_some_pictures_are_grayscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_data, "GREY", 0.5)
+def test_some_images_are_grayscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "GREY", 0.5)
     generate(tmp_path / "data", train_per_class=2, val_per_class=0, workers=1)
     modes = [Image.open(path).mode for path in (tmp_path / "data").rglob("*.jpg")]
     assert 2 < modes.count("L") < 18
@@ -75,7 +75,7 @@ def test_a_larger_data_set_contains_the_smaller(data: Path, tmp_path: Path) -> N
     assert all(large[name] == small[name] for name in large.keys() & small.keys())
 
 
-def test_no_picture_occurs_twice_in_any_split_or_seed(data: Path, tmp_path: Path) -> None:
+def test_no_image_occurs_twice_in_any_split_or_seed(data: Path, tmp_path: Path) -> None:
     generate(tmp_path / "data", seed=1, train_per_class=5, val_per_class=2, workers=1)
     files = [*contents(data).values(), *contents(tmp_path / "data").values()]
     assert len(set(files)) == len(files) == 140
@@ -91,32 +91,32 @@ def test_an_existing_folder_is_refused_and_left_alone(data: Path) -> None:
 def test_a_folder_that_appears_meanwhile_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = tmp_path / "data"
 
-    def write_and_be_overtaken(unfinished: Path, picture: demo_data.Picture) -> None:
+    def write_and_be_overtaken(unfinished: Path, image: demo.ImageSpec) -> None:
         root.mkdir(exist_ok=True)
         (root / "theirs").touch()
 
-    monkeypatch.setattr(demo_data, "_write", write_and_be_overtaken)
+    monkeypatch.setattr(demo, "_write", write_and_be_overtaken)
     with pytest.raises(UserError, match=str(root)):
         generate(root, train_per_class=1, val_per_class=1, workers=1)
     assert [path.name for path in tmp_path.rglob("*")] == ["data", "theirs"]
 
 
 def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write = demo_data._write
+    write = demo._write
 
-    def write_until_interrupted(root: Path, picture: demo_data.Picture) -> None:
-        if picture.label == 3:
+    def write_until_interrupted(root: Path, image: demo.ImageSpec) -> None:
+        if image.label == 3:
             raise KeyboardInterrupt
-        write(root, picture)
+        write(root, image)
 
-    monkeypatch.setattr(demo_data, "_write", write_until_interrupted)
+    monkeypatch.setattr(demo, "_write", write_until_interrupted)
     with pytest.raises(KeyboardInterrupt):
         generate(tmp_path / "data", train_per_class=1, val_per_class=1, workers=1)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
-    call = f"import pathlib; from bandsplit.demo_data import generate; generate(pathlib.Path({str(tmp_path)!r}, 'data')"
+    call = f"import pathlib; from bandsplit.data.demo import generate; generate(pathlib.Path({str(tmp_path)!r}, 'data')"
     process = subprocess.Popen([sys.executable, "-c", f"{call}, workers=1)"])
     patience = time.monotonic() + 60
     while not list(tmp_path.rglob("*.jpg")) and time.monotonic() < patience:
@@ -131,22 +131,22 @@ def test_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
 
 
 def test_errors_of_workers_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo_data, "SPLITS", ("nowhere", "val"))  # worker processes still look for "train"
+    monkeypatch.setattr(demo, "SPLITS", ("nowhere", "val"))  # worker processes still look for "train"
     with pytest.raises(FileNotFoundError):
         generate(tmp_path / "data", train_per_class=1, val_per_class=1, workers=2)
     assert not list(tmp_path.iterdir())
 
 
-# ------------------------------------------------------------------------------------------------------------ pictures
+# ------------------------------------------------------------------------------------------------------------ images
 
 
-def bands(picture: NDArray[np.uint8]) -> NDArray[np.float64]:
+def bands(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     """Shorter side resized to 72, as validation does, then the 2x2 DCT by its definition: (4, height/2, width/2, 3).
 
     Bands: block mean, change along x, change along y, change along both.
     """
-    height, width = (round(72 * n / min(picture.shape[:2])) // 2 * 2 for n in picture.shape[:2])
-    resized = Image.fromarray(picture).resize((width, height), Image.Resampling.BILINEAR)
+    height, width = (round(72 * n / min(image.shape[:2])) // 2 * 2 for n in image.shape[:2])
+    resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     blocks = np.asarray(resized, float).reshape(height // 2, 2, width // 2, 2, 3)
     signs = np.array([[[1, 1], [1, 1]], [[1, -1], [1, -1]], [[1, 1], [-1, -1]], [[1, -1], [-1, 1]]]) / 2
     coefficients: NDArray[np.float64] = np.einsum("krc,yrxcn->kyxn", signs, blocks)
@@ -183,10 +183,10 @@ def test_a_shape_keeps_its_brightness_in_every_texture() -> None:
         np.testing.assert_allclose(one, other, atol=0.15)
 
 
-def test_shapes_are_inside_the_picture_and_darker() -> None:
+def test_shapes_are_inside_the_image_and_darker() -> None:
     for name in CLASSES:
         shape, texture = name.split("_")
-        pictures = [draw(np.random.default_rng(seed), shape, texture).mean(2) for seed in range(20)]
-        border = np.mean([np.concatenate([p[0], p[-1], p[:, 0], p[:, -1]]).mean() for p in pictures])
-        darkest = np.mean([np.percentile(p, 5) for p in pictures])
+        images = [draw(np.random.default_rng(seed), shape, texture).mean(2) for seed in range(20)]
+        border = np.mean([np.concatenate([p[0], p[-1], p[:, 0], p[:, -1]]).mean() for p in images])
+        darkest = np.mean([np.percentile(p, 5) for p in images])
         assert darkest < border - 20

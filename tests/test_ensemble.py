@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 
-from bandsplit import configuration
-from bandsplit.ensemble import Ensemble, fuse
+from bandsplit.config import loading
+from bandsplit.models.ensemble import Ensemble, fuse
 
 
 def test_each_branch_sees_only_its_input(config_file: Path) -> None:
-    ensemble = Ensemble.of(configuration.load(config_file, ["split.branches=[[0], [0, 1], [0, 2, 3]]"])).eval()
+    ensemble = Ensemble.of(loading.load(config_file, ["split.branches=[[0], [0, 1], [0, 2, 3]]"])).eval()
     inputs = [torch.randn(2, 3 * n, 16, 16, requires_grad=True) for n in (1, 2, 3)]
     logits = ensemble(inputs)
     assert logits.shape == (3, 2, 10)
@@ -20,10 +20,10 @@ def test_each_branch_sees_only_its_input(config_file: Path) -> None:
 
 
 def test_weights_come_from_seed_and_branch_alone(config_file: Path) -> None:
-    four = Ensemble.of(configuration.load(config_file)).state_dict()
+    four = Ensemble.of(loading.load(config_file)).state_dict()
     torch.manual_seed(99)
-    two = Ensemble.of(configuration.load(config_file, ["split.branches=[[0], [1]]"])).state_dict()
-    other = Ensemble.of(configuration.load(config_file, ["seed=1"])).state_dict()
+    two = Ensemble.of(loading.load(config_file, ["split.branches=[[0], [1]]"])).state_dict()
+    other = Ensemble.of(loading.load(config_file, ["seed=1"])).state_dict()
     for k in (0, 1):
         name = f"branches.{k}.conv1.weight"
         assert torch.equal(four[name], two[name])
@@ -35,7 +35,7 @@ def test_building_leaves_torchs_random_state_alone(config_file: Path) -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    Ensemble.of(configuration.load(config_file))
+    Ensemble.of(loading.load(config_file))
     assert torch.equal(torch.rand(3), expected)
 
 

@@ -1,4 +1,4 @@
-"""Counts of correct pictures against a naive computation, whatever the batches."""
+"""Counts of correct images against a naive computation, whatever the batches."""
 
 from __future__ import annotations
 
@@ -9,18 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from bandsplit import configuration
-from bandsplit.ensemble import Ensemble
-from bandsplit.evaluation import count_correct, evaluate
-from bandsplit.loader import Batch
-from bandsplit.parallel import Mesh, Ranks
-from bandsplit.recipe import Precision
+from bandsplit.config import loading
+from bandsplit.data.loader import Batch
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks
+from bandsplit.evaluation.evaluation import count_correct, evaluate
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.precision import Precision
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 4)
 
 
 def naive_counts(logits: Tensor, labels: Tensor) -> list[int]:
-    """Correct within the first and within the first five, one picture at a time."""
+    """Correct within the first and within the first five, one image at a time."""
     counts = [0, 0]
     for scores, label in zip(logits.tolist(), labels.tolist(), strict=True):
         order = sorted(range(len(scores)), key=lambda k: -scores[k])
@@ -39,7 +40,7 @@ def test_counts_are_the_naive_ones(classes: int) -> None:
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])
 def test_accuracy_does_not_depend_on_the_batches(config_file: Path, batch_size: int) -> None:
-    config = configuration.load(config_file)
+    config = loading.load(config_file)
     ensemble = Ensemble.of(config)
     generator = torch.Generator().manual_seed(0)
     inputs = [torch.randn(20, 3, 16, 16, generator=generator) for _ in range(4)]
@@ -62,8 +63,8 @@ def test_accuracy_does_not_depend_on_the_batches(config_file: Path, batch_size: 
     assert accuracy.loss == pytest.approx(float(torch.nn.functional.cross_entropy(fused, labels)), abs=1e-5)
 
 
-def test_a_missing_picture_is_noticed(config_file: Path) -> None:
-    ensemble = Ensemble.of(configuration.load(config_file))
+def test_a_missing_image_is_noticed(config_file: Path) -> None:
+    ensemble = Ensemble.of(loading.load(config_file))
     batch = Batch([torch.zeros(3, 3, 16, 16)] * 4, torch.zeros(3, dtype=torch.int64))
-    with pytest.raises(AssertionError, match="validated 3 pictures of 4"):
+    with pytest.raises(AssertionError, match="validated 3 images of 4"):
         evaluate(ensemble, [batch], 4, ALONE, Precision("fp32", ALONE.ranks.device))

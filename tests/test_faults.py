@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-from bandsplit import checkpoint
+from bandsplit.runs import checkpoint
 from tests.conftest import Done, Launch, command, run
 from tests.runs import assert_same_run, metrics, wait_for
 
@@ -166,10 +166,10 @@ def test_the_run_directory_goes_away(victim: Victim, chance: random.Random) -> N
     victim.finish(at_least=3)
 
 
-def test_the_pictures_go_away(victim: Victim, chance: random.Random, pictures: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(pictures, tmp_path / "copy"))
+def test_the_images_go_away(victim: Victim, chance: random.Random, image_root: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(image_root, tmp_path / "copy"))
     data = tmp_path / "data.toml"
-    data.write_text(data.read_text().replace(str(pictures), str(root)))
+    data.write_text(data.read_text().replace(str(image_root), str(root)))
     launch = victim.start()
     victim.reach(launch, chance)
     root.rename(tmp_path / "away")
@@ -179,7 +179,7 @@ def test_the_pictures_go_away(victim: Victim, chance: random.Random, pictures: P
     assert "cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
     (tmp_path / "away").rename(root)
-    # the config says where the pictures are, so compare all but that
+    # the config says where the images are, so compare all but that
     again = victim.start().wait()
     assert again.returncode == 0, again.stderr
     assert_same_run(victim.run_dir, victim._undisturbed)
@@ -203,15 +203,15 @@ def test_a_rank_that_hangs_is_named(config_file: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_error_of_one_rank_is_the_one_that_is_told(config_file: Path, pictures: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(pictures, tmp_path / "copy"))
-    (tmp_path / "data.toml").write_text((tmp_path / "data.toml").read_text().replace(str(pictures), str(root)))
+def test_the_error_of_one_rank_is_the_one_that_is_told(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(image_root, tmp_path / "copy"))
+    (tmp_path / "data.toml").write_text((tmp_path / "data.toml").read_text().replace(str(image_root), str(root)))
     bad = sorted((root / "train").rglob("*.jpg"))[40]
     bad.write_bytes(bad.read_bytes()[:400])
     done = run("train.py", config_file, "--run-dir", tmp_path / "run", ranks=3)
     assert done.returncode in (1, 2)
     assert done.stderr.count("error: ") == 1, done.stderr
-    assert f"error: {bad}: this picture cannot be read or decoded" in done.stderr
+    assert f"error: {bad}: this image cannot be read or decoded" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -227,8 +227,8 @@ def test_two_runs_do_not_share_a_directory(config_file: Path, tmp_path: Path) ->
 
 
 def test_fewer_ranks_go_on(config_file: Path, tmp_path: Path, finished: Callable[..., Path]) -> None:
-    """Four ranks, then two, then one: the same pictures in the same steps, so the same losses but for rounding."""
-    keys = ("train.batch_size=16", "model.norm_batch=4", "model.stem=small", "optim.lr=0.01")
+    """Four ranks, then two, then one: the same images in the same steps, so the same losses but for rounding."""
+    keys = ("train.batch_size=16", "model.bn_batch_size=4", "model.stem=small", "optim.lr=0.01")
     undisturbed, run_dir = finished(4, *keys), tmp_path / "run"
     sets = [argument for key in keys for argument in ("--set", key)]
     for ranks in (4, 2, 1):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bandsplit import lr_range
+from bandsplit.training import lr_finder
 from tests.conftest import Done
 
 
@@ -24,32 +24,32 @@ def valley(lrs: np.ndarray, steepest: float) -> np.ndarray:
 def test_the_steepest_fall_is_suggested(steepest: float, noise: float) -> None:
     lrs = np.geomspace(1e-5, 10, 200)
     curve = valley(lrs, steepest) + noise * np.random.default_rng(0).standard_normal(200)
-    found = lr_range.suggestion(lrs, curve)
+    found = lr_finder.suggestion(lrs, curve)
     assert found is not None
     assert abs(np.log10(found / steepest)) < 0.2
 
 
 def test_nothing_is_suggested_where_nothing_falls() -> None:
     lrs = np.geomspace(1e-5, 10, 50)
-    assert lr_range.suggestion(lrs, np.linspace(2, 3, 50)) is None
-    assert lr_range.suggestion(lrs, np.full(50, np.nan)) is None
+    assert lr_finder.suggestion(lrs, np.linspace(2, 3, 50)) is None
+    assert lr_finder.suggestion(lrs, np.full(50, np.nan)) is None
 
 
 def test_a_curve_that_ends_early_counts_as_far_as_it_goes() -> None:
     lrs = np.geomspace(1e-5, 10, 200)
     curve = valley(lrs, 1e-3)
-    whole = lr_range.suggestion(lrs, curve)
+    whole = lr_finder.suggestion(lrs, curve)
     curve[150:] = np.nan
-    assert lr_range.suggestion(lrs, curve) == whole
+    assert lr_finder.suggestion(lrs, curve) == whole
 
 
 def test_smoothing_has_no_bias_and_keeps_what_is_missing() -> None:
     losses = np.full(30, 2.0)
     losses[20:] = np.nan
-    curve = lr_range.smoothed(losses)
+    curve = lr_finder.smoothed(losses)
     np.testing.assert_allclose(curve[:20], 2.0)
     assert np.isnan(curve[20:]).all()
-    step = lr_range.smoothed(np.r_[np.zeros(5), np.ones(60)])
+    step = lr_finder.smoothed(np.r_[np.zeros(5), np.ones(60)])
     assert step[4] == 0 < step[5] < step[6] < 1
     assert step[-1] > 0.99
 

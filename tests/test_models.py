@@ -17,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import avg_pool2d
 from torchvision.ops import StochasticDepth
 
-from bandsplit import configuration, models, schema
-from bandsplit.ensemble import Ensemble, parameters_of_branches
+from bandsplit.config import loading, schema
 from bandsplit.errors import UserError
-from bandsplit.runlog import resolved
+from bandsplit.models import networks
+from bandsplit.models.ensemble import Ensemble, parameters_of_branches
+from bandsplit.runs.directory import resolved
 from tests.conftest import REPOSITORY
 
 RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
@@ -29,7 +30,7 @@ OTHERS = ("alexnet", "vgg16", "vgg16_bn", *MOBILENETS, "inception_v3")
 
 
 def built(arch: str, in_channels: int = 3, classes: int = 10, size: int = 32, **keys: Any) -> Any:
-    return models.build(schema.Model(arch=arch, **keys), in_channels, classes, size)
+    return networks.build(schema.Model(arch=arch, **keys), in_channels, classes, size)
 
 
 def on_meta(arch: str, in_channels: int = 3, classes: int = 10, size: int = 32, **keys: Any) -> Any:
@@ -53,7 +54,7 @@ def shapes(network: nn.Module) -> dict[str, torch.Size]:
 
 
 @pytest.mark.parametrize("arch", [*RESNETS, *OTHERS])
-def test_for_whole_pictures_it_is_torchvisions_network(arch: str) -> None:
+def test_for_whole_images_it_is_torchvisions_network(arch: str) -> None:
     ours = on_meta(arch, classes=1000, size=299 if arch == "inception_v3" else 224)
     assert shapes(ours) == shapes(torchvisions(arch))
 
@@ -74,7 +75,7 @@ def test_the_same_weights_give_torchvisions_logits(arch: str, size: int) -> None
         torch.testing.assert_close(ours(x), theirs(x))
 
 
-def test_resnets_take_pictures_that_are_not_square() -> None:
+def test_resnets_take_images_that_are_not_square() -> None:
     assert built("resnet18", width=0.125)(torch.zeros(2, 3, 64, 48)).shape == (2, 10)
 
 
@@ -131,11 +132,11 @@ def test_the_others_take_any_number_of_channels_and_classes(arch: str, in_channe
 
 @pytest.mark.parametrize("arch", ["resnet34", *MOBILENETS])
 def test_parameters_shrink_with_the_square_of_the_width(arch: str) -> None:
-    whole, half = (models.count_parameters(on_meta(arch, width=width)) for width in (1, 0.5))
+    whole, half = (networks.count_parameters(on_meta(arch, width=width)) for width in (1, 0.5))
     if arch == "resnet34":
         assert whole / half == pytest.approx(4, rel=0.02)
     else:
-        assert half == models.count_parameters(torchvisions(arch, width_mult=0.5, num_classes=10)) < whole / 2
+        assert half == networks.count_parameters(torchvisions(arch, width_mult=0.5, num_classes=10)) < whole / 2
 
 
 # ---------------------------------------------------------------------------------------------------- sizes of bands
@@ -178,7 +179,7 @@ def forwards(network: nn.Module, size: int) -> bool:
 
 @pytest.mark.parametrize("arch", [*RESNETS, *OTHERS])
 def test_the_smallest_input_is_what_torchvisions_network_takes(arch: str) -> None:
-    smallest = models.SMALLEST.get(arch, 1)
+    smallest = networks.SMALLEST.get(arch, 1)
     theirs = torchvisions(arch).eval()
     assert forwards(theirs, smallest)
     assert forwards(on_meta(arch, size=smallest).eval(), smallest)
@@ -193,7 +194,7 @@ def test_the_smallest_input_is_what_torchvisions_network_takes(arch: str) -> Non
 
 
 def test_bands_that_are_too_small_are_found_before_a_run_begins(config_file: Path) -> None:
-    config = configuration.load(config_file, ["model.arch=vgg16", "model.width=1"])
+    config = loading.load(config_file, ["model.arch=vgg16", "model.width=1"])
     with pytest.raises(UserError, match="vgg16 takes inputs from 32 x 32 pixels on, and a branch sees 16 x 16"):
         parameters_of_branches(config)
 
@@ -259,7 +260,7 @@ def test_tweak_d_averages_before_the_shortcut(arch: str) -> None:
 
 def test_with_b_c_and_d_it_is_timms_resnet50d() -> None:
     ours = on_meta("resnet50", classes=1000, size=224, tweaks=["b", "c", "d"])
-    assert models.count_parameters(ours) == 25_576_264  # timm 1.0.31
+    assert networks.count_parameters(ours) == 25_576_264  # timm 1.0.31
 
 
 def test_with_b_c_and_d_the_logits_are_timms() -> None:
@@ -292,12 +293,12 @@ def test_stochastic_depth_drops_late_blocks_more() -> None:
 
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50"])
-def test_stochastic_depth_drops_a_block_picture_by_picture(arch: str) -> None:
+def test_stochastic_depth_drops_a_block_image_by_image(arch: str) -> None:
     def last_block(drop_path: float, x: Tensor | None = None) -> tuple[Any, Tensor]:
         torch.manual_seed(3)
         block = built(arch, width=0.125, drop_path=drop_path).layer4[-1]
         for norm in (m for m in block.modules() if isinstance(m, nn.BatchNorm2d)):
-            norm.eval()  # so that pictures are independent of each other
+            norm.eval()  # so that images are independent of each other
         return block, x if x is not None else torch.rand(64, block.conv1.in_channels, 3, 3)
 
     block, x = last_block(drop_path=0.25)
@@ -458,14 +459,14 @@ MISTAKES = {
     "model.source=timm": "model.width: 0.125 given; allowed: 1.0 for timm's resnet18",
     "model.source=timm model.width=1 model.stem=small": "model.stem: 'small' given; allowed: 'standard' for timm's",
     "model.source=timm model.width=1 model.dropout=0.1": "model.dropout: 0.1 given; allowed: unset for timm's resnet18",
-    "model.source=timm model.width=1 model.norm_batch=4": "model.norm_batch: 4 given; allowed: 'rank' for timm's",
+    "model.source=timm model.width=1 model.bn_batch_size=4": "model.bn_batch_size: 4 given; allowed: 'rank' for timm's",
 }
 
 
 @pytest.mark.parametrize(("overrides", "message"), MISTAKES.items())
 def test_keys_without_a_meaning_are_refused(config_file: Path, overrides: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        configuration.load(config_file, overrides.split(" "))
+        loading.load(config_file, overrides.split(" "))
 
 
 def test_every_architecture_loads_with_what_it_writes_out(config_file: Path, tmp_path: Path) -> None:
@@ -474,10 +475,10 @@ def test_every_architecture_loads_with_what_it_writes_out(config_file: Path, tmp
     keys += [["model.arch=resnet18", "model.tweaks=['d','b','c']", "model.stem=no_stride", "model.drop_path=0.1"]]
     keys += [["model.arch=alexnet", "model.dropout=0"]]
     for overrides in keys:
-        config = configuration.load(config_file, [*overrides, "model.width=1"])
+        config = loading.load(config_file, [*overrides, "model.width=1"])
         written = tmp_path / "resolved.toml"
         written.write_text(tomli_w.dumps(resolved(config)))
-        assert configuration.load(written) == config
+        assert loading.load(written) == config
 
 
 # ---------------------------------------------------------------------------------------------------- [[branch]]
@@ -502,14 +503,14 @@ def of_branches(config_file: Path) -> Path:
 
 
 def test_branches_differ_as_their_tables_say(of_branches: Path) -> None:
-    config = configuration.load(of_branches)
+    config = loading.load(of_branches)
     assert config.split.groups == ((0,), (1, 2), (3,))
     assert config.model_of(0) == config.model
     assert config.model_of(1) == config.model.model_copy(update={"arch": "resnet34"})
     assert config.model_of(2) == config.model.model_copy(update={"width": 0.25, "stem": "small"})
     expected = [("resnet18", 3, 0.125, "standard"), ("resnet34", 6, 0.125, "standard"), ("resnet18", 3, 0.25, "small")]
     assert parameters_of_branches(config) == [
-        models.count_parameters(on_meta(arch, channels, width=width, stem=stem))
+        networks.count_parameters(on_meta(arch, channels, width=width, stem=stem))
         for arch, channels, width, stem in expected
     ]
     assert config.networks == "1 x resnet18, 1 x resnet34, 1 x resnet18 of width 0.25"
@@ -518,8 +519,8 @@ def test_branches_differ_as_their_tables_say(of_branches: Path) -> None:
 
 
 def test_a_branch_alone_is_the_one_of_the_ensemble(of_branches: Path) -> None:
-    whole = Ensemble.of(configuration.load(of_branches)).branches
-    config = configuration.load(of_branches, ["split.only=[2, 1]"])
+    whole = Ensemble.of(loading.load(of_branches)).branches
+    config = loading.load(of_branches, ["split.only=[2, 1]"])
     assert config.split.groups == ((3,), (1, 2))
     assert config.networks == "1 x resnet18 of width 0.25, 1 x resnet34"
     for branch, number in zip(Ensemble.of(config).branches, (2, 1), strict=True):
@@ -527,17 +528,17 @@ def test_a_branch_alone_is_the_one_of_the_ensemble(of_branches: Path) -> None:
 
 
 def test_without_tables_every_branch_is_the_model(config_file: Path) -> None:
-    config = configuration.load(config_file)
+    config = loading.load(config_file)
     assert config.branch == ()
     assert all(config.model_of(number) is config.model for number in range(4))
     assert config.networks == "4 x resnet18"
 
 
 def test_a_config_with_branches_survives_being_written_out(of_branches: Path, tmp_path: Path) -> None:
-    config = configuration.load(of_branches, ["split.only=[1]"])
+    config = loading.load(of_branches, ["split.only=[1]"])
     written = tmp_path / "resolved.toml"
     written.write_text(tomli_w.dumps(resolved(config)))
-    assert configuration.load(written) == config
+    assert loading.load(written) == config
     assert schema.RunConfig.model_validate({name: getattr(config, name) for name in schema.RunConfig.model_fields})
 
 
@@ -573,10 +574,10 @@ def test_mistakes_in_branches(of_branches: Path, before: str, after: str, messag
     assert text.count(before) == 1
     of_branches.write_text(text.replace(before, after))
     if message is None:
-        assert configuration.load(of_branches).split.groups == ((0,), (1, 2), (3,))
+        assert loading.load(of_branches).split.groups == ((0,), (1, 2), (3,))
         return
     with pytest.raises(UserError, match=message):
-        configuration.load(of_branches)
+        loading.load(of_branches)
 
 
 def test_a_key_of_the_model_must_fit_every_branch(of_branches: Path) -> None:
@@ -584,13 +585,13 @@ def test_a_key_of_the_model_must_fit_every_branch(of_branches: Path) -> None:
     of_branches.write_text(text.replace("resnet34", "alexnet"))
     message = "branch.1.arch: 'alexnet' given; allowed: one for which model.zero_gamma = True means something"
     with pytest.raises(UserError, match=message):
-        configuration.load(of_branches)
+        loading.load(of_branches)
 
 
 def test_the_key_branch_is_a_list_of_tables(config_file: Path) -> None:
     for value in ("3", "[3]", '"each"', "[[0], [1]]"):
         with pytest.raises(UserError, match=r"--set branch=.*: branch(.0)?: .* given; expected tables \[\[branch\]\]"):
-            configuration.load(config_file, [f"branch={value}"])
+            loading.load(config_file, [f"branch={value}"])
 
 
 # ---------------------------------------------------------------------------------------------------- published sizes

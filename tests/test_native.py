@@ -1,4 +1,4 @@
-"""The DALI operator in real pipelines, against `spectral.split_pictures` and scipy; its build and its errors."""
+"""The DALI operator in real pipelines, against `transforms.split_images` and scipy; its build and its errors."""
 
 import io
 import os
@@ -20,7 +20,7 @@ import torch
 from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
-from bandsplit import native, spectral
+from bandsplit.spectral import native, transforms
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = REPOSITORY.parent / "shared" / "data" / "imagenette224.tar"
@@ -32,7 +32,7 @@ ALL = [(kind, block) for kind in KINDS for block in BLOCKS if (kind, block) != (
 SIZES = [(24, 36), (12, 12), (48, 12), (36, 60), (12, 132)]  # divided by 4 and by 6; wide enough for odd vector ends
 
 Groups = Sequence[Sequence[int]] | None
-Picture = npt.NDArray[np.uint8]
+ImageSpec = npt.NDArray[np.uint8]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -40,21 +40,21 @@ def operator() -> None:
     native.load()
 
 
-def pictures_of(sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[Picture]:
+def images_of(sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[ImageSpec]:
     """Like a decoded JPEG: smooth shades and edges with a little noise, over the whole range 0..255."""
     rng = np.random.default_rng(seed)
-    pictures = []
+    images = []
     for height, width in sizes:
         y, x = np.mgrid[:height, :width] / 12
         waves = [np.sin(a * x + b * y + c) for a, b, c in rng.uniform(0, 3, (3, 3))]
         edges = (x > rng.uniform(0, width / 12))[..., None] * rng.uniform(-80, 80, 3)
         noise = rng.normal(0, 4, (height, width, 3))
-        pictures.append(np.clip(128 + 110 * np.stack(waves, -1) + edges + noise, 0, 255).astype(np.uint8))
-    return pictures
+        images.append(np.clip(128 + 110 * np.stack(waves, -1) + edges + noise, 0, 255).astype(np.uint8))
+    return images
 
 
 def run_operator(
-    pictures: Sequence[npt.NDArray[Any]],
+    images: Sequence[npt.NDArray[Any]],
     matrix: npt.NDArray[np.float64],
     block: int,
     groups: Groups = None,
@@ -69,36 +69,36 @@ def run_operator(
         arguments["groups"] = [band for group in groups for band in group]
         arguments["group_sizes"] = [len(group) for group in groups]
 
-    @pipeline_def(batch_size=len(pictures), num_threads=threads, device_id=None)
+    @pipeline_def(batch_size=len(images), num_threads=threads, device_id=None)
     def pipeline() -> Any:
-        images = fn.external_source(lambda: [np.ascontiguousarray(picture) for picture in pictures], layout=layout)
+        source = fn.external_source(lambda: [np.ascontiguousarray(image) for image in images], layout=layout)
         if isinstance(mirror, int):
             arguments["mirror"] = mirror
         elif mirror is not None:
             arguments["mirror"] = fn.external_source(lambda: [np.int32(flip) for flip in mirror])
-        outputs = fn.spectral_split(images, block=block, matrix=matrix.ravel().tolist(), **arguments)
+        outputs = fn.spectral_split(source, block=block, matrix=matrix.ravel().tolist(), **arguments)
         return tuple(outputs) if isinstance(outputs, list) else outputs
 
     built = pipeline()
     built.build()
-    return [[np.array(output[i]) for i in range(len(pictures))] for output in built.run()]
+    return [[np.array(output[i]) for i in range(len(images))] for output in built.run()]
 
 
 def reference(
-    pictures: Sequence[Picture],
+    images: Sequence[ImageSpec],
     matrix: npt.NDArray[np.float64],
     block: int,
     groups: Groups = None,
     mirror: Sequence[int] | int | None = None,
     output_layout: str = "HWC",
 ) -> list[list[npt.NDArray[np.float64]]]:
-    """The same by `split_pictures` in float64, picture by picture since their sizes differ."""
-    flips = mirror if isinstance(mirror, Sequence) else [mirror or 0] * len(pictures)
+    """The same by `split_images` in float64, image by image since their sizes differ."""
+    flips = mirror if isinstance(mirror, Sequence) else [mirror or 0] * len(images)
     samples = [
-        spectral.split_pictures(
-            torch.from_numpy(picture)[None], matrix, block, MEAN, STD, torch.tensor([flip]), groups, torch.float64
+        transforms.split_images(
+            torch.from_numpy(image)[None], matrix, block, MEAN, STD, torch.tensor([flip]), groups, torch.float64
         )
-        for picture, flip in zip(pictures, flips, strict=True)
+        for image, flip in zip(images, flips, strict=True)
     ]
     axes = (1, 2, 0) if output_layout == "HWC" else (0, 1, 2)
     return [[branch[0].permute(axes).numpy() for branch in group] for group in zip(*samples, strict=True)]
@@ -118,19 +118,19 @@ def assert_equal_bands(got: Sequence[Sequence[Any]], expected: Sequence[Sequence
 @pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16], ids=["float32", "float16"])
 @pytest.mark.parametrize(("kind", "block"), ALL)
-def test_every_transform_type_and_layout(kind: spectral.Kind, block: int, dtype: Any, output_layout: str) -> None:
+def test_every_transform_type_and_layout(kind: transforms.Kind, block: int, dtype: Any, output_layout: str) -> None:
     """Ragged sizes, an odd batch, and a flip for some samples only, all at once."""
-    pictures, mirror = pictures_of(SIZES), [0, 1, 0, 1, 1]
-    matrix = spectral.transform_matrix(kind, block)
-    got = run_operator(pictures, matrix, block, mirror=mirror, dtype=dtype, output_layout=output_layout)
+    images, mirror = images_of(SIZES), [0, 1, 0, 1, 1]
+    matrix = transforms.transform_matrix(kind, block)
+    got = run_operator(images, matrix, block, mirror=mirror, dtype=dtype, output_layout=output_layout)
     assert {sample.dtype for group in got for sample in group} == {np.dtype("f4" if dtype == types.FLOAT else "f2")}
-    assert_equal_bands(got, reference(pictures, matrix, block, mirror=mirror, output_layout=output_layout))
+    assert_equal_bands(got, reference(images, matrix, block, mirror=mirror, output_layout=output_layout))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_unnormalised_dct1d_of_the_method(block: int) -> None:
-    pictures, matrix = pictures_of(SIZES), spectral.transform_matrix("dct1d", block, "none")
-    assert_equal_bands(run_operator(pictures, matrix, block), reference(pictures, matrix, block))
+    images, matrix = images_of(SIZES), transforms.transform_matrix("dct1d", block, "none")
+    assert_equal_bands(run_operator(images, matrix, block), reference(images, matrix, block))
 
 
 def scipy_coefficients(kind: str, squares: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
@@ -148,12 +148,12 @@ def scipy_coefficients(kind: str, squares: npt.NDArray[np.float64]) -> npt.NDArr
 
 
 @pytest.mark.parametrize(("kind", "block"), ALL)
-def test_bands_are_scipys_coefficients_of_the_normalised_pixels(kind: spectral.Kind, block: int) -> None:
-    pictures = pictures_of(SIZES, seed=1)
-    got = run_operator(pictures, spectral.transform_matrix(kind, block), block)
-    for sample, picture in enumerate(pictures):
-        height, width = (side // block for side in picture.shape[:2])
-        normalised = (picture.astype(np.float64) - MEAN) / STD
+def test_bands_are_scipys_coefficients_of_the_normalised_pixels(kind: transforms.Kind, block: int) -> None:
+    images = images_of(SIZES, seed=1)
+    got = run_operator(images, transforms.transform_matrix(kind, block), block)
+    for sample, image in enumerate(images):
+        height, width = (side // block for side in image.shape[:2])
+        normalised = (image.astype(np.float64) - MEAN) / STD
         squares = normalised.reshape(height, block, width, block, 3).transpose(0, 2, 4, 1, 3)
         expected = scipy_coefficients(kind, squares)
         bands = np.stack([got[band][sample] for band in range(block * block)], axis=-1)
@@ -173,24 +173,24 @@ def test_groups_lie_side_by_side(groups: Any, dtype: Any, output_layout: str) ->
     if isinstance(groups, str):
         bands = list(range(block * block))
         groups = [bands] if groups.startswith("all") else [bands[1::7], [35], bands[30:3:-4]]
-    pictures, mirror = pictures_of(SIZES[:3]), [1, 0, 1]
-    matrix = spectral.transform_matrix("dct2d", block)
-    got = run_operator(pictures, matrix, block, groups, mirror, dtype=dtype, output_layout=output_layout)
-    assert_equal_bands(got, reference(pictures, matrix, block, groups, mirror, output_layout))
+    images, mirror = images_of(SIZES[:3]), [1, 0, 1]
+    matrix = transforms.transform_matrix("dct2d", block)
+    got = run_operator(images, matrix, block, groups, mirror, dtype=dtype, output_layout=output_layout)
+    assert_equal_bands(got, reference(images, matrix, block, groups, mirror, output_layout))
 
 
 @pytest.mark.parametrize("mirror", [0, 1])
 def test_one_mirror_for_all(mirror: int) -> None:
-    pictures, matrix = pictures_of(SIZES), spectral.transform_matrix("dct2d", 4)
-    assert_equal_bands(run_operator(pictures, matrix, 4, mirror=mirror), reference(pictures, matrix, 4, mirror=mirror))
+    images, matrix = images_of(SIZES), transforms.transform_matrix("dct2d", 4)
+    assert_equal_bands(run_operator(images, matrix, 4, mirror=mirror), reference(images, matrix, 4, mirror=mirror))
 
 
 @pytest.mark.parametrize("batch", [1, 3, 7, 13])
 def test_threads_do_not_change_a_bit(batch: int) -> None:
-    pictures, matrix = pictures_of([SIZES[i % len(SIZES)] for i in range(batch)]), spectral.transform_matrix("dct2d", 6)
+    images, matrix = images_of([SIZES[i % len(SIZES)] for i in range(batch)]), transforms.transform_matrix("dct2d", 6)
     mirror = [i % 2 for i in range(batch)]
-    one, two, five = (run_operator(pictures, matrix, 6, mirror=mirror, threads=threads) for threads in (1, 2, 5))
-    assert_equal_bands(one, reference(pictures, matrix, 6, mirror=mirror))
+    one, two, five = (run_operator(images, matrix, 6, mirror=mirror, threads=threads) for threads in (1, 2, 5))
+    assert_equal_bands(one, reference(images, matrix, 6, mirror=mirror))
     for group in zip(one, two, five, strict=True):
         for a, b, c in zip(*group, strict=True):
             assert np.array_equal(a, b)
@@ -201,27 +201,27 @@ def test_threads_do_not_change_a_bit(batch: int) -> None:
 @pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("groups", [None, [[0, 3], [1]]], ids=str)
 def test_any_number_of_colour_channels(channels: int, output_layout: str, groups: Groups) -> None:
-    picture = np.random.default_rng(2).integers(0, 256, (6, 10, channels), dtype=np.uint8)
+    image = np.random.default_rng(2).integers(0, 256, (6, 10, channels), dtype=np.uint8)
     mean, std = [100.0, 110.0, 120.0, 130.0][:channels], [50.0, 60.0, 70.0, 80.0][:channels]
-    matrix = spectral.transform_matrix("dct2d", 2)
-    got = run_operator([picture], matrix, 2, groups, 1, mean=mean, std=std, output_layout=output_layout)
-    tensor, flip = torch.from_numpy(picture)[None], torch.tensor([1])
-    expected = spectral.split_pictures(tensor, matrix, 2, mean, std, flip, groups, torch.float64)
+    matrix = transforms.transform_matrix("dct2d", 2)
+    got = run_operator([image], matrix, 2, groups, 1, mean=mean, std=std, output_layout=output_layout)
+    tensor, flip = torch.from_numpy(image)[None], torch.tensor([1])
+    expected = transforms.split_images(tensor, matrix, 2, mean, std, flip, groups, torch.float64)
     axes = (1, 2, 0) if output_layout == "HWC" else (0, 1, 2)
     assert_equal_bands(got, [[branch[0].permute(axes).numpy()] for branch in expected])
 
 
 def test_block_1_is_dalis_crop_mirror_normalize() -> None:
     """The ordinary classifier runs through the same operator: DALI's own is an oracle that we did not write."""
-    pictures = pictures_of([(20, 31)] * 4)
+    images = images_of([(20, 31)] * 4)
 
     @pipeline_def(batch_size=4, num_threads=2, device_id=None)
     def pipeline() -> Any:
-        images = fn.external_source(lambda: pictures, layout="HWC")
+        source = fn.external_source(lambda: images, layout="HWC")
         mirror = fn.external_source(lambda: [np.int32(flip) for flip in (0, 1, 1, 0)])
         common = {"mean": MEAN, "std": STD, "mirror": mirror, "output_layout": "CHW"}
-        ours = fn.spectral_split(images, block=1, matrix=[1.0], **common)
-        return ours, fn.crop_mirror_normalize(images, dtype=types.FLOAT, **common)
+        ours = fn.spectral_split(source, block=1, matrix=[1.0], **common)
+        return ours, fn.crop_mirror_normalize(source, dtype=types.FLOAT, **common)
 
     built = pipeline()
     built.build()
@@ -231,14 +231,14 @@ def test_block_1_is_dalis_crop_mirror_normalize() -> None:
 
 @pytest.mark.parametrize("groups", [[[0], [0, 1], [0, 2, 3]], [[0], [1], [2], [3]]], ids=str)
 def test_torch_receives_channels_last_without_a_copy(groups: list[list[int]]) -> None:
-    pictures, matrix = pictures_of([(16, 24)] * 3), spectral.transform_matrix("dct2d", 2)
+    images, matrix = images_of([(16, 24)] * 3), transforms.transform_matrix("dct2d", 2)
 
     @pipeline_def(batch_size=3, num_threads=2, device_id=None)
     def pipeline() -> Any:
-        images = fn.external_source(lambda: pictures, layout="HWC")
+        source = fn.external_source(lambda: images, layout="HWC")
         flat, sizes = [band for group in groups for band in group], [len(group) for group in groups]
         arguments = {"mean": MEAN, "std": STD, "groups": flat, "group_sizes": sizes, "dtype": types.FLOAT16}
-        return tuple(fn.spectral_split(images, block=2, matrix=matrix.ravel().tolist(), **arguments))
+        return tuple(fn.spectral_split(source, block=2, matrix=matrix.ravel().tolist(), **arguments))
 
     built = pipeline()
     built.build()
@@ -247,8 +247,8 @@ def test_torch_receives_channels_last_without_a_copy(groups: list[list[int]]) ->
     for output, branch in zip(outputs, branches, strict=True):
         assert branch.is_contiguous(memory_format=torch.channels_last)
         assert branch.data_ptr() == output.data_ptr()
-    batch = torch.from_numpy(np.stack(pictures))
-    expected = spectral.split_pictures(batch, matrix, 2, MEAN, STD, groups=groups, dtype=torch.float16)
+    batch = torch.from_numpy(np.stack(images))
+    expected = transforms.split_images(batch, matrix, 2, MEAN, STD, groups=groups, dtype=torch.float16)
     for branch, want in zip(branches, expected, strict=True):
         assert branch.stride() == want.stride()
         torch.testing.assert_close(branch, want, atol=1e-3, rtol=1e-3)
@@ -258,7 +258,7 @@ def test_a_pipeline_resumes_from_its_checkpoint() -> None:
     @pipeline_def(batch_size=2, num_threads=2, device_id=None, enable_checkpointing=True, seed=5)
     def pipeline() -> Any:
         noise = fn.random.uniform(range=[0, 255], shape=[8, 12, 3], dtype=types.UINT8)
-        matrix = spectral.transform_matrix("dct2d", 4).ravel().tolist()
+        matrix = transforms.transform_matrix("dct2d", 4).ravel().tolist()
         images, mirror = fn.reshape(noise, layout="HWC"), fn.random.coin_flip(dtype=types.INT32)
         return tuple(fn.spectral_split(images, block=4, matrix=matrix, mean=MEAN, std=STD, mirror=mirror))
 
@@ -275,45 +275,45 @@ def test_a_pipeline_resumes_from_its_checkpoint() -> None:
 @pytest.mark.parametrize("flags", [[True] * 3, [False] * 3, [True, False, True]], ids=str)
 def test_an_empty_batch_passes(flags: list[bool]) -> None:
     """Where a condition sends all samples one way, the operator on the other way gets a batch of none."""
-    pictures, matrix = pictures_of([(8, 12)] * 3), spectral.transform_matrix("dct2d", 2)
+    images, matrix = images_of([(8, 12)] * 3), transforms.transform_matrix("dct2d", 2)
     arguments = {"block": 2, "matrix": matrix.ravel().tolist(), "mean": MEAN, "std": STD}
     every = {"groups": [0, 1, 2, 3], "group_sizes": [4]}
 
     @pipeline_def(batch_size=3, num_threads=2, device_id=None, enable_conditionals=True)
     def pipeline() -> Any:
-        images = fn.external_source(lambda: pictures, layout="HWC")
+        source = fn.external_source(lambda: images, layout="HWC")
         flip = fn.external_source(lambda: [np.array(flag) for flag in flags])
         if flip:
-            bands = fn.spectral_split(images, mirror=1, **arguments, **every)
+            bands = fn.spectral_split(source, mirror=1, **arguments, **every)
         else:
-            bands = fn.spectral_split(images, mirror=0, **arguments, **every)
+            bands = fn.spectral_split(source, mirror=0, **arguments, **every)
         return bands
 
     built = pipeline()
     built.build()
     (output,) = built.run()
-    expected = reference(pictures, matrix, 2, [[0, 1, 2, 3]], [int(flag) for flag in flags])
+    expected = reference(images, matrix, 2, [[0, 1, 2, 3]], [int(flag) for flag in flags])
     assert_equal_bands([[np.array(output[i]) for i in range(3)]], expected)
 
 
 @pytest.mark.skipif(not PHOTOGRAPHS.exists(), reason=f"needs the photographs of {PHOTOGRAPHS}")
 @pytest.mark.parametrize(("kind", "block"), [("dct2d", 2), ("dct1d", 4), ("hadamard", 4), ("dct2d", 6)])
-def test_photographs(kind: spectral.Kind, block: int) -> None:
-    pictures: list[Picture] = []
+def test_photographs(kind: transforms.Kind, block: int) -> None:
+    images: list[ImageSpec] = []
     with tarfile.open(PHOTOGRAPHS) as archive:
         for member in archive:
             if member.isfile() and member.name.endswith(".JPEG"):
                 jpeg = archive.extractfile(member)
                 assert jpeg is not None
                 side = 224 // block * block
-                pictures.append(np.array(Image.open(io.BytesIO(jpeg.read())).convert("RGB"))[:side, :side])
-            if len(pictures) == 8:
+                images.append(np.array(Image.open(io.BytesIO(jpeg.read())).convert("RGB"))[:side, :side])
+            if len(images) == 8:
                 break
-    matrix, mirror = spectral.transform_matrix(kind, block), [0, 1] * 4
+    matrix, mirror = transforms.transform_matrix(kind, block), [0, 1] * 4
     groups = [[0], [0, 1], list(range(block * block))]
     for dtype in (types.FLOAT, types.FLOAT16):
-        got = run_operator(pictures, matrix, block, groups, mirror, dtype=dtype)
-        assert_equal_bands(got, reference(pictures, matrix, block, groups, mirror))
+        got = run_operator(images, matrix, block, groups, mirror, dtype=dtype)
+        assert_equal_bands(got, reference(images, matrix, block, groups, mirror))
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -341,9 +341,9 @@ PICTURE = np.zeros((4, 6, 3), np.uint8)
 
 
 @pytest.mark.parametrize(
-    ("pictures", "arguments", "message"),
+    ("images", "arguments", "message"),
     [
-        ([PICTURE.astype(np.float32)], {}, "the pictures are float: needed is uint8"),
+        ([PICTURE.astype(np.float32)], {}, "the images are float: needed is uint8"),
         ([PICTURE[..., 0]], {"layout": None}, "number of dimensions 2 does not match any of the allowed"),
         ([PICTURE], {"layout": "CHW"}, 'layout "CHW" does not match any of the allowed'),
         ([PICTURE, PICTURE[..., :2]], {}, "sample 1 of shape 4 x 6 x 2 has 2 channels: mean and std have 3 entries"),
@@ -362,10 +362,10 @@ PICTURE = np.zeros((4, 6, 3), np.uint8)
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_errors_name_the_argument(pictures: Any, arguments: dict[str, Any], message: str) -> None:
+def test_errors_name_the_argument(images: Any, arguments: dict[str, Any], message: str) -> None:
     arguments = {"matrix": IDENTITY, "block": 2} | arguments
     with pytest.raises((RuntimeError, ValueError)) as error:
-        run_operator(pictures, **arguments)
+        run_operator(images, **arguments)
     assert message in str(error.value)
     assert "spectral_split" in str(error.value)
 
@@ -376,23 +376,24 @@ CHECK = """
 import sys
 import numpy as np, torch
 from nvidia.dali import fn, pipeline_def, plugin_manager
-from bandsplit import native, spectral
+from bandsplit.spectral import native
+from bandsplit.spectral import transforms
 if len(sys.argv) > 1:
     plugin_manager.load_library(sys.argv[1])
 else:
     native.load()
-matrix = spectral.transform_matrix("dct2d", 4)
-picture = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
+matrix = transforms.transform_matrix("dct2d", 4)
+image = np.random.default_rng(0).integers(0, 256, (16, 20, 3), dtype=np.uint8)
 @pipeline_def(batch_size=1, num_threads=1, device_id=None)
 def pipeline():
-    images = fn.external_source(lambda: [picture], layout="HWC")
+    source = fn.external_source(lambda: [image], layout="HWC")
     arguments = {"mean": [99.0] * 3, "std": [44.0] * 3, "groups": list(range(16)), "group_sizes": [16]}
-    return fn.spectral_split(images, block=4, matrix=matrix.ravel().tolist(), **arguments)
+    return fn.spectral_split(source, block=4, matrix=matrix.ravel().tolist(), **arguments)
 built = pipeline()
 built.build()
 (got,) = built.run()
-batch = torch.from_numpy(picture)[None]
-(expected,) = spectral.split_pictures(batch, matrix, 4, [99.0] * 3, [44.0] * 3, groups=[range(16)])
+batch = torch.from_numpy(image)[None]
+(expected,) = transforms.split_images(batch, matrix, 4, [99.0] * 3, [44.0] * 3, groups=[range(16)])
 np.testing.assert_allclose(got.as_array(), expected.permute(0, 2, 3, 1).numpy(), atol=1e-4)
 print("equal")
 """
@@ -422,7 +423,7 @@ def test_two_processes_build_one_plugin_that_a_third_without_a_compiler_loads(tm
     assert compiler is not None
     logging = write_compiler(tmp_path / "logging-cxx", f'echo "$*" >> {log}; exec {" ".join(compiler)} "$@"')
     env = environment(BANDSPLIT_CACHE=str(cache), CXX=logging)
-    builders = [python("-m", "bandsplit.native", "--no-cuda", env=env) for _ in range(2)]
+    builders = [python("-m", "bandsplit.spectral.native", "--no-cuda", env=env) for _ in range(2)]
     answers = [(*builder.communicate(), builder.returncode) for builder in builders]
     assert [code for _, _, code in answers] == [0, 0], answers
     (plugin,) = cache.glob("*.so")
@@ -443,7 +444,7 @@ def test_a_missing_compiler_is_a_build_error(tmp_path: Path, monkeypatch: pytest
         native.build(cuda=False)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(native.BuildError, match=r"needs a C\+\+ compiler .*python -m bandsplit.native"):
+    with pytest.raises(native.BuildError, match=r"needs a C\+\+ compiler .*python -m bandsplit.spectral.native"):
         native.build(cuda=False)
 
 
@@ -466,7 +467,7 @@ def test_a_cache_that_cannot_be_written_is_a_build_error(tmp_path: Path, monkeyp
 
 def test_the_command_prints_a_build_error_and_ends_with_2(tmp_path: Path) -> None:
     env = environment(BANDSPLIT_CACHE=str(tmp_path), CXX="no-such-compiler")
-    command = python("-m", "bandsplit.native", "--no-cuda", env=env)
+    command = python("-m", "bandsplit.spectral.native", "--no-cuda", env=env)
     output, errors = command.communicate()
     assert command.returncode == 2
     assert output == ""

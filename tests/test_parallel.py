@@ -10,20 +10,24 @@ from pathlib import Path
 
 import pytest
 import torch
+from bandsplit.evaluation.evaluation import Accuracy, evaluate
 from torch import Tensor, nn
 
-from bandsplit import configuration, normalization, parallel
-from bandsplit.ensemble import Ensemble, parameters_of_branches
+from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
+from bandsplit.data.feed import BatchFeed
+from bandsplit.data.loader import Batch, open_data
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks, joined
+from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
 from bandsplit.errors import ToldElsewhere, UserError
-from bandsplit.evaluation import Accuracy, evaluate
-from bandsplit.learner import Learner
-from bandsplit.loader import Batch, Deliveries, open_data
-from bandsplit.parallel import Mesh, Ranks
-from bandsplit.recipe import Precision
-from bandsplit.schema import RunConfig
+from bandsplit.models import batch_norm
+from bandsplit.models.ensemble import Ensemble, parameters_of_branches
+from bandsplit.models.precision import Precision
+from bandsplit.training.learner import Learner
 from tests.conftest import on_ranks
 
-RANKS, BATCH, PARTS = 4, 4, 2  # BATCH pictures of a rank at once, in PARTS batches a step
+RANKS, BATCH, PARTS = 4, 4, 2  # BATCH images of a rank at once, in PARTS batches a step
 Gradients = dict[str, Tensor]
 
 
@@ -48,17 +52,17 @@ def without_norms(module: nn.Module) -> nn.Module:
 
 def step_on_mesh(config: RunConfig, branch_groups: int, norms: bool) -> tuple[Gradients, Gradients]:
     """Gradients and buffers of this rank's branches, by branch and name, after one real step of the mesh."""
-    with parallel.ranks(60) as ranks:
+    with joined(60) as ranks:
         mesh = Mesh(ranks, len(config.split.groups), branch_groups)
         ensemble = Ensemble.of(config, mesh.own)
         at_once = BATCH * branch_groups
-        norm_batch = normalization.norm_batch(config, at_once, mesh.rows)
+        bn_batch_size = batch_norm.bn_batch_size(config, at_once, mesh.replicas)
         for branch in ensemble.branches:
-            normalization.fit(branch, norm_batch, at_once, mesh) if norms else without_norms(branch)
+            batch_norm.fit(branch, bn_batch_size, at_once, mesh) if norms else without_norms(branch)
         ensemble = ensemble.double().to(memory_format=torch.channels_last)
         gradients: Gradients = {}
-        deliveries = Deliveries(itertools.cycle(batches(config.split.groups, ranks.rank)), mesh)
-        parts = deliveries.take(PARTS, ahead=True)
+        feed = BatchFeed(itertools.cycle(batches(config.split.groups, ranks.rank)), mesh)
+        parts = feed.take(PARTS, ahead=True)
         for i, branch in enumerate(ensemble.branches):
             learner = Learner(branch, config, Precision("fp32", ranks.device), mesh)
 
@@ -76,20 +80,20 @@ def step_on_mesh(config: RunConfig, branch_groups: int, norms: bool) -> tuple[Gr
         return gradients, buffers
 
 
-def step_alone(config: RunConfig, norm_batch: int | None) -> tuple[Gradients, Gradients]:
-    """The same with plain autograd: torch's batch normalisation over `norm_batch` pictures at a time."""
+def step_alone(config: RunConfig, bn_batch_size: int | None) -> tuple[Gradients, Gradients]:
+    """The same with plain autograd: torch's batch normalisation over `bn_batch_size` images at a time."""
     ensemble = Ensemble.of(config).double()
     of_rank = [batches(config.split.groups, rank) for rank in range(RANKS)]
     gradients, buffers = {}, {}
     for k, branch in enumerate(ensemble.branches):
-        if norm_batch is None:
+        if bn_batch_size is None:
             without_norms(branch)
         for part in range(PARTS):
             x = torch.cat([each[part].inputs[k] for each in of_rank]).double()
             y = torch.cat([each[part].labels for each in of_rank])
             at_start = [buffer.clone() for buffer in branch.buffers()]
             moved = []
-            pieces = list(zip(x.split(norm_batch or len(x)), y.split(norm_batch or len(y)), strict=True))
+            pieces = list(zip(x.split(bn_batch_size or len(x)), y.split(bn_batch_size or len(y)), strict=True))
             for piece, labels in pieces:
                 for buffer, before in zip(branch.buffers(), at_start, strict=True):
                     buffer.copy_(before)
@@ -105,10 +109,10 @@ def step_alone(config: RunConfig, norm_batch: int | None) -> tuple[Gradients, Gr
 
 @pytest.mark.parametrize("norms", ["all", 8, 2, "absent"])
 def test_gradients_do_not_depend_on_the_number_of_branch_groups(config_file: Path, norms: str | int) -> None:
-    """Batch normalisation over all 16 pictures; over 8, which joins ranks, is a rank's own batch, or parts it, for 1,
+    """Batch normalisation over all 16 images; over 8, which joins ranks, is a rank's own batch, or parts it, for 1,
     2 and 4 groups; over 2; and no normalisation at all.  In float64: what differs is the order of additions."""
-    keys = [f"train.batch_size={RANKS * BATCH * PARTS}", f"train.accumulation={PARTS}", "model.stem=small"]
-    config = configuration.load(config_file, [*keys, f"model.norm_batch={'all' if norms == 'absent' else norms}"])
+    keys = [f"train.batch_size={RANKS * BATCH * PARTS}", f"train.grad_accum_steps={PARTS}", "model.stem=small"]
+    config = loading.load(config_file, [*keys, f"model.bn_batch_size={'all' if norms == 'absent' else norms}"])
     alone, alone_buffers = step_alone(config, {"all": 16, "absent": None}.get(norms, norms))  # type: ignore[call-overload]
     for groups in (1, 2, 4):
         results = on_ranks(RANKS, step_on_mesh, config, groups, norms != "absent")
@@ -126,22 +130,22 @@ def test_gradients_do_not_depend_on_the_number_of_branch_groups(config_file: Pat
 
 def exchange_and_give_back(groups: tuple[tuple[int, ...], ...], half: bool) -> list[bool]:
     """Whether every value arrives where it should, in order and in channels_last; and logits come back to it."""
-    with parallel.ranks(60) as ranks:
+    with joined(60) as ranks:
         mesh = Mesh(ranks, len(groups), 2)
         sent = batches(groups, ranks.rank)
         if half:
             sent = [Batch([x.half() for x in batch.inputs], batch.labels) for batch in sent]
         right = []
-        deliveries = Deliveries(iter(sent), mesh)
-        for n, batch in enumerate(deliveries):
-            row = [batches(groups, 2 * mesh.row + i)[n] for i in range(2)]
+        feed = BatchFeed(iter(sent), mesh)
+        for n, batch in enumerate(feed):
+            row = [batches(groups, 2 * mesh.replica + i)[n] for i in range(2)]
             for x, k in zip(batch.inputs, mesh.own, strict=True):
                 wanted = torch.cat([each.inputs[k] for each in row])
                 right.append(torch.equal(x, wanted.half() if half else wanted))
                 right.append(x.is_contiguous(memory_format=torch.channels_last))
             right.append(torch.equal(batch.labels, torch.cat([each.labels for each in row])))
             pooled = torch.stack([x.float().sum(dim=(1, 2, 3))[:, None] for x in batch.inputs])
-            logits, labels = deliveries.of_own_pictures(pooled, batch.labels)
+            logits, labels = feed.of_own_images(pooled, batch.labels)
             right.append(torch.equal(labels, sent[n].labels))
             wanted = torch.stack([x.float().sum(dim=(1, 2, 3))[:, None] for x in sent[n].inputs])
             right.append(torch.allclose(logits, wanted, atol=1e-3))
@@ -157,27 +161,27 @@ def test_every_band_arrives_where_it_is_learnt(groups: tuple[tuple[int, ...], ..
 
 def told_on_rank(roots: list[str], config: RunConfig) -> str:
     """What opening the data ends with on a rank whose data lie in a folder of its own."""
-    with parallel.ranks(60) as ranks:
+    with joined(60) as ranks:
         data = config.data.model_copy(update={"root": roots[ranks.rank]})
         try:
             train, _ = open_data(config.model_copy(update={"data": data}), ranks)
         except (UserError, ToldElsewhere) as error:
             return f"{type(error).__name__} {getattr(error, 'one_rank', '')} {error}"
-        return f"{len(train)} pictures"
+        return f"{len(train)} images"
 
 
-def test_data_that_one_rank_misses_or_has_differently(config_file: Path, pictures: Path, tmp_path: Path) -> None:
+def test_data_that_one_rank_misses_or_has_differently(config_file: Path, image_root: Path, tmp_path: Path) -> None:
     """The rank that it happened to says so, and no other does."""
-    config, good = configuration.load(config_file), str(pictures)
-    fewer, renamed = (Path(shutil.copytree(pictures, tmp_path / name)) for name in ("fewer", "renamed"))
+    config, good = loading.load(config_file), str(image_root)
+    fewer, renamed = (Path(shutil.copytree(image_root, tmp_path / name)) for name in ("fewer", "renamed"))
     next((fewer / "train").rglob("*.jpg")).unlink()
     file = next((renamed / "val").rglob("*.jpg"))
     file.rename(file.with_name("another.jpg"))
-    assert on_ranks(3, told_on_rank, [good, good, good], config) == ["160 pictures"] * 3
+    assert on_ranks(3, told_on_rank, [good, good, good], config) == ["160 images"] * 3
     for wrong, message in (
         ("/nowhere", "data.root: /nowhere: no such folder"),
-        (fewer, f"data.root: {fewer}: 159 training pictures, but rank 0 has 160; every rank needs the same ones"),
-        (renamed, "50 validation pictures, but rank 0 has 50, of other names or classes; every rank"),
+        (fewer, f"data.root: {fewer}: 159 training images, but rank 0 has 160; every rank needs the same ones"),
+        (renamed, "50 validation images, but rank 0 has 50, of other names or classes; every rank"),
     ):
         first, second, third = on_ranks(3, told_on_rank, [good, str(wrong), str(wrong)], config)
         assert re.search(f"UserError True rank 1 on .*: .*{message}", second)
@@ -188,7 +192,7 @@ def test_data_that_one_rank_misses_or_has_differently(config_file: Path, picture
 
 
 def evaluate_on_mesh(config: RunConfig, branch_groups: int) -> Accuracy:
-    with parallel.ranks(60) as ranks:
+    with joined(60) as ranks:
         mesh = Mesh(ranks, len(config.split.groups), branch_groups)
         return evaluate(
             Ensemble.of(config, mesh.own), validation(config, ranks), 25, mesh, Precision("fp32", ranks.device)
@@ -196,7 +200,7 @@ def evaluate_on_mesh(config: RunConfig, branch_groups: int) -> Accuracy:
 
 
 def validation(config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
-    """25 pictures on any number of ranks, in batches that are filled up with none."""
+    """25 images on any number of ranks, in batches that are filled up with none."""
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(25, 3 * len(group), 16, 16, generator=generator) for group in config.split.groups]
     labels = torch.randint(0, 10, (25,), generator=generator)
@@ -208,7 +212,7 @@ def validation(config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
 
 
 def test_validation_counts_do_not_depend_on_the_number_of_branch_groups(config_file: Path) -> None:
-    config = configuration.load(config_file)
+    config = loading.load(config_file)
     (alone,) = on_ranks(1, evaluate_on_mesh, config, 1)
     for groups in (1, 2, 4):
         for accuracy in on_ranks(RANKS, evaluate_on_mesh, config, groups):
@@ -221,41 +225,39 @@ SUB16 = Path(__file__).resolve().parent.parent / "config/train/resnet34_sub16.to
 
 
 def test_traffic_of_the_published_ensemble() -> None:
-    """Sixteen ResNet-34, 2048 pictures of 224², eight ranks: from the formula by hand."""
-    config = configuration.load(SUB16, ["train.batch_size=2048"])
+    """Sixteen ResNet-34, 2048 images of 224², eight ranks: from the formula by hand."""
+    config = loading.load(SUB16, ["train.batch_size=2048"])
     parameters = parameters_of_branches(config)
-    plain, spread = (parallel.traffic(config, 8, g, parameters, half=True) for g in (1, 8))
+    plain, spread = (step_traffic(config, 8, g, parameters, half=True) for g in (1, 8))
     assert plain.bytes == pytest.approx(2 * 7 / 8 * 4 * sum(parameters))
     assert plain.bytes == pytest.approx(2.4e9, rel=0.02)
     assert spread.bytes == pytest.approx(256 * 224 * 224 * 3 * 2 * 7 / 8)
     assert plain.bytes / spread.bytes > 30
     assert spread.branches == 2
-    assert parallel.branch_groups(config, 8, parameters, half=True) == 8
+    assert branch_groups(config, 8, parameters, half=True) == 8
 
 
 def test_auto_takes_the_least_traffic() -> None:
-    """Large pictures and few of many branches' parameters are better off with plain data parallelism."""
-    config = configuration.load(SUB16, ["train.batch_size=2048"])
-    assert parallel.branch_groups(config, 1, [10] * 16, half=True) == 1
-    assert parallel.branch_groups(config, 8, [10] * 16, half=True) == 1
-    assert parallel.branch_groups(config, 8, [10**8] * 16, half=True) == 8
-    assert parallel.possible_groups(config, 24) == [1, 2, 4, 8]
+    """Large images and few of many branches' parameters are better off with plain data parallelism."""
+    config = loading.load(SUB16, ["train.batch_size=2048"])
+    assert branch_groups(config, 1, [10] * 16, half=True) == 1
+    assert branch_groups(config, 8, [10] * 16, half=True) == 1
+    assert branch_groups(config, 8, [10**8] * 16, half=True) == 8
+    assert possible_groups(config, 24) == [1, 2, 4, 8]
 
 
 @pytest.mark.parametrize(("groups", "world_size"), [(3, 6), (8, 4), (5, 1)])
 def test_groups_that_do_not_divide_are_refused(groups: int, world_size: int) -> None:
-    config = configuration.load(SUB16, [f"parallel.branch_groups={groups}"])
+    config = loading.load(SUB16, [f"parallel.branch_groups={groups}"])
     with pytest.raises(
         UserError, match=rf"parallel.branch_groups: {groups} given, but it has to divide {world_size} r"
     ):
-        parallel.branch_groups(config, world_size, [1] * 16, half=True)
+        branch_groups(config, world_size, [1] * 16, half=True)
 
 
 def test_a_norm_batch_that_cannot_be_had_is_refused(config_file: Path) -> None:
-    config = configuration.load(config_file, ["model.norm_batch=5"])
-    with pytest.raises(
-        UserError, match="5 given, but a rank takes 12 pictures .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"
-    ):
-        normalization.norm_batch(config, at_once=12, rows=1)
-    with pytest.raises(UserError, match="model.norm_batch: 'some' given; allowed: 'rank', 'all' or a number from 1"):
-        configuration.load(config_file, ["model.norm_batch=some"])
+    config = loading.load(config_file, ["model.bn_batch_size=5"])
+    with pytest.raises(UserError, match="5 given, but a rank takes 12 images .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"):
+        batch_norm.bn_batch_size(config, at_once=12, rows=1)
+    with pytest.raises(UserError, match="model.bn_batch_size: 'some' given; allowed: 'rank', 'all' or a number from 1"):
+        loading.load(config_file, ["model.bn_batch_size=some"])

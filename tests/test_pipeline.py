@@ -12,32 +12,34 @@ import torch
 from PIL import Image
 from torchvision.transforms import v2
 
-from bandsplit import configuration, dataset, loader, pipeline, schema, spectral
-from bandsplit.dataset import Pictures
-from bandsplit.loader import TrainingLoader, UndecodablePicture, ValidationLoader
-from bandsplit.parallel import Ranks
-from bandsplit.pipeline import Share
+from bandsplit.config import loading, schema
+from bandsplit.data import loader, pipeline
+from bandsplit.data.images import ImageFiles, scan
+from bandsplit.data.loader import TrainingLoader, UndecodableImage, ValidationLoader
+from bandsplit.data.pipeline import Shard
+from bandsplit.distributed.ranks import Ranks
+from bandsplit.spectral import transforms
 
 
-def share(rank: int = 0, world_size: int = 1, batch_size: int = 6) -> Share:
-    return Share(rank, world_size, batch_size, threads=1, device_id=None)
+def share(rank: int = 0, world_size: int = 1, batch_size: int = 6) -> Shard:
+    return Shard(rank, world_size, batch_size, threads=1, device_id=None)
 
 
 @pytest.fixture
 def config(config_file: Path) -> schema.RunConfig:
-    return configuration.load(config_file)
+    return loading.load(config_file)
 
 
 @pytest.fixture
-def numbered(tmp_path: Path) -> Pictures:
-    """23 pictures whose label is their own number."""
+def numbered(tmp_path: Path) -> ImageFiles:
+    """23 images whose label is their own number."""
     files = []
     for n in range(23):
         path = tmp_path / f"{n:02d}.jpg"
         noise = np.random.default_rng(n).integers(0, 256, (50, 40, 3), dtype=np.uint8)
         Image.fromarray(noise).resize((80, 100)).save(path, quality=90)
         files.append(str(path))
-    return Pictures(files, list(range(23)), ["all"])
+    return ImageFiles(files, list(range(23)), ["all"])
 
 
 def labels(batches: TrainingLoader, count: int) -> list[int]:
@@ -45,8 +47,8 @@ def labels(batches: TrainingLoader, count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_every_pass_sees_each_picture_once_in_a_new_order(
-    config: schema.RunConfig, numbered: Pictures, world_size: int
+def test_every_pass_sees_each_image_once_in_a_new_order(
+    config: schema.RunConfig, numbered: ImageFiles, world_size: int
 ) -> None:
     streams = [labels(TrainingLoader(config, numbered, [share(r, world_size, 1)]), 46) for r in range(world_size)]
     passes: list[list[int]] = [[], []]
@@ -59,9 +61,9 @@ def test_every_pass_sees_each_picture_once_in_a_new_order(
     assert passes[0] != sorted(passes[0])
 
 
-def test_the_stream_is_a_function_of_the_seed(config_file: Path, numbered: Pictures) -> None:
+def test_the_stream_is_a_function_of_the_seed(config_file: Path, numbered: ImageFiles) -> None:
     def stream(seed: int) -> list[torch.Tensor]:
-        batches = TrainingLoader(configuration.load(config_file, [f"seed={seed}"]), numbered, [share()])
+        batches = TrainingLoader(loading.load(config_file, [f"seed={seed}"]), numbered, [share()])
         return [next(batches).inputs[0] for _ in range(5)]
 
     first, again, other = stream(0), stream(0), stream(1)
@@ -69,7 +71,7 @@ def test_the_stream_is_a_function_of_the_seed(config_file: Path, numbered: Pictu
     assert not any(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
-def test_a_stream_goes_on_exactly_from_its_state(config: schema.RunConfig, numbered: Pictures) -> None:
+def test_a_stream_goes_on_exactly_from_its_state(config: schema.RunConfig, numbered: ImageFiles) -> None:
     batches = TrainingLoader(config, numbered, [share()])
     for _ in range(7):  # into the second pass
         next(batches)
@@ -82,11 +84,11 @@ def test_a_stream_goes_on_exactly_from_its_state(config: schema.RunConfig, numbe
         assert all(torch.equal(a, b) for a, b in zip(batch.inputs, expected.inputs, strict=True))
 
 
-def test_repeated_augmentation_shows_a_picture_several_times_and_keeps_the_epoch(
-    config_file: Path, numbered: Pictures
+def test_repeated_augmentation_shows_a_image_several_times_and_keeps_the_epoch(
+    config_file: Path, numbered: ImageFiles
 ) -> None:
-    """In batches of six, two pictures three times each, cropped anew, and a pass has as many steps as without."""
-    plain, repeated = (configuration.load(config_file, [f"augment.repeats={n}"]) for n in (1, 3))
+    """In batches of six, two images three times each, cropped anew, and a pass has as many steps as without."""
+    plain, repeated = (loading.load(config_file, [f"augment.repeats={n}"]) for n in (1, 3))
     usual, batches = (TrainingLoader(config, numbered, [share()]) for config in (plain, repeated))
     for _ in range(8):
         read, seen = next(usual).labels.tolist(), next(batches)
@@ -97,15 +99,15 @@ def test_repeated_augmentation_shows_a_picture_several_times_and_keeps_the_epoch
             assert not torch.equal(crops[1], crops[2])
 
 
-def test_validation_at_another_size(config_file: Path, numbered: Pictures) -> None:
-    config = configuration.load(config_file, ["data.val_image_size=40", "data.resize_size=48"])
+def test_validation_at_another_size(config_file: Path, numbered: ImageFiles) -> None:
+    config = loading.load(config_file, ["data.val_image_size=40", "data.resize_size=48"])
     assert next(iter(ValidationLoader(config, numbered, share()))).inputs[0].shape == (6, 3, 20, 20)
     assert next(TrainingLoader(config, numbered, [share()])).inputs[0].shape == (6, 3, 16, 16)
 
 
-def test_pictures_of_another_size_are_the_same_pictures(config_file: Path, numbered: Pictures) -> None:
+def test_images_of_another_size_are_the_same_images(config_file: Path, numbered: ImageFiles) -> None:
     """Resized between two batches: the order, the crops and the flips stay, and going back is as if never gone."""
-    config = configuration.load(config_file, ["split.block=1"])
+    config = loading.load(config_file, ["split.block=1"])
     steady, resized = (TrainingLoader(config, numbered, [share()]) for _ in range(2))
     for size in (32, 32, 16, 16, 16, 8, 32, 32):
         resized.resize(size)
@@ -118,7 +120,7 @@ def test_pictures_of_another_size_are_the_same_pictures(config_file: Path, numbe
     assert torch.equal(small.inputs[0], large.inputs[0])
 
 
-def test_one_rank_with_two_streams_sees_what_two_ranks_see(config: schema.RunConfig, numbered: Pictures) -> None:
+def test_one_rank_with_two_streams_sees_what_two_ranks_see(config: schema.RunConfig, numbered: ImageFiles) -> None:
     shares = [share(rank, 2, 4) for rank in range(2)]
     apart = [TrainingLoader(config, numbered, [each]) for each in shares]
     together = TrainingLoader(config, numbered, shares)
@@ -131,8 +133,8 @@ def test_one_rank_with_two_streams_sees_what_two_ranks_see(config: schema.RunCon
 
 
 @pytest.mark.parametrize(("world_size", "batch_size"), [(1, 6), (1, 23), (2, 5), (3, 8), (5, 2), (25, 4)])
-def test_validation_sees_each_picture_once_every_time(
-    config: schema.RunConfig, numbered: Pictures, world_size: int, batch_size: int
+def test_validation_sees_each_image_once_every_time(
+    config: schema.RunConfig, numbered: ImageFiles, world_size: int, batch_size: int
 ) -> None:
     ranks = [ValidationLoader(config, numbered, share(rank, world_size, batch_size)) for rank in range(world_size)]
     for _ in range(2):
@@ -143,9 +145,9 @@ def test_validation_sees_each_picture_once_every_time(
     assert all(len(batch) == batch_size for batches in ranks for batch in batches)
 
 
-def test_inputs_are_channels_last_of_the_right_shape(config_file: Path, pictures: Path) -> None:
-    config = configuration.load(config_file, ["split.branches=[[0], [0, 1], [1, 2, 3]]"])
-    batch = next(TrainingLoader(config, dataset.scan(pictures / "train"), [share()]))
+def test_inputs_are_channels_last_of_the_right_shape(config_file: Path, image_root: Path) -> None:
+    config = loading.load(config_file, ["split.branches=[[0], [0, 1], [1, 2, 3]]"])
+    batch = next(TrainingLoader(config, scan(image_root / "train"), [share()]))
     assert [tuple(x.shape) for x in batch.inputs] == [(6, 3 * n, 16, 16) for n in (1, 2, 3)]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in batch.inputs)
     assert batch.labels.dtype == torch.int64
@@ -154,9 +156,9 @@ def test_inputs_are_channels_last_of_the_right_shape(config_file: Path, pictures
 @pytest.mark.parametrize("branches", ['"each"', '"all"', "[[0], [2, 3]]"])
 @pytest.mark.parametrize("transform", ["dct2d", "dct1d", "hadamard", "identity"])
 def test_operator_and_plain_torch_give_the_same_batches(
-    config_file: Path, numbered: Pictures, monkeypatch: pytest.MonkeyPatch, branches: str, transform: str
+    config_file: Path, numbered: ImageFiles, monkeypatch: pytest.MonkeyPatch, branches: str, transform: str
 ) -> None:
-    config = configuration.load(config_file, [f"split.branches={branches}", f"split.transform={transform}"])
+    config = loading.load(config_file, [f"split.branches={branches}", f"split.transform={transform}"])
     with_operator = TrainingLoader(config, numbered, [share()])
     expected = [next(with_operator) for _ in range(3)]
     monkeypatch.setattr(pipeline, "has_operator", lambda device: False)
@@ -168,9 +170,9 @@ def test_operator_and_plain_torch_give_the_same_batches(
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
-def test_validation_pictures_are_torchvisions(config_file: Path, numbered: Pictures) -> None:
+def test_validation_images_are_torchvisions(config_file: Path, numbered: ImageFiles) -> None:
     """Where no side has to be rounded: there torchvision truncates and DALI rounds, which shifts by half a pixel."""
-    config = configuration.load(config_file, ["split.block=1"])
+    config = loading.load(config_file, ["split.block=1"])
     ours = torch.cat([batch.inputs[0] for batch in ValidationLoader(config, numbered, share())])[: len(numbered)]
     transform = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
@@ -182,15 +184,15 @@ def test_validation_pictures_are_torchvisions(config_file: Path, numbered: Pictu
 
 @pytest.mark.parametrize("crop_only", [True, False])
 def test_crops_have_the_areas_that_the_config_allows(config_file: Path, tmp_path: Path, crop_only: bool) -> None:
-    """Whether a crop is decoded alone or cut from the whole picture: red rises with x and green with y."""
+    """Whether a crop is decoded alone or cut from the whole image: red rises with x and green with y."""
     shade = np.linspace(0, 255, 128, dtype=np.uint8)
     x, y = np.meshgrid(shade, shade)
     path = tmp_path / "ramps.jpg"
     Image.fromarray(np.stack([x, y, x // 2 + y // 2], axis=-1)).save(path, quality=95)
-    found = Pictures([str(path)] * 64, [0] * 64, ["ramps"])
-    area = "data.random_area=[0.2, 0.4]"
-    keys = [f"data.decoder.crop_only={crop_only}".lower(), area, "data.mirror=0", "split.block=1"]
-    batch = next(TrainingLoader(configuration.load(config_file, keys), found, [share(batch_size=64)])).inputs[0]
+    found = ImageFiles([str(path)] * 64, [0] * 64, ["ramps"])
+    area = "data.scale=[0.2, 0.4]"
+    keys = [f"data.decoder.crop_only={crop_only}".lower(), area, "data.hflip=0", "split.block=1"]
+    batch = next(TrainingLoader(loading.load(config_file, keys), found, [share(batch_size=64)])).inputs[0]
     red, green = (batch[:, c] * std for c, std in enumerate(schema.Data(name="d", root="r", classes=2).std[:2]))
     areas = (red[:, :, -1] - red[:, :, 0]).mean(1) / 255 * (green[:, -1] - green[:, 0]).mean(1) / 255
     # the outermost pixels of a crop have their centres half a pixel inside
@@ -202,31 +204,31 @@ def test_flips_and_crops_follow_the_config(config_file: Path, tmp_path: Path) ->
     ramp = np.tile(np.linspace(0, 255, 64, dtype=np.uint8), (64, 1))
     path = tmp_path / "ramp.png"
     Image.fromarray(np.stack([ramp] * 3, axis=-1)).save(path)
-    found = Pictures([str(path)] * 8, [0] * 8, ["ramp"])
+    found = ImageFiles([str(path)] * 8, [0] * 8, ["ramp"])
     slopes, spans = {}, {}
     for mirror in (0.0, 0.5, 1.0):
-        keys = [f"data.mirror={mirror}", "split.block=1", "data.random_area=[1.0, 1.0]", "data.random_aspect=[1, 1]"]
-        batches = TrainingLoader(configuration.load(config_file, keys), found, [share(batch_size=64)])
+        keys = [f"data.hflip={mirror}", "split.block=1", "data.scale=[1.0, 1.0]", "data.ratio=[1, 1]"]
+        batches = TrainingLoader(loading.load(config_file, keys), found, [share(batch_size=64)])
         x = next(batches).inputs[0][:, 0]
         slopes[mirror] = (x[:, :, -1] > x[:, :, 0]).all(dim=1).float().mean().item()
         spans[mirror] = (x.amax(dim=(1, 2)) - x.amin(dim=(1, 2))).min().item() * config_std
     assert slopes[0.0] == 1
     assert slopes[1.0] == 0
     assert 0.25 < slopes[0.5] < 0.75
-    assert min(spans.values()) > 230  # the whole picture: nothing cropped away
+    assert min(spans.values()) > 230  # the whole image: nothing cropped away
 
 
 config_std = schema.Data(name="d", root="r", classes=2).std[0]
 
 
-def test_bands_are_those_of_the_picture(config_file: Path, numbered: Pictures) -> None:
-    whole = next(iter(ValidationLoader(configuration.load(config_file, ["split.block=1"]), numbered, share())))
-    split = next(iter(ValidationLoader(configuration.load(config_file, ["split.block=4"]), numbered, share())))
-    matrix = spectral.transform_matrix("dct2d", 4)
-    expected = spectral.split(whole.inputs[0], matrix, 4)
+def test_bands_are_those_of_the_image(config_file: Path, numbered: ImageFiles) -> None:
+    whole = next(iter(ValidationLoader(loading.load(config_file, ["split.block=1"]), numbered, share())))
+    split = next(iter(ValidationLoader(loading.load(config_file, ["split.block=4"]), numbered, share())))
+    matrix = transforms.transform_matrix("dct2d", 4)
+    expected = transforms.split(whole.inputs[0], matrix, 4)
     torch.testing.assert_close(torch.stack(split.inputs), expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(
-        spectral.merge(torch.stack(split.inputs), matrix, 4), whole.inputs[0], atol=1e-5, rtol=1e-5
+        transforms.merge(torch.stack(split.inputs), matrix, 4), whole.inputs[0], atol=1e-5, rtol=1e-5
     )
 
 
@@ -235,24 +237,24 @@ def test_grayscale_cmyk_and_mixed_files_work_in_one_batch(config: schema.RunConf
     gray = Image.fromarray(noise).resize((70, 90))
     for n, (mode, options) in enumerate([("L", {}), ("CMYK", {}), ("RGB", {"progressive": True}), ("RGB", {})]):
         gray.convert(mode).save(tmp_path / f"{n}.jpg", quality=95, **options)
-    found = Pictures(sorted(map(str, tmp_path.glob("*.jpg"))), [0, 1, 2, 3], ["all"])
+    found = ImageFiles(sorted(map(str, tmp_path.glob("*.jpg"))), [0, 1, 2, 3], ["all"])
     batches = list(ValidationLoader(config, found, share(batch_size=3)))
     assert [batch.labels.tolist() for batch in batches] == [[0, 1, 2], [3, -1, -1]]
     low = torch.cat([batch.inputs[0] for batch in batches])
     assert low.isfinite().all()
-    torch.testing.assert_close(low[0], low[3], atol=0.1, rtol=0)  # the same picture, once gray and once in colour
+    torch.testing.assert_close(low[0], low[3], atol=0.1, rtol=0)  # the same image, once gray and once in colour
 
 
-@pytest.mark.parametrize("content", [b"", b"not a picture", None], ids=["empty", "text", "truncated"])
-def test_a_picture_that_cannot_be_decoded_is_named(
-    config: schema.RunConfig, numbered: Pictures, tmp_path: Path, content: bytes | None
+@pytest.mark.parametrize("content", [b"", b"not a image", None], ids=["empty", "text", "truncated"])
+def test_a_image_that_cannot_be_decoded_is_named(
+    config: schema.RunConfig, numbered: ImageFiles, tmp_path: Path, content: bytes | None
 ) -> None:
     bad = tmp_path / "07.jpg"
     bad.write_bytes(bad.read_bytes()[:300] if content is None else content)
-    with pytest.raises(UndecodablePicture, match=f"{bad}: this picture cannot be read or decoded"):
+    with pytest.raises(UndecodableImage, match=f"{bad}: this image cannot be read or decoded"):
         list(ValidationLoader(config, numbered, share()))
     batches = TrainingLoader(config, numbered, [share()])
-    with pytest.raises(UndecodablePicture, match=f"{bad}: this picture cannot be read or decoded"):
+    with pytest.raises(UndecodableImage, match=f"{bad}: this image cannot be read or decoded"):
         labels(batches, 10)
 
 
@@ -263,7 +265,7 @@ def test_real_photographs_and_their_awkward_relatives(config: schema.RunConfig, 
     kinds = ("cmyk", "grayscale", "progressive", "exif", "odd", "misnamed", "mixed", "plain", "tiny")
     files = sorted(str(path) for path in folder.iterdir() if path.name.startswith(kinds))
     copies = [shutil.copy(file, tmp_path) for file in files]
-    found = Pictures([str(copy) for copy in copies], list(range(len(copies))), ["all"])
+    found = ImageFiles([str(copy) for copy in copies], list(range(len(copies))), ["all"])
     batches = list(ValidationLoader(config, found, share(batch_size=7)))
     assert torch.cat([batch.labels for batch in batches]).tolist()[: len(files)] == list(range(len(files)))
     assert all(x.isfinite().all() for batch in batches for x in batch.inputs)
@@ -275,6 +277,6 @@ def test_threads_are_shared_among_the_ranks_of_a_machine(
 
     monkeypatch.setattr(loader.os, "cpu_count", lambda: 16)
     ranks = Ranks(5, 8, 1, 4, torch.device("cpu"))
-    assert loader.share_of(config, ranks, 2, False).threads == 1  # the config says so
+    assert loader.shard_of(config, ranks, 2, False).threads == 1  # the config says so
     free = config.model_copy(update={"data": config.data.model_copy(update={"threads": None})})
-    assert loader.share_of(free, ranks, 2, False) == Share(5, 8, 2, 4, None, False)
+    assert loader.shard_of(free, ranks, 2, False) == Shard(5, 8, 2, 4, None, False)

@@ -12,8 +12,8 @@ import pytest
 import tomli_w
 from PIL import Image
 
-from bandsplit import reporting
 from bandsplit.errors import UserError
+from bandsplit.reporting import figures, report, runs, tables
 
 ROOT = Path(__file__).parents[1]
 Event = dict[str, Any]
@@ -62,8 +62,8 @@ def write_run(
     return folder
 
 
-def groups_of(*folders: Path) -> list[reporting.Group]:
-    return reporting.group_runs([reporting.read_run(folder) for folder in folders])
+def groups_of(*folders: Path) -> list[runs.Group]:
+    return runs.group_runs([runs.read_run(folder) for folder in folders])
 
 
 def command(*arguments: object) -> subprocess.CompletedProcess[str]:
@@ -107,7 +107,7 @@ def test_mean_and_two_sigma_on_irregular_times_equal_a_plain_numpy_computation(t
         events = [validation(100 * k, s, a) for k, (s, a) in enumerate(zip(seconds, top1, strict=True), start=1)]
         folders.append(write_run(tmp_path / str(seed), [*events, end(1200, seconds[-1])], seed=seed))
     (group,) = groups_of(*folders)
-    result = reporting.group_curve(group, "seconds", reporting.ACCURACY[0])
+    result = figures.group_curve(group, "seconds", figures.ACCURACY[0])
 
     low, high = max(seconds[0] for seconds, _ in runs), min(seconds[-1] for seconds, _ in runs)
     assert (result.index[0], result.index[-1]) == (low, high)
@@ -133,7 +133,7 @@ def test_table_is_exact_for_a_small_example(tmp_path: Path) -> None:
     ]
     folders.append(write_run(tmp_path / "plain", finished([70], branches=[70]), name="plain"))
     folders.append(write_run(tmp_path / "new", [train(50, 90.0)], name="new"))
-    table = reporting.markdown_table(groups_of(*folders))
+    table = tables.markdown_table(groups_of(*folders))
     *rows, _blank, caption = table.splitlines()
     assert all(len(row) == len(rows[0]) for row in rows)
     assert [" ".join(row.split()) for row in rows] == [
@@ -148,11 +148,11 @@ def test_table_is_exact_for_a_small_example(tmp_path: Path) -> None:
 
 def test_a_half_written_last_line_is_left_out_and_a_broken_one_before_it_is_named(tmp_path: Path) -> None:
     growing = write_run(tmp_path / "growing", curve([50, 60]), tail='{"event": "train", "st')
-    run = reporting.read_run(growing)
+    run = runs.read_run(growing)
     assert (len(run.train), len(run.validation), run.ended) == (2, 2, False)
     broken = write_run(tmp_path / "broken", curve([50]), tail='{"event": "tr\n{"event": "end"}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl: line 3 is not a JSON object"):
-        reporting.read_run(broken)
+        runs.read_run(broken)
 
 
 @pytest.mark.parametrize(
@@ -160,13 +160,13 @@ def test_a_half_written_last_line_is_left_out_and_a_broken_one_before_it_is_name
     [(90, (1, "Training time (s)")), (5400, (60, "Training time (min)")), (90_000, (3600, "Training time (h)"))],
 )
 def test_time_axis_unit(largest: float, expected: tuple[float, str]) -> None:
-    assert reporting.axis_unit("seconds", largest) == expected
+    assert figures.axis_unit("seconds", largest) == expected
 
 
 def test_branch_panels_share_limits_that_hold_every_run(tmp_path: Path) -> None:
     short = write_run(tmp_path / "short", curve([10], branches=[5] * 16), name="short")
     long = write_run(tmp_path / "long", finished([10, 50, 80], branches=[30, 20, 10, 5]), name="long")
-    figure = reporting.branches_figure(groups_of(short, long))
+    figure = figures.branches_figure(groups_of(short, long))
     assert figure is not None
     panels = [axes for axes in figure.axes if axes.get_title(loc="left") or axes.get_title()]
     assert [len(axes.lines) for axes in panels] == [16 + 1, 4 + 1]
@@ -180,7 +180,7 @@ def test_a_run_of_some_branches_shows_their_numbers(tmp_path: Path) -> None:
     folder = write_run(tmp_path / "some", finished([10, 50], branches=[30, 20]))
     config = (folder / "config.toml").read_text()
     (folder / "config.toml").write_text(config.replace('branches = "each"', 'branches = "each"\nonly = [3, 1]'))
-    figure = reporting.branches_figure(groups_of(folder))
+    figure = figures.branches_figure(groups_of(folder))
     assert figure is not None
     assert [label.get_text() for axes in figure.axes[-1:] for label in axes.get_yticklabels()] == ["3", "1"]
 
@@ -203,14 +203,14 @@ def test_command_writes_every_figure_and_the_table(tmp_path: Path) -> None:
 
 def test_a_run_without_validation_gets_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = write_run(tmp_path / "run", [train(10, 5.0), train(20, 9.0)])
-    reporting.report([run])
+    report.report([run])
     assert "accuracy_time: left out" in capsys.readouterr().out
     assert {path.name for path in (run / "plots").glob("*.png")} == {"loss.png", "throughput.png"}
 
 
 def test_the_same_run_named_twice_counts_once(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", finished([50]))
-    reporting.report([run, tmp_path / "other" / ".." / "run"], tmp_path / "out")
+    report.report([run, tmp_path / "other" / ".." / "run"], tmp_path / "out")
     assert "| net           |  1 |" in (tmp_path / "out" / "table.md").read_text(encoding="utf-8")
 
 
@@ -224,14 +224,14 @@ def test_a_users_mistake_ends_with_one_message_and_code_2(tmp_path: Path) -> Non
 def test_messages_name_what_is_missing(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [])
     with pytest.raises(UserError, match="no training or validation events yet"):
-        reporting.report([run])
+        report.report([run])
     for name in ("metrics.jsonl", "config.toml"):
         (run / name).unlink()
         with pytest.raises(UserError, match=f"run: not a run directory, {name} is missing"):
-            reporting.report([run])
+            report.report([run])
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: exists and is not a folder"):
-        reporting.report([write_run(tmp_path / "full", finished([50]))], tmp_path / "file")
+        report.report([write_run(tmp_path / "full", finished([50]))], tmp_path / "file")
 
 
 def test_neither_torch_nor_dali_is_imported_and_help_loads_no_plotting() -> None:

@@ -12,9 +12,9 @@ import pytest
 import tomli
 import tomli_w
 
-from bandsplit import configuration, schema
+from bandsplit.config import loading, schema
 from bandsplit.errors import UserError
-from bandsplit.runlog import resolved
+from bandsplit.runs.directory import resolved
 from tests.conftest import REPOSITORY
 
 SHIPPED = sorted((REPOSITORY / "config/train").glob("*.toml"))
@@ -22,11 +22,11 @@ SHIPPED = sorted((REPOSITORY / "config/train").glob("*.toml"))
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_shipped_config_loads_and_survives_being_written_out(path: Path, tmp_path: Path) -> None:
-    config = configuration.load(path)
+    config = loading.load(path)
     assert config.name == path.stem
     written = tmp_path / "resolved.toml"
     written.write_text(tomli_w.dumps(resolved(config)))
-    assert configuration.load(written) == config
+    assert loading.load(written) == config
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
@@ -41,25 +41,25 @@ def test_a_typo_in_any_key_of_a_shipped_config_is_refused(path: Path, tmp_path: 
             wrong = tmp_path / "broken.toml"
             wrong.write_text(tomli_w.dumps(broken))
             with pytest.raises(UserError, match=f"{key or section}x: unknown key; (did you mean|allowed in)"):
-                configuration.load(wrong)
+                loading.load(wrong)
 
 
 def test_precedence_is_defaults_then_file_then_set(config_file: Path) -> None:
-    assert configuration.load(config_file).optim.momentum == 0.9
-    assert configuration.load(config_file).optim.lr == 0.05
-    config = configuration.load(config_file, ["optim.lr=0.2", "data.mean=[1, 2, 3]", "model.arch=resnet34"])
+    assert loading.load(config_file).optim.momentum == 0.9
+    assert loading.load(config_file).optim.lr == 0.05
+    config = loading.load(config_file, ["optim.lr=0.2", "data.mean=[1, 2, 3]", "model.arch=resnet34"])
     assert (config.optim.lr, config.data.mean, config.model.arch) == (0.2, (1, 2, 3), "resnet34")
 
 
 def test_another_data_config_replaces_the_named_one(config_file: Path) -> None:
     other = config_file.with_name("other.toml")
     other.write_text('root = "elsewhere"\nclasses = 3\n')
-    assert configuration.load(config_file, data=other).data == schema.Data(name="other", root="elsewhere", classes=3)
+    assert loading.load(config_file, data=other).data == schema.Data(name="other", root="elsewhere", classes=3)
 
 
 def test_configs_are_frozen(config_file: Path) -> None:
     with pytest.raises(ValueError, match="frozen"):
-        configuration.load(config_file).optim.lr = 1  # type: ignore[misc]
+        loading.load(config_file).optim.lr = 1  # type: ignore[misc]
 
 
 def test_groups_follow_the_branches_key() -> None:
@@ -88,10 +88,10 @@ MISTAKES = {
     "foo.bar=1": r"--set foo.bar=1: foo: unknown key; allowed in the top level: name, seed",
     'data.mean=[1, 2, "x"]': r"data.mean: \[1, 2, 'x'\] given; expected 3 numbers",
     "data.std=[1, 0, 1]": r"data.std: \[1.0, 0.0, 1.0\] given; allowed: positive numbers",
-    "data.random_area=[0.5, 0.1]": r"data.random_area: \[0.5, 0.1\] given; allowed: 0 < smallest",
+    "data.scale=[0.5, 0.1]": r"data.scale: \[0.5, 0.1\] given; allowed: 0 < smallest",
     "schedule.warmup_epochs=2": r"schedule.warmup_epochs: 2.* given; allowed: less than train.epochs = 2",
     "schedule.lr_min=1": r"schedule.lr_min: 1.* given; allowed: at most optim.lr = 0.05",
-    "train.accumulation=5": r"train.batch_size: 12 given; allowed: a multiple of train.accumulation = 5",
+    "train.grad_accum_steps=5": r"train.batch_size: 12 given; allowed: a multiple of train.grad_accum_steps = 5",
     "optim.momentum=0 optim.nesterov=true": r"optim.momentum: 0.* given; allowed: above 0 with optim.nesterov",
     'split.transform="hadamard" split.block=6 data.image_size=36': r"split.block: 6 given; allowed: a power of two",
     "optim": r"--set optim: expected key=value",
@@ -121,36 +121,36 @@ MISTAKES = {
 def test_each_mistake_names_key_value_and_what_is_allowed(config_file: Path, overrides: str, message: str) -> None:
     parts = re.split(r" (?=[a-z_]+\.[a-z_.]+=)", overrides)
     with pytest.raises(UserError, match=message):
-        configuration.load(config_file, parts)
+        loading.load(config_file, parts)
 
 
 def test_mistakes_in_files_name_the_file(config_file: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.toml"
     data.write_text(data.read_text() + "mirorr = 1\n")
-    with pytest.raises(UserError, match=rf"{data}: data.mirorr: unknown key; did you mean data.mirror\?"):
-        configuration.load(config_file)
+    with pytest.raises(UserError, match=rf"{data}: data.mirorr: unknown key; did you mean data.hflip\?"):
+        loading.load(config_file)
     config_file.write_text("[optim\n")
     with pytest.raises(UserError, match=f"{config_file}: not valid TOML"):
-        configuration.load(config_file)
+        loading.load(config_file)
     with pytest.raises(UserError, match=rf"tinny.toml: no such config file; did you mean {config_file}\?"):
-        configuration.load(tmp_path / "tinny.toml")
+        loading.load(tmp_path / "tinny.toml")
     config_file.write_text('data = "data.toml"\n')
     with pytest.raises(UserError, match=r"tiny.toml: model: missing; expected: a table \[model\]"):
-        configuration.load(config_file)
+        loading.load(config_file)
 
 
 def test_image_sizes_grow_as_in_ffcvs_recipe(config_file: Path) -> None:
     keys = ["data.image_size=192", "data.resize_size=192", "train.epochs=88"]
     for low, start, end, multiple in ((160, 65, 76, 32), (96, 10, 70, 16)):
         table = f"{{min_size={low}, ramp_start={start}, ramp_end={end}, multiple={multiple}}}"
-        config = configuration.load(config_file, [*keys, f"augment.progressive={table}"])
+        config = loading.load(config_file, [*keys, f"augment.progressive={table}"])
         sizes = [config.image_size_at(epoch) for epoch in range(88)]
         assert sizes == [round(np.interp(e, [start, end], [low, 192]) / multiple) * multiple for e in range(88)]
-    assert {configuration.load(config_file, keys).image_size_at(epoch) for epoch in range(88)} == {192}
+    assert {loading.load(config_file, keys).image_size_at(epoch) for epoch in range(88)} == {192}
 
 
 def test_a_batch_has_to_fit_the_ranks(config_file: Path) -> None:
-    config = configuration.load(config_file, ["train.accumulation=2"])
+    config = loading.load(config_file, ["train.grad_accum_steps=2"])
     assert config.rank_batch_size(world_size=3) == 2
     with pytest.raises(UserError, match="12 given, but 4 ranks .* need a multiple of 8, for example 8 or 16"):
         config.rank_batch_size(world_size=4)
@@ -158,7 +158,8 @@ def test_a_batch_has_to_fit_the_ranks(config_file: Path) -> None:
 
 def test_heavy_imports_stay_out() -> None:
     code = (
-        "import sys; from bandsplit import configuration, dataset, runlog; "
+        "import sys; from bandsplit.config import loading; from bandsplit.data import images; "
+        "from bandsplit.runs import directory, metrics; "
         "print({'torch', 'nvidia.dali'} & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -173,10 +174,10 @@ def write(folder: Path, name: str, text: str) -> Path:
 
 
 def test_a_config_extends_another_key_by_key(config_file: Path, tmp_path: Path) -> None:
-    base = configuration.load(config_file)
+    base = loading.load(config_file)
     write(tmp_path, "sub/child.toml", 'extends = "../tiny.toml"\n[optim]\nlr = 0.5\n[train]\nepochs = 7\n')
     grandchild = write(tmp_path, "sub/grandchild.toml", 'extends = "child.toml"\n[optim]\nmomentum = 0.5\n')
-    config = configuration.load(grandchild)
+    config = loading.load(grandchild)
     assert config.name == "grandchild"
     assert (config.optim.lr, config.optim.momentum, config.train.epochs) == (0.5, 0.5, 7)
     assert (config.data, config.model, config.split) == (base.data, base.model, base.split)
@@ -186,22 +187,22 @@ def test_another_type_takes_the_place_of_the_whole_table(config_file: Path, tmp_
     text = config_file.read_text().replace("lr = 0.05", "lr = 0.05\nmomentum = 0.8")
     write(tmp_path, "base.toml", text)
     child = write(tmp_path, "child.toml", 'extends = "base.toml"\n[optim]\ntype = "adam"\nlr = 0.001\n')
-    assert configuration.load(child).optim == schema.Adam(lr=0.001)
+    assert loading.load(child).optim == schema.Adam(lr=0.001)
     same = write(tmp_path, "same.toml", 'extends = "base.toml"\n[optim]\nnesterov = true\n')
-    assert configuration.load(same).optim == schema.SGD(lr=0.05, momentum=0.8, nesterov=True)
+    assert loading.load(same).optim == schema.SGD(lr=0.05, momentum=0.8, nesterov=True)
 
 
 def test_mistakes_name_the_file_they_are_in(config_file: Path, tmp_path: Path) -> None:
     write(tmp_path, "base.toml", config_file.read_text().replace("lr = 0.05", "lrr = 0.05"))
     child = write(tmp_path, "child.toml", 'extends = "base.toml"\n[train]\nepoch = 7\n')
     with pytest.raises(UserError) as raised:
-        configuration.load(child)
+        loading.load(child)
     lines = str(raised.value).splitlines()
     assert f"{child}: train.epoch: unknown key; did you mean train.epochs?" in lines
     assert f"{tmp_path / 'base.toml'}: optim.lrr: unknown key; did you mean optim.lr?" in lines
     for text, message in (('extends = "none.toml"', "none.toml: no such config"), ("extends = 3", "extends: 3 given")):
         with pytest.raises(UserError, match=message):
-            configuration.load(write(tmp_path, "bad.toml", text))
+            loading.load(write(tmp_path, "bad.toml", text))
     write(tmp_path, "a.toml", 'extends = "b.toml"')
     with pytest.raises(UserError, match="extends itself, by way of a.toml and b.toml"):
-        configuration.load(write(tmp_path, "b.toml", 'extends = "a.toml"').with_name("a.toml"))
+        loading.load(write(tmp_path, "b.toml", 'extends = "a.toml"').with_name("a.toml"))

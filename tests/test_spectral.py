@@ -7,7 +7,7 @@ import scipy.linalg
 import torch
 from torch import Tensor
 
-from bandsplit import spectral
+from bandsplit.spectral import transforms
 
 BLOCKS = [1, 2, 4, 6]
 KINDS = ["dct2d", "dct1d", "hadamard", "identity"]
@@ -32,9 +32,9 @@ def blocks_of(images: Tensor, block: int) -> np.ndarray:
 
 @pytest.mark.parametrize("norm", ["ortho", "none"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_dct2d_is_scipys_dctn_of_every_block(images: Tensor, block: int, norm: spectral.Norm) -> None:
+def test_dct2d_is_scipys_dctn_of_every_block(images: Tensor, block: int, norm: transforms.Norm) -> None:
     expected = scipy.fft.dctn(blocks_of(images, block), axes=(2, 3), norm="ortho" if norm == "ortho" else None)
-    bands = spectral.split(images, spectral.transform_matrix("dct2d", block, norm), block)
+    bands = transforms.split(images, transforms.transform_matrix("dct2d", block, norm), block)
     for u in range(block):
         for v in range(block):
             got = bands[u * block + v].permute(2, 3, 0, 1).numpy()
@@ -43,18 +43,18 @@ def test_dct2d_is_scipys_dctn_of_every_block(images: Tensor, block: int, norm: s
 
 @pytest.mark.parametrize("norm", ["ortho", "none"])
 @pytest.mark.parametrize("block", BLOCKS)
-def test_dct1d_is_scipys_dct_of_every_flattened_block(images: Tensor, block: int, norm: spectral.Norm) -> None:
+def test_dct1d_is_scipys_dct_of_every_flattened_block(images: Tensor, block: int, norm: transforms.Norm) -> None:
     blocks = blocks_of(images, block)
     flat = blocks.reshape(*blocks.shape[:2], block * block, *blocks.shape[4:])
     expected = scipy.fft.dct(flat, axis=2, norm="ortho" if norm == "ortho" else None)
-    bands = spectral.split(images, spectral.transform_matrix("dct1d", block, norm), block)
+    bands = transforms.split(images, transforms.transform_matrix("dct1d", block, norm), block)
     np.testing.assert_allclose(bands.permute(3, 4, 0, 1, 2).numpy(), expected, atol=1e-11)
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_unnormalised_dct1d_is_the_formula_of_the_method(block: int) -> None:
     count = block * block
-    matrix = spectral.transform_matrix("dct1d", block, "none")
+    matrix = transforms.transform_matrix("dct1d", block, "none")
     for k in range(count):
         for n in range(count):
             assert matrix[k, n] == pytest.approx(2 * np.cos(np.pi * k * (2 * n + 1) / (2 * count)), abs=1e-12)
@@ -62,51 +62,51 @@ def test_unnormalised_dct1d_is_the_formula_of_the_method(block: int) -> None:
 
 @pytest.mark.parametrize("block", [1, 2, 4, 8])
 def test_hadamard_has_scipys_rows_in_order_of_sign_changes(block: int) -> None:
-    matrix = spectral.transform_matrix("hadamard", block, "none")
+    matrix = transforms.transform_matrix("hadamard", block, "none")
     assert {tuple(row) for row in matrix} == {tuple(row) for row in scipy.linalg.hadamard(block * block)}
     for k, row in enumerate(matrix.reshape(-1, block, block)):
         downwards, across = row[:, 0], row[0]
         changes = [np.count_nonzero(np.diff(line)) for line in (downwards, across)]
         assert changes == [k // block, k % block]  # band k of the Hadamard lies where band k of the DCT does
-    np.testing.assert_allclose(spectral.transform_matrix("hadamard", block), matrix / block)
+    np.testing.assert_allclose(transforms.transform_matrix("hadamard", block), matrix / block)
 
 
 def test_hadamard_of_block_2_is_sylvesters_and_the_dcts() -> None:
-    matrix = spectral.transform_matrix("hadamard", 2, "none")
+    matrix = transforms.transform_matrix("hadamard", 2, "none")
     np.testing.assert_array_equal(matrix, scipy.linalg.hadamard(4))
-    np.testing.assert_allclose(spectral.transform_matrix("hadamard", 2), spectral.transform_matrix("dct2d", 2))
+    np.testing.assert_allclose(transforms.transform_matrix("hadamard", 2), transforms.transform_matrix("dct2d", 2))
 
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_identity_keeps_the_polyphase_components(images: Tensor, block: int) -> None:
-    bands = spectral.split(images, spectral.transform_matrix("identity", block), block)
+    bands = transforms.split(images, transforms.transform_matrix("identity", block), block)
     for n in range(block * block):
         assert torch.equal(bands[n], images[:, :, n // block :: block, n % block :: block])
 
 
 @pytest.mark.parametrize(("kind", "block"), ALL)
-def test_orthonormal_transforms_keep_the_energy(images: Tensor, kind: spectral.Kind, block: int) -> None:
-    matrix = spectral.transform_matrix(kind, block)
+def test_orthonormal_transforms_keep_the_energy(images: Tensor, kind: transforms.Kind, block: int) -> None:
+    matrix = transforms.transform_matrix(kind, block)
     np.testing.assert_allclose(matrix @ matrix.T, np.eye(block * block), atol=1e-12)
-    bands = spectral.split(images, matrix, block)
+    bands = transforms.split(images, matrix, block)
     assert bands.square().sum().item() == pytest.approx(images.square().sum().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("norm", ["ortho", "none"])
 @pytest.mark.parametrize(("kind", "block"), ALL)
-def test_merge_undoes_split(images: Tensor, kind: spectral.Kind, block: int, norm: spectral.Norm) -> None:
-    matrix = spectral.transform_matrix(kind, block, norm)
+def test_merge_undoes_split(images: Tensor, kind: transforms.Kind, block: int, norm: transforms.Norm) -> None:
+    matrix = transforms.transform_matrix(kind, block, norm)
     single = images.float()
     torch.testing.assert_close(
-        spectral.merge(spectral.split(single, matrix, block), matrix, block), single, atol=1e-5, rtol=0
+        transforms.merge(transforms.split(single, matrix, block), matrix, block), single, atol=1e-5, rtol=0
     )
 
 
 @pytest.mark.parametrize(("kind", "block"), ALL)
-def test_split_is_a_sum_over_the_pixels_of_a_block(kind: spectral.Kind, block: int) -> None:
+def test_split_is_a_sum_over_the_pixels_of_a_block(kind: transforms.Kind, block: int) -> None:
     images = torch.randn(1, 2, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    matrix = spectral.transform_matrix(kind, block, "none")
-    bands = spectral.split(images, torch.from_numpy(matrix), block)  # a tensor serves as well as an array
+    matrix = transforms.transform_matrix(kind, block, "none")
+    bands = transforms.split(images, torch.from_numpy(matrix), block)  # a tensor serves as well as an array
     for c in range(2):
         for i in range(12 // block):
             for j in range(12 // block):
@@ -120,26 +120,26 @@ def test_split_is_a_sum_over_the_pixels_of_a_block(kind: spectral.Kind, block: i
 
 @pytest.mark.parametrize("kind", ["dct2d", "hadamard"])
 @pytest.mark.parametrize("block", [2, 4])
-def test_flip_commutes_with_a_known_sign(images: Tensor, kind: spectral.Kind, block: int) -> None:
+def test_flip_commutes_with_a_known_sign(images: Tensor, kind: transforms.Kind, block: int) -> None:
     """A cosine of frequency v is even or odd about the middle of the block: a flip costs the sign (-1)^v, no more."""
-    matrix = spectral.transform_matrix(kind, block)
-    flipped = spectral.split(images.flip(3), matrix, block)
+    matrix = transforms.transform_matrix(kind, block)
+    flipped = transforms.split(images.flip(3), matrix, block)
     signs = torch.tensor([(-1.0) ** (k % block) for k in range(block * block)]).double().reshape(-1, 1, 1, 1, 1)
-    torch.testing.assert_close(flipped, signs * spectral.split(images, matrix, block).flip(4))
+    torch.testing.assert_close(flipped, signs * transforms.split(images, matrix, block).flip(4))
 
 
 def test_gradient_of_an_orthonormal_split_is_its_inverse(images: Tensor) -> None:
-    matrix = spectral.transform_matrix("dct2d", 4)
+    matrix = transforms.transform_matrix("dct2d", 4)
     weights = torch.randn(16, 2, 3, 6, 9, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
-    pictures = images.clone().requires_grad_()
-    (gradient,) = torch.autograd.grad((spectral.split(pictures, matrix, 4) * weights).sum(), pictures)
-    torch.testing.assert_close(gradient, spectral.merge(weights, matrix, 4))
+    images = images.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad((transforms.split(images, matrix, 4) * weights).sum(), images)
+    torch.testing.assert_close(gradient, transforms.merge(weights, matrix, 4))
 
 
 def test_stack_lays_bands_side_by_side(images: Tensor) -> None:
-    bands = spectral.split(images, spectral.transform_matrix("dct2d", 2), 2)
+    bands = transforms.split(images, transforms.transform_matrix("dct2d", 2), 2)
     groups = [[0], [0, 1], [3, 0, 2]]
-    stacked = spectral.stack(bands, groups)
+    stacked = transforms.stack(bands, groups)
     assert [tuple(branch.shape) for branch in stacked] == [(2, 3 * len(group), 12, 18) for group in groups]
     for group, branch in zip(groups, stacked, strict=True):
         for i, band in enumerate(group):
@@ -147,27 +147,27 @@ def test_stack_lays_bands_side_by_side(images: Tensor) -> None:
                 assert torch.equal(branch[:, i * 3 + colour], bands[band, :, colour])
 
 
-def test_split_pictures_is_the_chain_of_its_steps() -> None:
+def test_split_images_is_the_chain_of_its_steps() -> None:
     generator = torch.Generator().manual_seed(3)
-    pictures = torch.randint(0, 256, (3, 12, 8, 3), dtype=torch.uint8, generator=generator)
+    images = torch.randint(0, 256, (3, 12, 8, 3), dtype=torch.uint8, generator=generator)
     mean, std = [123.7, 116.3, 103.5], [58.4, 57.1, 57.4]
-    matrix, groups = spectral.transform_matrix("dct2d", 4), [[0, 5], [15]]
-    got = spectral.split_pictures(pictures, matrix, 4, mean, std, torch.tensor([0, 1, 0]), groups, torch.float64)
+    matrix, groups = transforms.transform_matrix("dct2d", 4), [[0, 5], [15]]
+    got = transforms.split_images(images, matrix, 4, mean, std, torch.tensor([0, 1, 0]), groups, torch.float64)
     for sample in range(3):
-        pixels = pictures[sample].numpy().astype(np.float64)
+        pixels = images[sample].numpy().astype(np.float64)
         pixels = pixels[:, ::-1] if sample == 1 else pixels
         image = torch.from_numpy(((pixels - mean) / std).transpose(2, 0, 1).copy())[None]
-        expected = spectral.stack(spectral.split(image, matrix, 4), groups)
+        expected = transforms.stack(transforms.split(image, matrix, 4), groups)
         for branch, wanted in zip(got, expected, strict=True):
             torch.testing.assert_close(branch[sample], wanted[0])
     assert all(branch.is_contiguous(memory_format=torch.channels_last) for branch in got)
 
 
-def test_split_pictures_in_each_type() -> None:
-    pictures = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
-    matrix = spectral.transform_matrix("dct2d", 2)
+def test_split_images_in_each_type() -> None:
+    images = torch.randint(0, 256, (2, 8, 8, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(4))
+    matrix = transforms.transform_matrix("dct2d", 2)
     double, single, half = (
-        spectral.split_pictures(pictures, matrix, 2, [128] * 3, [64] * 3, dtype=dtype)
+        transforms.split_images(images, matrix, 2, [128] * 3, [64] * 3, dtype=dtype)
         for dtype in (torch.float64, torch.float32, torch.float16)
     )
     assert len(double) == 4  # without groups, each band is its own
@@ -177,39 +177,39 @@ def test_split_pictures_in_each_type() -> None:
 
 
 def test_errors_say_what_is_allowed(images: Tensor) -> None:
-    matrix = spectral.transform_matrix("identity", 5)
-    with pytest.raises(ValueError, match="block = 5 does not divide pictures of 24 x 36"):
-        spectral.split(images, matrix, 5)
+    matrix = transforms.transform_matrix("identity", 5)
+    with pytest.raises(ValueError, match="block = 5 does not divide images of 24 x 36"):
+        transforms.split(images, matrix, 5)
     with pytest.raises(ValueError, match=r"matrix of shape \(25, 25\): block = 4 needs \(16, 16\)"):
-        spectral.split(images, matrix, 4)
+        transforms.split(images, matrix, 4)
     with pytest.raises(ValueError, match=r"matrix of shape \(25, 25\): block = 4 needs \(16, 16\)"):
-        spectral.merge(images[None], matrix, 4)
+        transforms.merge(images[None], matrix, 4)
     with pytest.raises(ValueError, match="1 bands: block = 5 makes 25"):
-        spectral.merge(images[None], matrix, 5)
+        transforms.merge(images[None], matrix, 5)
     with pytest.raises(ValueError, match="floating type"):
-        spectral.split(images.to(torch.uint8), np.eye(4), 2)
+        transforms.split(images.to(torch.uint8), np.eye(4), 2)
     with pytest.raises(ValueError, match="group 1 names band 4: allowed are 0..3"):
-        spectral.stack(torch.zeros(4, 1, 3, 2, 2), [[0], [1, 4]])
+        transforms.stack(torch.zeros(4, 1, 3, 2, 2), [[0], [1, 4]])
     with pytest.raises(ValueError, match="group 0 names band -1"):
-        spectral.stack(torch.zeros(4, 1, 3, 2, 2), [[-1]])
+        transforms.stack(torch.zeros(4, 1, 3, 2, 2), [[-1]])
     with pytest.raises(ValueError, match="group 1 has no band"):
-        spectral.stack(torch.zeros(4, 1, 3, 2, 2), [[0], []])
+        transforms.stack(torch.zeros(4, 1, 3, 2, 2), [[0], []])
     with pytest.raises(ValueError, match=r"needed is uint8 \(B, H, W, C\)"):
-        spectral.split_pictures(images, np.eye(4), 2, [0] * 3, [1] * 3)
+        transforms.split_images(images, np.eye(4), 2, [0] * 3, [1] * 3)
     with pytest.raises(ValueError, match="mean has 1 and std 3 entries for 3"):
-        spectral.split_pictures(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), np.eye(4), 2, [0], [1] * 3)
+        transforms.split_images(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), np.eye(4), 2, [0], [1] * 3)
 
 
 @pytest.mark.parametrize("block", [3, 6, 7])
 def test_hadamard_needs_a_power_of_2(block: int) -> None:
     with pytest.raises(ValueError, match=f"block = {block}: the hadamard transform needs a power of 2"):
-        spectral.transform_matrix("hadamard", block)
+        transforms.transform_matrix("hadamard", block)
 
 
 def test_transform_matrix_names_what_is_wrong() -> None:
     with pytest.raises(ValueError, match="kind = 'dct': allowed are 'dct2d', 'dct1d', 'hadamard' and 'identity'"):
-        spectral.transform_matrix("dct", 2)  # type: ignore[arg-type]
+        transforms.transform_matrix("dct", 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="norm = 'l2': allowed are 'ortho' and 'none'"):
-        spectral.transform_matrix("dct2d", 2, "l2")  # type: ignore[arg-type]
+        transforms.transform_matrix("dct2d", 2, "l2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block = 0: must be at least 1"):
-        spectral.transform_matrix("dct2d", 0)
+        transforms.transform_matrix("dct2d", 0)

@@ -1,4 +1,4 @@
-"""The CUDA kernels, thread by thread on the CPU, against `spectral.split_pictures`. tests/gpu runs the real ones."""
+"""The CUDA kernels, thread by thread on the CPU, against `transforms.split_images`. tests/gpu runs the real ones."""
 
 import ctypes
 import subprocess
@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bandsplit import native, spectral
+from bandsplit.spectral import native, transforms
 
 MEAN, STD = [123.675, 116.28, 103.53, 99.0], [58.395, 57.12, 57.375, 50.0]
 Array = npt.NDArray[Any]
@@ -42,24 +42,24 @@ def colours(channels: int) -> tuple[Array, Array]:
 
 def factors_of_dct2d(block: int) -> Array:
     """(2, block, block): with A[u, r] = T[(u, 0), (r, 0)] / sqrt(T[0, 0]), the matrix T is A x A."""
-    matrix = spectral.transform_matrix("dct2d", block)
+    matrix = transforms.transform_matrix("dct2d", block)
     one = matrix.reshape(block, block, block, block)[:, 0, :, 0] / np.sqrt(matrix[0, 0])
     return np.stack([one, one]).astype(np.float32)
 
 
 def run_tiles(
-    library: ctypes.CDLL, pictures: Array, block: int, kind: spectral.Kind, groups: Sequence[Sequence[int]],
+    library: ctypes.CDLL, images: Array, block: int, kind: transforms.Kind, groups: Sequence[Sequence[int]],
     mirror: Array, channels_last: bool, dense: bool,
 ) -> list[Array] | None:  # fmt: skip
-    samples, height, width = pictures.shape[0], pictures.shape[1] // block, pictures.shape[2] // block
-    matrix = spectral.transform_matrix(kind, block).astype(np.float32)
+    samples, height, width = images.shape[0], images.shape[1] // block, images.shape[2] // block
+    matrix = transforms.transform_matrix(kind, block).astype(np.float32)
     scale, shift = colours(3)
     factors = None if dense else factors_of_dct2d(block)
     shapes = [(height, width, 3 * len(g)) if channels_last else (3 * len(g), height, width) for g in groups]
     outputs = [np.full((samples, *shape), np.nan, np.float32) for shape in shapes]
     sizes, bands = np.int32([len(g) for g in groups]), np.int32([k for g in groups for k in g])
     done = library.split(
-        pointer(pictures), samples, height, width, block, pointer(mirror), pointer(scale), pointer(shift),
+        pointer(images), samples, height, width, block, pointer(mirror), pointer(scale), pointer(shift),
         pointer(matrix), factors if factors is None else pointer(factors), len(groups), pointer(sizes), pointer(bands),
         int(channels_last), (ctypes.c_void_p * len(groups))(*[output.ctypes.data for output in outputs]),
     )  # fmt: skip
@@ -68,11 +68,11 @@ def run_tiles(
 
 
 def expected(
-    pictures: Array, block: int, kind: spectral.Kind, groups: Sequence[Sequence[int]], mirror: Array
+    images: Array, block: int, kind: transforms.Kind, groups: Sequence[Sequence[int]], mirror: Array
 ) -> list[Array]:
-    channels = pictures.shape[3]
-    bands = spectral.split_pictures(
-        torch.from_numpy(pictures), spectral.transform_matrix(kind, block), block, MEAN[:channels], STD[:channels],
+    channels = images.shape[3]
+    bands = transforms.split_images(
+        torch.from_numpy(images), transforms.transform_matrix(kind, block), block, MEAN[:channels], STD[:channels],
         torch.from_numpy(mirror.astype(np.int32)), groups,
     )  # fmt: skip
     return [band.numpy() for band in bands]  # (samples, 3·bands, h, w)
@@ -86,10 +86,10 @@ def assert_same(outputs: Sequence[Array], wanted: Sequence[Array], channels_last
 
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(data=st.data())
-def test_tiles_of_any_pictures(library: ctypes.CDLL, data: st.DataObject) -> None:
+def test_tiles_of_any_images(library: ctypes.CDLL, data: st.DataObject) -> None:
     block = data.draw(st.sampled_from([1, 2, 4, 6, 8]), "block")
     dense = data.draw(st.booleans(), "dense")
-    kind: spectral.Kind = data.draw(st.sampled_from(["dct2d", "dct1d"])) if dense else "dct2d"
+    kind: transforms.Kind = data.draw(st.sampled_from(["dct2d", "dct1d"])) if dense else "dct2d"
     samples, height = data.draw(st.integers(1, 3), "samples"), data.draw(st.integers(1, 9), "height")
     width = data.draw(st.integers(1, 40), "width")
     wanted = data.draw(st.lists(st.integers(0, block * block - 1), min_size=1, unique=True), "bands")
@@ -97,11 +97,11 @@ def test_tiles_of_any_pictures(library: ctypes.CDLL, data: st.DataObject) -> Non
     groups = [wanted[a:b] for a, b in zip([0, *cuts], [*cuts, len(wanted)], strict=True)]
     channels_last = data.draw(st.booleans(), "channels_last")
     rng = np.random.default_rng(data.draw(st.integers(0, 99), "seed"))
-    pictures = rng.integers(0, 256, (samples, height * block, width * block, 3), dtype=np.uint8)
+    images = rng.integers(0, 256, (samples, height * block, width * block, 3), dtype=np.uint8)
     mirror = rng.integers(0, 2, samples, dtype=np.uint8)
-    outputs = run_tiles(library, pictures, block, kind, groups, mirror, channels_last, dense)
+    outputs = run_tiles(library, images, block, kind, groups, mirror, channels_last, dense)
     assert outputs is not None
-    assert_same(outputs, expected(pictures, block, kind, groups, mirror), channels_last)
+    assert_same(outputs, expected(images, block, kind, groups, mirror), channels_last)
 
 
 @pytest.mark.parametrize(("block", "side"), [(2, 224), (4, 224), (6, 336)])
@@ -109,29 +109,29 @@ def test_tiles_of_any_pictures(library: ctypes.CDLL, data: st.DataObject) -> Non
 def test_tiles_of_the_published_splits(library: ctypes.CDLL, block: int, side: int, one_output: bool) -> None:
     bands = list(range(block * block))
     groups = [bands] if one_output else [[band] for band in bands]
-    pictures = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (2, side, side, 3), dtype=np.uint8)
     mirror = np.array([0, 1], np.uint8)
-    outputs = run_tiles(library, pictures, block, "dct2d", groups, mirror, channels_last=True, dense=False)
+    outputs = run_tiles(library, images, block, "dct2d", groups, mirror, channels_last=True, dense=False)
     assert outputs is not None
-    assert_same(outputs, expected(pictures, block, "dct2d", groups, mirror), channels_last=True)
+    assert_same(outputs, expected(images, block, "dct2d", groups, mirror), channels_last=True)
 
 
 def test_a_row_that_does_not_fit_into_shared_memory_is_refused(library: ctypes.CDLL) -> None:
-    pictures = np.zeros((1, 6, 1200, 3), np.uint8)
-    assert run_tiles(library, pictures, 6, "dct2d", [range(36)], np.zeros(1, np.uint8), True, True) is None
+    images = np.zeros((1, 6, 1200, 3), np.uint8)
+    assert run_tiles(library, images, 6, "dct2d", [range(36)], np.zeros(1, np.uint8), True, True) is None
 
 
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("block", [1, 2, 3, 5])
 def test_any_block_colours_and_bands(library: ctypes.CDLL, block: int, channels: int, channels_last: bool) -> None:
-    pictures = np.random.default_rng(0).integers(0, 256, (3, 2 * block, 5 * block, channels), dtype=np.uint8)
-    matrix, mirror = spectral.transform_matrix("dct1d", block).astype(np.float32), np.array([1, 0, 1], np.uint8)
+    images = np.random.default_rng(0).integers(0, 256, (3, 2 * block, 5 * block, channels), dtype=np.uint8)
+    matrix, mirror = transforms.transform_matrix("dct1d", block).astype(np.float32), np.array([1, 0, 1], np.uint8)
     group = np.int32([block * block - 1, 0, 0])  # twice the same band too
     scale, shift = colours(channels)
     output = np.full((3, 2, 5, 3 * channels) if channels_last else (3, 3 * channels, 2, 5), np.nan, np.float32)
     library.split_any(
-        pointer(pictures), 3, 2, 5, block, channels, pointer(mirror), pointer(scale), pointer(shift), pointer(matrix),
+        pointer(images), 3, 2, 5, block, channels, pointer(mirror), pointer(scale), pointer(shift), pointer(matrix),
         len(group), pointer(group), int(channels_last), pointer(output),
     )  # fmt: skip
-    assert_same([output], expected(pictures, block, "dct1d", [group.tolist()], mirror), channels_last)
+    assert_same([output], expected(images, block, "dct1d", [group.tolist()], mirror), channels_last)

@@ -1,4 +1,4 @@
-"""Runs as teachers: what they say of a picture, on any launch, through every other split; and what cannot be taught."""
+"""Runs as teachers: their logits on any launch, through every other split, and what cannot be distilled."""
 
 from __future__ import annotations
 
@@ -12,14 +12,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandsplit import configuration, dataset, recipe
+from bandsplit.config import loading
+from bandsplit.data import mixing
+from bandsplit.data.images import scan
+from bandsplit.data.loader import TrainingLoader
+from bandsplit.data.pipeline import Shard
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
-from bandsplit.learner import Learner, learners_of
-from bandsplit.loader import TrainingLoader
-from bandsplit.parallel import Mesh, Ranks
-from bandsplit.pipeline import Share
-from bandsplit.recipe import Precision
-from bandsplit.trained import Teacher, Trained
+from bandsplit.models.precision import Precision
+from bandsplit.runs.restored import Restored, Teacher
+from bandsplit.training.learner import Learner, learners_of
 from tests.conftest import Done, Launch, run
 from tests.runs import assert_equal, assert_same_run, metrics, wait_for
 
@@ -38,46 +41,46 @@ FP32 = Precision("fp32", ALONE.ranks.device)
         ),
     ],
 )
-def test_a_teacher_sees_the_pictures_of_the_batch(
+def test_a_teacher_sees_the_images_of_the_batch(
     finished: Callable[..., Path], config_file: Path, block: int, mix: str
 ) -> None:
     """Cropped, flipped and mixed alike, whatever the student's split: as if it had been fed by its own config."""
     keys = [f"distillation.teacher={finished(1)}", f"split.block={block}", mix, "seed=5", "data.mean=[100, 100, 100]"]
-    student = configuration.load(config_file, keys)
-    teachers = configuration.load(finished(1) / "config.toml", ["seed=5"])
-    pictures, share = dataset.scan(Path(student.data.root) / "train"), Share(0, 1, 6, threads=1, device_id=None)
-    batches = TrainingLoader(student, pictures, [share], teacher=Teacher.of(student, FP32))
-    own, teacher = TrainingLoader(teachers, pictures, [share]), Trained.of(finished(1), "best").ensemble.eval()
+    student = loading.load(config_file, keys)
+    teachers = loading.load(finished(1) / "config.toml", ["seed=5"])
+    images, share = scan(Path(student.data.root) / "train"), Shard(0, 1, 6, threads=1, device_id=None)
+    batches = TrainingLoader(student, images, [share], teacher=Teacher.of(student, FP32))
+    own, teacher = TrainingLoader(teachers, images, [share]), Restored.of(finished(1), "best").ensemble.eval()
     for n in range(4):
         batch, seen = next(batches), next(own)
         assert [x.shape[-1] for x in batch.inputs] == [32 // block] * block**2
         # boxes are whole blocks of both splits, and the teacher's has blocks of 2
         other = [torch.empty(6, 3, 32 // block, 32 // block)]
-        (*mixed, _), labels = recipe.mix([*seen.inputs, *other], seen.labels, student, n, 0)
+        (*mixed, _), labels = mixing.mix([*seen.inputs, *other], seen.labels, student, n, 0)
         with torch.no_grad():
             wanted = teacher(mixed).mean(dim=0)
-        assert batch.taught is not None
-        torch.testing.assert_close(batch.taught, wanted, rtol=1e-4, atol=1e-4)
+        assert batch.teacher_logits is not None
+        torch.testing.assert_close(batch.teacher_logits, wanted, rtol=1e-4, atol=1e-4)
         torch.testing.assert_close(batch.labels, labels)
-    assert next(TrainingLoader(student, pictures, [share])).taught is None
+    assert next(TrainingLoader(student, images, [share])).teacher_logits is None
 
 
 def test_a_branch_comes_to_agree_with_its_teacher(config_file: Path) -> None:
     """Though the labels say otherwise; without a teacher it learns the labels."""
     keys = ["distillation.teacher=anywhere", "distillation.label_weight=0", "distillation.temperature=2"]
-    config = configuration.load(config_file, [*keys, "optim.weight_decay=0"])
+    config = loading.load(config_file, [*keys, "optim.weight_decay=0"])
     generator = torch.Generator().manual_seed(0)
     x, labels = torch.randn(16, 8, generator=generator), torch.randint(0, 4, (16,), generator=generator)
-    taught = torch.randn(16, 4, generator=generator)
+    teacher_logits = torch.randn(16, 4, generator=generator)
     agreement = []
-    for teacher in ([taught], None):
+    for teacher in ([teacher_logits], None):
         torch.manual_seed(0)
         network = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.Tanh(), torch.nn.Linear(64, 4))
         learner = Learner(network, config, FP32, ALONE)
         for _ in range(300):
-            learner.step([x], [labels], lr=0.05, taught=teacher)
+            learner.step([x], [labels], lr=0.05, teacher_logits=teacher)
         agreement.append(
-            [(network(x).argmax(1) == other).float().mean().item() for other in (taught.argmax(1), labels)]
+            [(network(x).argmax(1) == other).float().mean().item() for other in (teacher_logits.argmax(1), labels)]
         )
     assert agreement[0][0] > 0.95 > 0.7 > agreement[0][1]
     assert agreement[1][1] > 0.95 > 0.7 > agreement[1][0]
@@ -85,17 +88,17 @@ def test_a_branch_comes_to_agree_with_its_teacher(config_file: Path) -> None:
 
 def test_a_teacher_never_learns(finished: Callable[..., Path], config_file: Path) -> None:
     """Neither its weights nor its running statistics move while others learn from it."""
-    config = configuration.load(config_file, [f"distillation.teacher={finished(1)}"])
-    trained = Trained.of(finished(1), "best")
+    config = loading.load(config_file, [f"distillation.teacher={finished(1)}"])
+    trained = Restored.of(finished(1), "best")
     teacher, before = Teacher(trained, FP32), copy.deepcopy(trained.ensemble.state_dict())
-    pictures, share = dataset.scan(Path(config.data.root) / "train"), Share(0, 1, 12, threads=1, device_id=None)
-    batches = TrainingLoader(config, pictures, [share], teacher=teacher)
+    images, share = scan(Path(config.data.root) / "train"), Shard(0, 1, 12, threads=1, device_id=None)
+    batches = TrainingLoader(config, images, [share], teacher=teacher)
     ensemble, learners = learners_of(config, 12, FP32, Mesh(ALONE.ranks, 4))
     own = ensemble([torch.ones(8, 3, 16, 16)] * 4)
     for _ in range(3):
         batch = next(batches)
         for i, learner in enumerate(learners):
-            learner.step([batch.inputs[i]], [batch.labels], 0.1, taught=[batch.taught])
+            learner.step([batch.inputs[i]], [batch.labels], 0.1, teacher_logits=[batch.teacher_logits])
     assert_equal(trained.ensemble.state_dict(), before)
     assert not torch.equal(ensemble([torch.ones(8, 3, 16, 16)] * 4), own)
 
@@ -104,9 +107,9 @@ def test_a_teacher_never_learns(finished: Callable[..., Path], config_file: Path
 def test_a_distilled_run_does_not_depend_on_the_launch(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path, groups: int
 ) -> None:
-    """Mixed and taught on two ranks, whichever branches they train; killed and resumed it is the same run."""
+    """Mixed and teacher_logits on two ranks, whichever branches they train; killed and resumed it is the same run."""
     teacher = f"distillation.teacher={finished(1)}"
-    keys = [teacher, "mix.mixup=0.4", "mix.cutmix=1.0", "mix.probability=0.7", "model.norm_batch=6", "split.block=4"]
+    keys = [teacher, "mix.mixup=0.4", "mix.cutmix=1.0", "mix.probability=0.7", "model.bn_batch_size=6", "split.block=4"]
     keys += ["split.branches=[[0],[1,2]]", "train.epochs=1", "train.log_every=1", "optim.lr=0.002"]
     arguments = [part for key in (*keys, f"parallel.branch_groups={groups}") for part in ("--set", key)]
     launch = Launch("train.py", config_file, "--run-dir", tmp_path / "run", *arguments, ranks=2)
@@ -157,12 +160,12 @@ def test_teachers_that_do_not_fit_are_refused_before_anything_is_written(
 
 def test_a_teacher_of_other_classes_or_of_one_size_is_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(finished(1), tmp_path / "other", symlinks=True))
-    config = configuration.load(other / "config.toml", [f"distillation.teacher={other}"])
+    config = loading.load(other / "config.toml", [f"distillation.teacher={other}"])
     more = config.model_copy(update={"data": config.data.model_copy(update={"classes": 11})})
     with pytest.raises(UserError, match="tiny tells 10 classes apart, but data.classes is 11"):
         Teacher.of(more, FP32)
     assert Teacher.of(config, FP32) is not None
-    assert Teacher.of(configuration.load(other / "config.toml"), FP32) is None
+    assert Teacher.of(loading.load(other / "config.toml"), FP32) is None
 
 
 def test_the_dry_run_counts_the_teacher_and_names_the_sizes(
@@ -173,9 +176,9 @@ def test_the_dry_run_counts_the_teacher_and_names_the_sizes(
     sets = [part for key in keys for part in ("--set", key)]
     done = run_here("train.py", config_file, "--dry-run", *sets)
     assert done.returncode == 0, done.stderr
-    parameters = sum(p.numel() for p in Trained.of(teacher, "last").ensemble.parameters())
+    parameters = sum(p.numel() for p in Restored.of(teacher, "last").ensemble.parameters())
     assert "teacher   tiny, 4 x resnet18 with block 2: " in done.stdout
-    assert f"a picture forward, {parameters * 4 / 2**20:.2f} MiB" in done.stdout
+    assert f"a image forward, {parameters * 4 / 2**20:.2f} MiB" in done.stdout
     assert "sizes     16 from epoch 0, 32 from epoch 1; costs are of the largest" in done.stdout
     done = run_here("train.py", config_file, "--dry-run", "--set", "distillation.teacher=/nowhere")
     assert "teacher   unknown: /nowhere is not a run directory" in done.stdout

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandsplit import checkpoint, configuration, runlog
-from bandsplit.learner import Learner
-from bandsplit.parallel import Mesh, Ranks
-from bandsplit.recipe import Precision
+from bandsplit.config import loading
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks
+from bandsplit.models.precision import Precision
+from bandsplit.runs import checkpoint, directory
+from bandsplit.training.learner import Learner
 from tests.conftest import VAL_PER_CLASS, Done, Launch, run
 from tests.runs import assert_equal, assert_same_run, metrics, wait_for
 
@@ -23,9 +25,9 @@ ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
 
 def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> None:
     run_dir = finished(1)
-    config = configuration.load(run_dir / "config.toml")
+    config = loading.load(run_dir / "config.toml")
     assert (config.name, config.train.epochs) == ("tiny", 2)
-    assert checkpoint.read(run_dir / "checkpoints/last", "run.pt")["config"] == runlog.resolved(config)
+    assert checkpoint.read(run_dir / "checkpoints/last", "run.pt")["config"] == directory.resolved(config)
     assert json.loads((run_dir / "environment.json").read_text())[0]["world_size"] == 1
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     steps_per_epoch = 160 // 12
@@ -41,7 +43,7 @@ def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> N
             assert len(line["branch_loss"]) == 4
             assert line["loss"] == pytest.approx(sum(line["branch_loss"]) / 4)
         if line["event"] == "validation":
-            assert line["pictures"] == 10 * VAL_PER_CLASS
+            assert line["images"] == 10 * VAL_PER_CLASS
             assert len(line["branch_top1"]) == len(line["branch_top5"]) == 4
     assert "top-1" in (run_dir / "logs/rank0.log").read_text()
 
@@ -110,7 +112,7 @@ def test_runs_that_saw_other_data_are_not_joined(
 GROWING = "augment.progressive={min_size=16, ramp_end=1, multiple=2}"
 
 
-@pytest.mark.parametrize(("ranks", "keys"), [(1, []), (2, []), (1, [GROWING])], ids=["1", "2", "growing pictures"])
+@pytest.mark.parametrize(("ranks", "keys"), [(1, []), (2, []), (1, [GROWING])], ids=["1", "2", "growing images"])
 def test_killed_and_resumed_equals_undisturbed(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path, ranks: int, keys: list[str]
 ) -> None:
@@ -146,7 +148,7 @@ def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path
         assert done.returncode == 0, done.stderr
         figures.append(json.loads(output.read_text()))
     alone, *together = figures
-    assert [figure["pictures"] for figure in figures] == [10 * VAL_PER_CLASS] * 3
+    assert [figure["images"] for figure in figures] == [10 * VAL_PER_CLASS] * 3
     for figure in together:
         for key in ("loss", "top1", "top5", "branch_top1", "branch_top5"):
             assert figure[key] == pytest.approx(alone[key], abs=1e-6)
@@ -156,7 +158,7 @@ def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) -> None:
     """Without batch normalisation, whose statistics are those of a part."""
-    config = configuration.load(config_file)
+    config = loading.load(config_file)
     x, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
     weights = []
     for parts in (1, 3):
@@ -173,7 +175,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) 
 @pytest.mark.parametrize("policy", ["skip", "lower_lr"])
 def test_a_step_with_gradients_that_are_not_finite_is_left_out(config_file: Path, policy: str) -> None:
     """Weights, momentum and running statistics are those of a run that never saw that batch."""
-    config = configuration.load(config_file, [f"train.on_nonfinite={policy}"])
+    config = loading.load(config_file, [f"train.on_nonfinite={policy}"])
     good, bad = torch.randn(4, 3, 8, 8), torch.full((4, 3, 8, 8), float("inf"))
     labels, networks = torch.zeros(4, dtype=torch.int64), []
     for batches in ([good, bad, good], [good, good]):
@@ -196,7 +198,7 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(config_file: Path
 
 
 def test_a_step_is_torchs_sgd(config_file: Path) -> None:
-    config = configuration.load(config_file, ["optim.weight_decay=0.01"])
+    config = loading.load(config_file, ["optim.weight_decay=0.01"])
     network = torch.nn.Linear(5, 3)
     weight, bias = (p.detach().clone().requires_grad_() for p in network.parameters())
     reference = torch.optim.SGD([weight, bias], lr=1, momentum=0.9, weight_decay=0.01, fused=False)
@@ -220,10 +222,10 @@ def mistakes(config_file: Path, tmp_path: Path) -> dict[str, tuple[list[object],
         "unknown key": ([config_file, "--set", "optim.lrr=1"], "did you mean optim.lr?"),
         "wrong type": ([config_file, "--set", "optim.lr=fast"], "optim.lr: 'fast' given"),
         "missing folder": ([config_file, "--set", f"data.root={tmp_path}/no", *run_dir], "/no: no such folder"),
-        "empty class": ([config_file, "--set", f"data.root={empty}", *run_dir], "train/class: no pictures"),
+        "empty class": ([config_file, "--set", f"data.root={empty}", *run_dir], "train/class: no images"),
         "block": ([config_file, "--set", "split.block=3"], "split.block: 3 given; allowed: a divisor"),
         "no config": (["nowhere.toml"], "nowhere.toml: no such config file"),
-        "too large a batch": ([config_file, "--set", "train.batch_size=1000", *run_dir], "the data has 160 pictures"),
+        "too large a batch": ([config_file, "--set", "train.batch_size=1000", *run_dir], "the data has 160 images"),
     }
 
 
@@ -270,13 +272,13 @@ def test_another_number_of_ranks_has_to_divide(
     assert done.stderr.count("error: ") == 1
 
 
-def test_a_picture_that_cannot_be_decoded_is_named(config_file: Path, pictures: Path, tmp_path: Path) -> None:
-    root = Path(shutil.copytree(pictures, tmp_path / "copy"))
+def test_a_image_that_cannot_be_decoded_is_named(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+    root = Path(shutil.copytree(image_root, tmp_path / "copy"))
     bad = sorted((root / "train").rglob("*.jpg"))[40]
     bad.write_bytes(bad.read_bytes()[:400])
     done = run("train.py", config_file, "--set", f"data.root={root}", "--run-dir", tmp_path / "run")
     assert done.returncode == 2
-    assert f"error: {bad}: this picture cannot be read or decoded" in done.stderr
+    assert f"error: {bad}: this image cannot be read or decoded" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -287,7 +289,7 @@ def test_the_dry_run_writes_nothing_and_counts(
     done = run_here("train.py", config_file, "--dry-run", "--world-size", 3, "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
     assert "2 epochs x 13 = 26" in done.stdout
-    assert "12 pictures = 3 ranks x 1 x 4" in done.stdout
+    assert "12 images = 3 ranks x 1 x 4" in done.stdout
     assert set(tmp_path.rglob("*")) == before
     done = run_here("train.py", config_file, "--dry-run", "--world-size", 5)
     assert done.returncode == 2

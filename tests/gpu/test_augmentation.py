@@ -19,10 +19,11 @@ from nvidia.dali.auto_aug import augmentations as operations
 from nvidia.dali.auto_aug.rand_augment import get_rand_augment_suite
 from PIL import Image
 
-from bandsplit import augmentation, configuration, pipeline, schema
-from bandsplit.dataset import Pictures, open_data
-from bandsplit.loader import TrainingLoader
-from bandsplit.pipeline import Share
+from bandsplit.config import loading, schema
+from bandsplit.data import augmentation, pipeline
+from bandsplit.data.images import ImageFiles, open_data
+from bandsplit.data.loader import TrainingLoader
+from bandsplit.data.pipeline import Shard
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -40,7 +41,7 @@ EVERY = {"color": COLOR, "pca_noise": PCA, "erasing": ERASING, **AUTO, **ALL}
 
 
 class Tolerance(NamedTuple):
-    """For each single picture, on the scale 0 .. 255: mean absolute difference; share of values that are `far` off."""
+    """For each single image, on the scale 0 .. 255: mean absolute difference; share of values that are `far` off."""
 
     mean: float
     far: int
@@ -65,34 +66,34 @@ def operator() -> None:
 
 
 @pytest.fixture
-def jpegs(config_file: Path) -> Pictures:
+def jpegs(config_file: Path) -> ImageFiles:
     """23 files: a pass is no whole number of batches."""
-    train, _ = open_data(configuration.load(config_file).data)
+    train, _ = open_data(loading.load(config_file).data)
     return replace(train, files=train.files[::7], labels=train.labels[::7])
 
 
 @pytest.fixture
-def flat(tmp_path: Path) -> Pictures:
+def flat(tmp_path: Path) -> ImageFiles:
     """13 files of one colour each, whose label is their own number: the same pixels from any decoder and any crop."""
     files = [str(tmp_path / f"{n}.png") for n in range(13)]
     for file, color in zip(files, np.random.default_rng(1).integers(40, 216, (13, 3)).tolist(), strict=True):
         Image.new("RGB", (48, 40), tuple(color)).save(file)
-    return Pictures(files, list(range(13)), ["all"])
+    return ImageFiles(files, list(range(13)), ["all"])
 
 
 def smooth() -> Array:
-    """64 pictures of 64 x 64 pixels, each with some other range of values."""
+    """64 images of 64 x 64 pixels, each with some other range of values."""
     rng = np.random.default_rng(0)
     ranges = zip(rng.integers(0, 100, 64), rng.integers(150, 256, 64), strict=True)
     coarse = [Image.fromarray(rng.integers(*ends, (8, 8, 3), dtype=np.uint8)) for ends in ranges]
     return np.stack([np.array(image.resize((64, 64))) for image in coarse])
 
 
-def share(device: str, batch_size: int = 6, half: bool = False) -> Share:
-    return Share(0, 1, batch_size, threads=1, device_id=0 if device == "gpu" else None, half=half)
+def share(device: str, batch_size: int = 6, half: bool = False) -> Shard:
+    return Shard(0, 1, batch_size, threads=1, device_id=0 if device == "gpu" else None, half=half)
 
 
-def run(graph: Callable[[], Any], config: schema.RunConfig, place: Share, batches: int = 1) -> list[Array]:
+def run(graph: Callable[[], Any], config: schema.RunConfig, place: Shard, batches: int = 1) -> list[Array]:
     """The samples of all batches, for every output of a graph."""
     definition = pipeline_def(graph, enable_conditionals=augmentation.needs_conditionals(config.augment))
     pipe = definition(batch_size=place.batch_size, num_threads=1, device_id=place.device_id, seed=0)
@@ -102,8 +103,8 @@ def run(graph: Callable[[], Any], config: schema.RunConfig, place: Share, batche
 
 
 def augmented(device: str, config_file: Path, keys: list[str], stream: int = 0) -> Array:
-    """What becomes of the smooth pictures on "cpu" or "gpu"."""
-    config = configuration.load(config_file, [*keys, "data.image_size=64", "data.resize_size=64"])
+    """What becomes of the smooth images on "cpu" or "gpu"."""
+    config = loading.load(config_file, [*keys, "data.image_size=64", "data.resize_size=64"])
     batch = list(smooth())
 
     def graph() -> Any:
@@ -118,12 +119,12 @@ def assert_same(expected: Array, got: Array, tolerance: Tolerance) -> None:
     assert got.dtype == expected.dtype == np.uint8
     difference = np.abs(got.astype(int) - expected).reshape(len(expected), -1)
     mean, far = difference.mean(1), (difference > tolerance.far).mean(1)
-    assert mean.max() <= tolerance.mean, f"picture {mean.argmax()}"
-    assert far.max() <= tolerance.share, f"picture {far.argmax()}"
+    assert mean.max() <= tolerance.mean, f"image {mean.argmax()}"
+    assert far.max() <= tolerance.share, f"image {far.argmax()}"
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_the_same_pictures_as_on_the_cpu(config_file: Path, name: str) -> None:
+def test_the_same_images_as_on_the_cpu(config_file: Path, name: str) -> None:
     keys, tolerance = EVERY[name], TOLERANCES.get(name, CHAIN)
     gpu = augmented("gpu", config_file, keys)
     assert_same(augmented("cpu", config_file, keys), gpu, tolerance)
@@ -150,16 +151,16 @@ OFF = ["color.hue=0", "pca_noise=0", "erasing.probability=0", "repeats=1"]
 
 
 @pytest.mark.parametrize("keys", [[], *([f"augment.{key}"] for key in OFF)], ids=["nothing", *OFF])
-def test_what_is_switched_off_leaves_pictures_as_they_are(config_file: Path, keys: list[str]) -> None:
+def test_what_is_switched_off_leaves_images_as_they_are(config_file: Path, keys: list[str]) -> None:
     assert np.array_equal(augmented("gpu", config_file, keys), smooth())
 
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
-def test_repeats_are_the_same_pictures_as_on_the_cpu(config_file: Path, flat: Pictures, repeats: int) -> None:
+def test_repeats_are_the_same_images_as_on_the_cpu(config_file: Path, flat: ImageFiles, repeats: int) -> None:
     """From files, over more than two passes; each repeat is drawn anew."""
-    config = configuration.load(config_file, [*REST, f"augment.repeats={repeats}"])
+    config = loading.load(config_file, [*REST, f"augment.repeats={repeats}"])
 
-    def before_split(place: Share) -> list[Array]:
+    def before_split(place: Shard) -> list[Array]:
         return run(lambda: pipeline.augmented(place, config, flat), config, place, batches=6)
 
     (cpu, _, labels), (gpu, _, same) = before_split(share("cpu")), before_split(share("gpu"))
@@ -173,8 +174,8 @@ def test_repeats_are_the_same_pictures_as_on_the_cpu(config_file: Path, flat: Pi
 
 @pytest.mark.parametrize("half", [False, True], ids=["float32", "float16"])
 @pytest.mark.parametrize("keys", ALL.values(), ids=ALL.keys())
-def test_bands_of_training_are_finite(config_file: Path, jpegs: Pictures, keys: list[str], half: bool) -> None:
-    batches = iter(TrainingLoader(configuration.load(config_file, keys), jpegs, [share("gpu", half=half)]))
+def test_bands_of_training_are_finite(config_file: Path, jpegs: ImageFiles, keys: list[str], half: bool) -> None:
+    batches = iter(TrainingLoader(loading.load(config_file, keys), jpegs, [share("gpu", half=half)]))
     for _ in range(8):
         batch = next(batches)
         assert [tuple(x.shape) for x in batch.inputs] == [(6, 3, 16, 16)] * 4
@@ -184,14 +185,14 @@ def test_bands_of_training_are_finite(config_file: Path, jpegs: Pictures, keys: 
 
 
 @pytest.mark.parametrize("keys", [[], *EVERY.values()], ids=["nothing", *EVERY])
-def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, jpegs: Pictures, keys: list[str]) -> None:
+def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, jpegs: ImageFiles, keys: list[str]) -> None:
     """Without any, too: where that fails, it is not the augmentations."""
 
     def copied(batches: Any) -> list[torch.Tensor]:  # DALI may use the memory again
         batch = next(batches)
         return [tensor.clone() for tensor in (*batch.inputs, batch.labels)]
 
-    config = configuration.load(config_file, keys)
+    config = loading.load(config_file, keys)
     loader = TrainingLoader(config, jpegs, [share("gpu")])
     for _ in range(5):
         copied(iter(loader))

@@ -9,12 +9,12 @@ import pytest
 import torch
 from nvidia.dali import fn, pipeline_def, types
 
-from bandsplit import native, spectral
+from bandsplit.spectral import native, transforms
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 MEAN, STD = [123.675, 116.28, 103.53, 99.0], [58.395, 57.12, 57.375, 50.0]
-# 120: divided by 1..6 and 8; unequal, so that each picture is a launch of its own
+# 120: divided by 1..6 and 8; unequal, so that each image is a launch of its own
 SIZES = [(120, 120), (240, 360), (120, 1200), (360, 120), (120, 240)]
 
 Groups = Sequence[Sequence[int]] | None
@@ -27,32 +27,32 @@ def operator() -> None:
         pytest.skip("the plugin has no GPU kernel: no nvcc")
 
 
-def pictures_of(sizes: Sequence[tuple[int, int]], channels: int = 3, seed: int = 0) -> list[npt.NDArray[np.uint8]]:
+def images_of(sizes: Sequence[tuple[int, int]], channels: int = 3, seed: int = 0) -> list[npt.NDArray[np.uint8]]:
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes]
 
 
 def both_backends(
-    pictures: Sequence[npt.NDArray[np.uint8]],
+    images: Sequence[npt.NDArray[np.uint8]],
     block: int,
-    kind: spectral.Kind = "dct2d",
+    kind: transforms.Kind = "dct2d",
     groups: Groups = None,
     **arguments: Any,
 ) -> tuple[Outputs, Outputs]:
-    """The outputs, [group][sample], of both operators in one pipeline; every second picture is flipped."""
-    channels = pictures[0].shape[2]
-    arguments |= {"block": block, "matrix": spectral.transform_matrix(kind, block).ravel().tolist()}
+    """The outputs, [group][sample], of both operators in one pipeline; every second image is flipped."""
+    channels = images[0].shape[2]
+    arguments |= {"block": block, "matrix": transforms.transform_matrix(kind, block).ravel().tolist()}
     arguments |= {"mean": MEAN[:channels], "std": STD[:channels]}
     if groups is not None:
         arguments["groups"] = [band for group in groups for band in group]
         arguments["group_sizes"] = [len(group) for group in groups]
 
-    @pipeline_def(batch_size=len(pictures), num_threads=2, device_id=0)
+    @pipeline_def(batch_size=len(images), num_threads=2, device_id=0)
     def pipeline() -> Any:
-        images = fn.external_source(lambda: pictures, layout="HWC")
-        mirror = fn.external_source(lambda: [np.int32(i % 2) for i in range(len(pictures))])
-        cpu = fn.spectral_split(images, mirror=mirror, **arguments)
-        gpu = fn.spectral_split(images.gpu(), mirror=mirror, **arguments)
+        source = fn.external_source(lambda: images, layout="HWC")
+        mirror = fn.external_source(lambda: [np.int32(i % 2) for i in range(len(source))])
+        cpu = fn.spectral_split(source, mirror=mirror, **arguments)
+        gpu = fn.spectral_split(source.gpu(), mirror=mirror, **arguments)
         return (*cpu, *gpu) if isinstance(cpu, list) else (cpu, gpu)
 
     built = pipeline()
@@ -77,75 +77,75 @@ def assert_same(cpu: Outputs, gpu: Outputs) -> None:
 @pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16], ids=["float32", "float16"])
 @pytest.mark.parametrize("kind", ["dct2d", "dct1d", "hadamard", "identity"])
 @pytest.mark.parametrize("block", [1, 2, 4, 6])
-def test_every_transform_type_and_layout(block: int, kind: spectral.Kind, dtype: Any, output_layout: str) -> None:
+def test_every_transform_type_and_layout(block: int, kind: transforms.Kind, dtype: Any, output_layout: str) -> None:
     if kind == "hadamard" and block == 6:
         pytest.skip("6 is no power of 2")
-    assert_same(*both_backends(pictures_of(SIZES), block, kind, dtype=dtype, output_layout=output_layout))
+    assert_same(*both_backends(images_of(SIZES), block, kind, dtype=dtype, output_layout=output_layout))
 
 
 @pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("block", [3, 5, 8])
 def test_blocks_that_the_compiler_does_not_know(block: int, output_layout: str) -> None:
-    assert_same(*both_backends(pictures_of(SIZES[:3]), block, "dct1d", output_layout=output_layout))
+    assert_same(*both_backends(images_of(SIZES[:3]), block, "dct1d", output_layout=output_layout))
 
 
 @pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("channels", [1, 2, 4])
 @pytest.mark.parametrize("block", [2, 3])
 def test_any_number_of_colour_channels(block: int, channels: int, output_layout: str) -> None:
-    pictures = pictures_of(SIZES[:3], channels)
-    assert_same(*both_backends(pictures, block, groups=[[0, 3], [1], [2, 3, 0]], output_layout=output_layout))
+    images = images_of(SIZES[:3], channels)
+    assert_same(*both_backends(images, block, groups=[[0, 3], [1], [2, 3, 0]], output_layout=output_layout))
 
 
 @pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("groups", [[[0], [0, 1], [0, 2, 3]], [[3, 1]], [[2], [2], [2]], [[1, 1]]], ids=str)
 def test_groups_lie_side_by_side(groups: list[list[int]], output_layout: str) -> None:
-    assert_same(*both_backends(pictures_of(SIZES), 2, groups=groups, output_layout=output_layout))
+    assert_same(*both_backends(images_of(SIZES), 2, groups=groups, output_layout=output_layout))
 
 
 @pytest.mark.parametrize("block", [4, 6])
 def test_all_bands_in_one_output_and_some_in_odd_order(block: int) -> None:
     bands = list(range(block * block))
-    assert_same(*both_backends(pictures_of(SIZES), block, groups=[bands, bands[1::7], bands[:3:-4]]))
+    assert_same(*both_backends(images_of(SIZES), block, groups=[bands, bands[1::7], bands[:3:-4]]))
 
 
 @pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16], ids=["float32", "float16"])
 @pytest.mark.parametrize(("block", "side"), [(1, 224), (2, 224), (4, 224), (6, 228), (6, 336), (8, 224)])
-def test_a_batch_of_equal_pictures_is_one_launch(block: int, side: int, dtype: Any) -> None:
+def test_a_batch_of_equal_images_is_one_launch(block: int, side: int, dtype: Any) -> None:
     """The batch of training; at 228 the outputs of odd samples start at no whole word."""
-    assert_same(*both_backends(pictures_of([(side, side)] * 33), block, dtype=dtype))
+    assert_same(*both_backends(images_of([(side, side)] * 33), block, dtype=dtype))
 
 
-def test_equal_pictures_between_others() -> None:
+def test_equal_images_between_others() -> None:
     sizes = [SIZES[i] for i in (0, 0, 0, 1, 1, 0, 2, 2, 2, 2)]
-    assert_same(*both_backends(pictures_of(sizes), 4, groups=[[0], [1, 2], range(3, 16)]))
+    assert_same(*both_backends(images_of(sizes), 4, groups=[[0], [1, 2], range(3, 16)]))
 
 
 @pytest.mark.parametrize(("block", "size"), [(6, (12, 2400)), (32, (64, 64))], ids=str)
-def test_pictures_that_shared_memory_does_not_hold(block: int, size: tuple[int, int]) -> None:
+def test_images_that_shared_memory_does_not_hold(block: int, size: tuple[int, int]) -> None:
     bands = range(0, block * block, block)
-    assert_same(*both_backends(pictures_of([size] * 3), block, groups=[list(bands)]))
+    assert_same(*both_backends(images_of([size] * 3), block, groups=[list(bands)]))
 
 
 @pytest.mark.parametrize("batch", [1, 7, 128])
 def test_batches(batch: int) -> None:
-    pictures = pictures_of([SIZES[i % 2] for i in range(batch)])
-    assert_same(*both_backends(pictures, 4, groups=[range(16)], dtype=types.FLOAT16))
+    images = images_of([SIZES[i % 2] for i in range(batch)])
+    assert_same(*both_backends(images, 4, groups=[range(16)], dtype=types.FLOAT16))
 
 
 def test_many_batches_in_flight_keep_their_own_arguments() -> None:
     """The host runs ahead of the stream: what the kernel of one batch reads must outlive the call that launched it."""
-    batches = [pictures_of([(240, 240)] * 32, seed=seed) for seed in range(4)]
-    matrix, mean, std = spectral.transform_matrix("dct2d", 4), MEAN[:3], STD[:3]
+    batches = [images_of([(240, 240)] * 32, seed=seed) for seed in range(4)]
+    matrix, mean, std = transforms.transform_matrix("dct2d", 4), MEAN[:3], STD[:3]
 
     @pipeline_def(batch_size=32, num_threads=2, device_id=0, prefetch_queue_depth=4)
     def pipeline() -> Any:
-        images = fn.external_source(lambda step: batches[step % 4], layout="HWC")
+        source = fn.external_source(lambda step: batches[step % 4], layout="HWC")
         arguments = {"groups": list(range(16)), "group_sizes": [16], "mean": mean, "std": std}
-        return fn.spectral_split(images.gpu(), block=4, matrix=matrix.ravel().tolist(), **arguments)
+        return fn.spectral_split(source.gpu(), block=4, matrix=matrix.ravel().tolist(), **arguments)
 
     expected = [
-        spectral.split_pictures(torch.from_numpy(np.stack(batch)), matrix, 4, mean, std, groups=[range(16)])[0]
+        transforms.split_images(torch.from_numpy(np.stack(batch)), matrix, 4, mean, std, groups=[range(16)])[0]
         for batch in batches
     ]
     built = pipeline()
@@ -157,13 +157,13 @@ def test_many_batches_in_flight_keep_their_own_arguments() -> None:
 
 
 def test_torch_receives_channels_last_on_the_device_without_a_copy() -> None:
-    pictures, matrix = pictures_of([(64, 96)] * 3), spectral.transform_matrix("dct2d", 2)
+    images, matrix = images_of([(64, 96)] * 3), transforms.transform_matrix("dct2d", 2)
 
     @pipeline_def(batch_size=3, num_threads=2, device_id=0)
     def pipeline() -> Any:
-        images = fn.external_source(lambda: pictures, layout="HWC").gpu()
+        source = fn.external_source(lambda: images, layout="HWC").gpu()
         arguments = {"mean": MEAN[:3], "std": STD[:3], "groups": [0, 1, 2, 3], "group_sizes": [4]}
-        return fn.spectral_split(images, block=2, matrix=matrix.ravel().tolist(), dtype=types.FLOAT16, **arguments)
+        return fn.spectral_split(source, block=2, matrix=matrix.ravel().tolist(), dtype=types.FLOAT16, **arguments)
 
     built = pipeline()
     built.build()
@@ -177,24 +177,24 @@ def test_torch_receives_channels_last_on_the_device_without_a_copy() -> None:
 
 @pytest.mark.parametrize("flags", [[True] * 3, [False] * 3, [True, False, True]], ids=str)
 def test_an_empty_batch_passes(flags: list[bool]) -> None:
-    pictures, matrix = pictures_of([(8, 12)] * 3), spectral.transform_matrix("dct2d", 2)
+    images, matrix = images_of([(8, 12)] * 3), transforms.transform_matrix("dct2d", 2)
     arguments = {"block": 2, "matrix": matrix.ravel().tolist(), "mean": MEAN[:3], "std": STD[:3]}
     every = {"groups": [0, 1, 2, 3], "group_sizes": [4]}
 
     @pipeline_def(batch_size=3, num_threads=2, device_id=0, enable_conditionals=True)
     def pipeline() -> Any:
-        images = fn.external_source(lambda: pictures, layout="HWC").gpu()
+        source = fn.external_source(lambda: images, layout="HWC").gpu()
         flip = fn.external_source(lambda: [np.array(flag) for flag in flags])
         if flip:
-            bands = fn.spectral_split(images, mirror=1, **arguments, **every)
+            bands = fn.spectral_split(source, mirror=1, **arguments, **every)
         else:
-            bands = fn.spectral_split(images, mirror=0, **arguments, **every)
+            bands = fn.spectral_split(source, mirror=0, **arguments, **every)
         return bands
 
     built = pipeline()
     built.build()
     (output,) = built.run()
-    batch = torch.from_numpy(np.stack(pictures))
-    (expected,) = spectral.split_pictures(batch, matrix, 2, MEAN[:3], STD[:3], torch.tensor(flags), [range(4)])
+    batch = torch.from_numpy(np.stack(images))
+    (expected,) = transforms.split_images(batch, matrix, 2, MEAN[:3], STD[:3], torch.tensor(flags), [range(4)])
     got = torch.from_dlpack(output.as_tensor()).permute(0, 3, 1, 2).cpu()
     torch.testing.assert_close(got, expected, atol=1e-4, rtol=1e-4)

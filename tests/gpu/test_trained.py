@@ -1,4 +1,4 @@
-"""Distillation, mixing and growing pictures together on a GPU, where batches are made on a stream of their own."""
+"""Distillation, mixing and growing images together on a GPU, where batches are made on a stream of their own."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandsplit.recipe import Precision
-from bandsplit.trained import Teacher, Trained
+from bandsplit.models.precision import Precision
+from bandsplit.runs.restored import Restored, Teacher
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -32,7 +32,7 @@ def test_a_teacher_says_the_same_on_a_gpu(finished: Callable[..., Path]) -> None
     for device in ("cpu", "cuda"):
         precision = Precision("fp32", torch.device(device))
         precision.apply()
-        teacher = Teacher(Trained.of(finished(1), "best"), precision)
+        teacher = Teacher(Restored.of(finished(1), "best"), precision)
         on_device = [x.to(device).to(memory_format=torch.channels_last) for x in inputs]
         said.append(teacher.logits(on_device).cpu())
     torch.testing.assert_close(said[0], said[1], rtol=1e-3, atol=1e-3)

@@ -1,6 +1,6 @@
 """Random calls of the operator against numpy: python random_splits.py PLUGIN COUNT
 
-test_native.py runs it with sanitizers. Only numpy and DALI are imported, and every picture has memory of its own, so
+test_native.py runs it with sanitizers. Only numpy and DALI are imported, and every image has memory of its own, so
 that a read past its end is noticed.
 """
 
@@ -11,10 +11,10 @@ import numpy as np
 from nvidia.dali import fn, pipeline_def, plugin_manager, types
 
 
-def expected(picture: Any, matrix: Any, block: int, mean: Any, std: Any, bands: Any, mirror: bool) -> Any:
+def expected(image: Any, matrix: Any, block: int, mean: Any, std: Any, bands: Any, mirror: bool) -> Any:
     """(h, w, bands * channels)"""
-    x = ((picture[:, ::-1] if mirror else picture).astype(np.float64) - mean) / std
-    height, width, channels = picture.shape[0] // block, picture.shape[1] // block, picture.shape[2]
+    x = ((image[:, ::-1] if mirror else image).astype(np.float64) - mean) / std
+    height, width, channels = image.shape[0] // block, image.shape[1] // block, image.shape[2]
     squares = x.reshape(height, block, width, block, channels).transpose(0, 2, 1, 3, 4)
     pixels = squares.reshape(height, width, block * block, channels)
     return np.einsum("kn,hwnc->hwkc", matrix[bands], pixels).reshape(height, width, len(bands) * channels)
@@ -25,7 +25,7 @@ def check(seed: int) -> str:
     block, batch, threads = int(rng.integers(1, 9)), int(rng.integers(1, 6)), int(rng.integers(1, 5))
     channels = int(rng.choice([1, 2, 3, 3, 3, 3, 4]))
     sizes = rng.integers(0 if seed % 8 == 0 else 1, 40, (batch, 2)) * block
-    pictures = [rng.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes]
+    images = [rng.integers(0, 256, (*size, channels), dtype=np.uint8) for size in sizes]
     mirror = rng.integers(0, 2, batch).astype(np.int32)
     factors = rng.normal(size=(2, block, block))
     product = bool(rng.integers(2))
@@ -36,10 +36,10 @@ def check(seed: int) -> str:
 
     @pipeline_def(batch_size=batch, num_threads=threads, device_id=None)
     def pipeline() -> Any:
-        images = fn.external_source(lambda: pictures, layout="HWC", no_copy=True)
+        source = fn.external_source(lambda: images, layout="HWC", no_copy=True)
         flips = fn.external_source(lambda: mirror)
         outputs = fn.spectral_split(
-            images, mirror=flips, block=block, matrix=matrix.ravel().tolist(), mean=mean.tolist(), std=std.tolist(),
+            source, mirror=flips, block=block, matrix=matrix.ravel().tolist(), mean=mean.tolist(), std=std.tolist(),
             groups=np.concatenate(groups).tolist(), group_sizes=[len(group) for group in groups],
             dtype=types.FLOAT16 if half else types.FLOAT, output_layout=layout,
         )  # fmt: skip
@@ -49,13 +49,13 @@ def check(seed: int) -> str:
     built.build()
     outputs = built.run()
     for group, output in zip(groups, outputs, strict=True):
-        for i, picture in enumerate(pictures):
-            want = expected(picture, matrix, block, mean, std, group, bool(mirror[i]))
+        for i, image in enumerate(images):
+            want = expected(image, matrix, block, mean, std, group, bool(mirror[i]))
             got = np.array(output[i]).astype(np.float64)
             got = got if layout == "HWC" else got.transpose(1, 2, 0)
             span = np.abs(want).max(initial=1e-9)
             np.testing.assert_allclose(got, want, atol=1e-4 * span, rtol=2e-3 if half else 0)
-    return f"block {block}, {batch} pictures, {channels} channels, {threads} threads, {layout}, product {product}"
+    return f"block {block}, {batch} images, {channels} channels, {threads} threads, {layout}, product {product}"
 
 
 if __name__ == "__main__":

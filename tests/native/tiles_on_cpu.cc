@@ -89,8 +89,8 @@ extern "C" int split(const uint8_t *pixels, int samples, int height, int width, 
                      const float *scale, const float *shift, const float *matrix, const float *factors, int groups,
                      const int *sizes, const int *bands, int channels_last, void **outputs) {
   bandsplit::Tiles tiles{};
-  tiles.pictures = {pixels, height, width, {}};
-  for (int i = 0; i < samples; i++) tiles.pictures.mirror[i / 32] |= uint32_t(mirror[i]) << (i % 32);
+  tiles.images = {pixels, height, width, {}};
+  for (int i = 0; i < samples; i++) tiles.images.mirror[i / 32] |= uint32_t(mirror[i]) << (i % 32);
   tiles.channels_last = channels_last;
   std::copy_n(scale, 3, tiles.scale);
   std::copy_n(shift, 3, tiles.shift);
@@ -131,8 +131,8 @@ extern "C" void split_any(const uint8_t *pixels, int samples, int height, int wi
                           const uint8_t *mirror, const float *scale, const float *shift, const float *matrix,
                           int band_count, const int *bands, int channels_last, void *output) {
   bandsplit::Numbers numbers{};
-  numbers.pictures = {pixels, height, width, {}};
-  for (int i = 0; i < samples; i++) numbers.pictures.mirror[i / 32] |= uint32_t(mirror[i]) << (i % 32);
+  numbers.images = {pixels, height, width, {}};
+  for (int i = 0; i < samples; i++) numbers.images.mirror[i / 32] |= uint32_t(mirror[i]) << (i % 32);
   numbers.samples = samples, numbers.block = block, numbers.channels = channels;
   numbers.channels_last = channels_last;
   numbers.scale = scale, numbers.shift = shift, numbers.matrix = matrix;

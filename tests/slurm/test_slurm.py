@@ -19,13 +19,13 @@ TWO_RANKS = {"NPROC_PER_NODE": "2"}
 
 
 @pytest.fixture(scope="module")
-def folder(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where jobs are submitted: a config long enough for a signal to hit its middle, and one of four branches.
 
     The branches take two bands each: the operator rounds otherwise where it computes less than half of all bands.
     """
     folder = tmp_path_factory.mktemp("submitted")
-    (folder / "data.toml").write_text(DATA_TOML.format(root=pictures))
+    (folder / "data.toml").write_text(DATA_TOML.format(root=image_root))
     pairs = "block = 2\nbranches = [[0, 3], [1, 2], [0, 2], [1, 3]]"
     (folder / "tiny.toml").write_text(TRAIN_TOML.replace("block = 2", pairs))
     (folder / "long.toml").write_text(TRAIN_TOML.replace("epochs = 2", "epochs = 5"))

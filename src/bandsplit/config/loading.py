@@ -1,0 +1,104 @@
+"""From TOML files and ``--set key=value`` to a `RunConfig`; every mistake becomes one clear message.
+
+Precedence: defaults < train file (and the data file it names) < ``--set key=value``.
+Neither torch nor DALI is imported here.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import tomli
+from pydantic import ValidationError
+
+from bandsplit.config.messages import explain
+from bandsplit.config.schema import RunConfig
+from bandsplit.config.sources import Sources, Table
+from bandsplit.errors import UserError
+
+
+def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | None = None) -> RunConfig:
+    """Reads a train config and the data config it names (relative to itself), or the file `data` instead.
+
+    `overrides` are ``a.b=value`` with a TOML value (a bare word counts as a string).
+    Raises UserError: file, key, what was given, what is allowed, the nearest valid key.
+    """
+    path = Path(path)
+    sources = Sources(path)
+    table = _read_extended(path, sources)
+    table["name"] = table.get("name", path.stem)
+    if data is None and isinstance(table.get("data"), str):
+        data = table["data"]
+    if data is not None:
+        table["data"] = {"name": Path(data).stem, **_read(Path(data))}
+        sources.add(("data",), str(data))
+    for override in overrides:
+        keys, value = _parse_override(override)
+        _assign(table, keys, value, override)
+        sources.add(keys, f"--set {override}")
+    try:
+        return RunConfig.model_validate(table)
+    except ValidationError as error:
+        raise UserError("\n".join(explain(item, sources, table) for item in error.errors())) from None
+
+
+def _read_extended(path: Path, sources: Sources, below: tuple[Path, ...] = ()) -> Table:
+    """A train config over the one that it names with `extends` (relative to itself), and so on.
+
+    Tables are merged key by key; one that names another `type` takes the place of the whole table.
+    """
+    if path.resolve() in below:
+        raise UserError(f"{path}: extends itself, by way of {' and '.join(p.name for p in below)}")
+    table = _read(path)
+    if isinstance(table.get("data"), str):
+        table["data"] = os.path.normpath(path.parent / table["data"])
+    base = table.pop("extends", None)
+    if base is None:
+        return table
+    if not isinstance(base, str):
+        raise UserError(f"{path}: extends: {base!r} given; expected the name of a config file")
+    extended = Path(os.path.normpath(path.parent / base))
+    sources.extends(table, str(path), str(extended))
+    return _merged(_read_extended(extended, sources, (*below, path.resolve())), table)
+
+
+def _merged(base: Table, over: Table) -> Table:
+    merged = {**base, **over}
+    for key in base.keys() & over.keys():
+        a, b = base[key], over[key]
+        if isinstance(a, dict) and isinstance(b, dict) and b.get("type", a.get("type")) == a.get("type"):
+            merged[key] = _merged(a, b)
+    return merged
+
+
+def _read(path: Path) -> Table:
+    if not path.is_file():
+        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+        raise UserError(f"{path}: no such config file{hint}")
+    try:
+        return tomli.loads(path.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from None
+
+
+def _parse_override(override: str) -> tuple[tuple[str, ...], object]:
+    key, separator, text = override.partition("=")
+    keys = tuple(key.strip().split("."))
+    if not separator or not all(keys):
+        raise UserError(f"--set {override}: expected key=value, for example --set optim.lr=0.02")
+    try:
+        return keys, tomli.loads(f"value = {text}")["value"]
+    except tomli.TOMLDecodeError:
+        return keys, text.strip()
+
+
+def _assign(table: Table, keys: tuple[str, ...], value: object, override: str) -> None:
+    for depth, key in enumerate(keys[:-1], start=1):
+        table = table.setdefault(key, {})
+        if not isinstance(table, dict):
+            raise UserError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a table")
+    table[keys[-1]] = value

@@ -1,0 +1,90 @@
+"""[data]: where the images are and how they become a batch."""
+
+from __future__ import annotations
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from bandsplit.config.schema.base import Channels3, Fraction, Range, Table, mistake
+
+
+class Generate(Table):
+    """Images made by the project itself when the data folder does not exist."""
+
+    seed: int = Field(0, ge=0)
+    train_per_class: int = Field(200, ge=1)
+    val_per_class: int = Field(50, ge=1)
+
+
+class Decoder(Table):
+    """How JPEG files are read and decoded."""
+
+    crop_only: bool | None = None
+    """Training: decode only what the random crop shows. Unset: on the CPU yes, on a GPU no, since there DALI's decoder
+    for it has been reported to crash (H100)."""
+    hw_load: Fraction = 0.65
+    """Share of a batch for the JPEG engine of the GPU; one without an engine, such as the A40, ignores it."""
+    fancy_upsampling: bool = False
+    """GPU: smooth chroma as the CPU's decoder does."""
+    device_padding_mib: int = Field(16, ge=0)
+    """GPU: MiB reserved a image on the GPU, so that larger ones need no new allocation while training."""
+    host_padding_mib: int = Field(8, ge=0)
+    """GPU: the same in pinned memory of the host."""
+    read_ahead: int = Field(2, ge=1)
+    """Batches of files that are read ahead; more for a network file system."""
+
+
+class Data(Table):
+    """Where the images are and how they become a batch (config/data/*.toml)."""
+
+    name: str = Field(min_length=1)
+    root: str = Field(min_length=1)
+    """Folder of the data set; `~` and `$VARIABLES` are expanded."""
+    train: str = "train"
+    """Folder below `root` with one folder a class."""
+    val: str = "val"
+    classes: int = Field(ge=2)
+    image_size: int = Field(224, ge=1)
+    """Side in pixels of the square that the network (block = 1) or the split sees."""
+    val_image_size: int | None = Field(None, ge=1)
+    """Validation: the same; unset: as in training."""
+    resize_size: int = Field(256, ge=1)
+    """Validation: length in pixels of the shorter side before the centre crop."""
+    scale: Range = (0.08, 1.0)
+    """Training: share of the image's area that the random crop covers."""
+    ratio: Range = (3 / 4, 4 / 3)
+    """Training: aspect ratio (width / height) of the random crop."""
+    hflip: Fraction = 0.5
+    """Training: probability of a horizontal flip."""
+    mean: Channels3 = (123.675, 116.28, 103.53)
+    """RGB mean in units of the pixel values 0 to 255."""
+    std: Channels3 = (58.395, 57.12, 57.375)
+    """RGB standard deviation in the same units."""
+    threads: int | None = Field(None, ge=1)
+    """DALI threads a rank; unset: the machine's cores shared among its ranks."""
+    prefetch: int = Field(2, ge=1)
+    """Batches that DALI prepares ahead."""
+    decoder: Decoder = Decoder()
+    generate: Generate | None = None
+
+    @property
+    def val_size(self) -> int:
+        """Side in pixels of the squares that are validated."""
+        return self.val_image_size or self.image_size
+
+    @model_validator(mode="after")
+    def _check(self) -> Data:
+        if self.val_size > self.resize_size:
+            key = "data.image_size" if self.val_image_size is None else "data.val_image_size"
+            raise mistake(key, self.val_size, f"at most data.resize_size = {self.resize_size}")
+        low, high = self.scale
+        if not 0 < low <= high <= 1:
+            raise mistake("data.scale", list(self.scale), "0 < smallest <= largest <= 1")
+        low, high = self.ratio
+        if not 0 < low <= high:
+            raise mistake("data.ratio", list(self.ratio), "0 < smallest <= largest")
+        if min(self.std) <= 0:
+            raise mistake("data.std", list(self.std), "positive numbers")
+        return self

@@ -1,0 +1,117 @@
+"""[model] and [[branch]]: the networks."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    BeforeValidator,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import PydanticCustomError
+
+from bandsplit.config.schema.base import Fraction, Table, count_or, mistake
+
+_RESNETS = ("resnet18", "resnet34", "resnet50", "resnet101", "resnet152")
+
+_MOBILENETS = ("mobilenet_v2", "mobilenet_v3_small", "mobilenet_v3_large")
+
+_WITH_DROPOUT = ("alexnet", "vgg16", "vgg16_bn", *_MOBILENETS, "inception_v3")
+
+_ONLY_FOR = {
+    "width": (*_RESNETS, *_MOBILENETS),
+    "stem": _RESNETS,
+    "tweaks": _RESNETS,
+    "zero_gamma": _RESNETS,
+    "drop_path": _RESNETS,
+    "dropout": _WITH_DROPOUT,
+}
+"""Keys of [model] that mean something for these architectures of torchvision's alone."""
+
+Stem = Literal["standard", "no_stride", "small"]
+
+
+def _tweaks(value: object) -> object:
+    """Accepts letters, each once, with one message for everything else; keeps them in the order of the alphabet."""
+    letters = value if isinstance(value, list | tuple) else ["none"]
+    if all(letter in ("b", "c", "d") for letter in letters) and len(set(letters)) == len(letters):
+        return tuple(sorted(letters))
+    raise mistake("model.tweaks", value, 'a list of "b", "c" and "d", each at most once')
+
+
+class Model(Table):
+    """The network of every branch."""
+
+    source: Literal["torchvision", "timm"] = "torchvision"
+    """`torchvision`: fitted to the size of a band here; `timm`: any network of timm's (pip install bandsplit[timm])."""
+    arch: str
+    """A ResNet (resnet18 to resnet152), alexnet, vgg16, vgg16_bn, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large
+    or inception_v3 without its auxiliary head, from 75 x 75 on; or timm's name."""
+    width: float = Field(1.0, gt=0, le=4)
+    """Factor on the number of channels of every stage."""
+    stem: Stem = "standard"
+    """`standard`: 7x7 stride 2 and max-pooling; `no_stride`: 7x7 stride 1 and max-pooling, for bands as channels,
+    where the split has taken the stride already; `small`: 3x3 stride 1, no pooling, for small bands."""
+    tweaks: Annotated[tuple[Literal["b", "c", "d"], ...], BeforeValidator(_tweaks)] = ("b",)
+    """Changes to a ResNet (He et al., Bag of Tricks, CVPR 2019): `b` has the stride of a bottleneck in its 3x3, not in
+    its first 1x1; `c` has three 3x3 as the first convolution; `d` averages before the 1x1 of a strided shortcut."""
+    zero_gamma: bool = False
+    """The last norm of every residual block starts at 0, and the block as its shortcut."""
+    drop_path: Fraction = 0.0
+    """Stochastic depth: probability that a image skips the last residual block; 0 for the first, linear between."""
+    dropout: Fraction | None = None
+    """Dropout of the classifier; unset: the architecture's own."""
+    init: Literal["default", "xavier_uniform", "kaiming_normal"] = "default"
+    """First weights of convolutions and fully connected layers, whose biases then start at 0; `default`: the
+    architecture's own."""
+    bn_batch_size: Annotated[Literal["rank", "all"] | int, count_or("model.bn_batch_size", "rank", "all")] = "rank"
+    """Images over which batch normalisation takes its statistics: "rank", those that a rank takes through a branch
+    at once, which depends on the number of ranks and on `parallel.branch_groups`; "all", those of all ranks together;
+    or a number, which makes accuracy independent of the launch."""
+
+    @property
+    def takes_one_size(self) -> bool:
+        """Whether the network may be bound to the size of the inputs that it was built for."""
+        return self.source == "timm" or self.arch in ("alexnet", "vgg16", "vgg16_bn")
+
+    @field_validator("arch")
+    @classmethod
+    def _known(cls, arch: str, info: ValidationInfo) -> str:
+        known = dict.fromkeys((*_RESNETS, *_WITH_DROPOUT))
+        if info.data.get("source") == "torchvision" and arch not in known:
+            names = ", ".join(map(repr, known))
+            raise PydanticCustomError("unknown_arch", "Input should be {allowed}", {"given": arch, "allowed": names})
+        return arch
+
+    @model_validator(mode="after")
+    def _check(self) -> Model:
+        name = self.arch if self.source == "torchvision" else f"timm's {self.arch}"
+        for key, archs in _ONLY_FOR.items():
+            given, default = getattr(self, key), type(self).model_fields[key].default
+            if given != default and (self.source != "torchvision" or self.arch not in archs):
+                only = "unset" if default is None else repr(list(default) if isinstance(default, tuple) else default)
+                allowed = f"{only} for {name}; others are for {', '.join(archs)}"
+                raise mistake(f"model.{key}", list(given) if isinstance(given, tuple) else given, allowed)
+        if self.source == "timm" and self.bn_batch_size != "rank":
+            raise mistake(
+                "model.bn_batch_size", self.bn_batch_size, "'rank' for timm's networks, whose norms are their own"
+            )
+        return self
+
+
+def _bands(value: object) -> object:
+    if isinstance(value, list | tuple) and value and all(type(k) is int for k in value):
+        return tuple(value)
+    raise mistake("branch.bands", value, "band numbers, such as [0, 1]")
+
+
+class Branch(Table):
+    """A branch of its own kind, a table [[branch]] each: what it reads and how it differs from [model]."""
+
+    bands: Annotated[tuple[int, ...], BeforeValidator(_bands)]
+    arch: str | None = None
+    width: float | None = Field(None, gt=0, le=4)
+    stem: Stem | None = None

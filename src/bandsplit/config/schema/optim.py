@@ -1,0 +1,76 @@
+"""[optim]: optimizers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import (
+    Field,
+    model_validator,
+)
+
+from bandsplit.config.schema.base import Table, default_type, mistake
+
+
+class _Optimizer(Table):
+    """What all optimizers share; each branch has one of its own."""
+
+    lr: float = Field(gt=0)
+    """Peak learning rate: for the global batch as it is, or with `base_batch` for a batch of that size."""
+    base_batch: int | None = Field(None, ge=1)
+    """Batch that `lr` is meant for; it is scaled to train.batch_size."""
+    scaling: Literal["linear", "sqrt"] = "linear"
+    """With `base_batch`: lr grows with the batch, or with its square root."""
+    weight_decay: float = Field(1e-4, ge=0)
+    decay_norm_and_bias: bool = True
+    """Whether weight decay acts on normalisation and biases too (on everything with one dimension)."""
+
+
+class SGD(_Optimizer):
+    type: Literal["sgd"] = "sgd"
+    momentum: float = Field(0.9, ge=0, lt=1)
+    nesterov: bool = False
+
+    @model_validator(mode="after")
+    def _check(self) -> SGD:
+        if self.nesterov and not self.momentum:
+            raise mistake("optim.momentum", self.momentum, "above 0 with optim.nesterov")
+        return self
+
+
+Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]], Field(strict=False)]
+
+
+class Adam(_Optimizer):
+    """Weight decay is added to the gradient, as Adam has it."""
+
+    type: Literal["adam"] = "adam"
+    betas: Betas = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class AdamW(_Optimizer):
+    """Weight decay acts on the weights alone."""
+
+    type: Literal["adamw"] = "adamw"
+    betas: Betas = (0.9, 0.999)
+    eps: float = Field(1e-8, gt=0)
+
+
+class RMSprop(_Optimizer):
+    type: Literal["rmsprop"] = "rmsprop"
+    alpha: float = Field(0.9, gt=0, lt=1)
+    momentum: float = Field(0.9, ge=0, lt=1)
+    eps: float = Field(1e-8, gt=0)
+    centered: bool = False
+
+
+class Lamb(_Optimizer):
+    """timm's LAMB: pip install bandsplit[timm]."""
+
+    type: Literal["lamb"] = "lamb"
+    betas: Betas = (0.9, 0.999)
+    eps: float = Field(1e-6, gt=0)
+
+
+Optim = Annotated[SGD | Adam | AdamW | RMSprop | Lamb, Field(discriminator="type"), default_type("sgd")]

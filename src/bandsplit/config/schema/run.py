@@ -1,0 +1,174 @@
+"""A whole config."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from pydantic import (
+    Field,
+    ValidationError,
+    model_validator,
+)
+
+from bandsplit.config.schema.augment import Augment
+from bandsplit.config.schema.base import Table, is_list, mistake
+from bandsplit.config.schema.data import Data
+from bandsplit.config.schema.loss import CrossEntropy, Distillation, Loss, Mix
+from bandsplit.config.schema.model import Branch, Model
+from bandsplit.config.schema.optim import Optim
+from bandsplit.config.schema.schedule import Cosine, Linear, Schedule
+from bandsplit.config.schema.split import Split
+from bandsplit.config.schema.train import Checkpoint, Parallel, Train, Validation
+from bandsplit.errors import UserError
+
+
+class RunConfig(Table):
+    """All that determines a run."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(0, ge=0, lt=2**31)
+    data: Data
+    model: Model
+    split: Split = Split()
+    branch: Annotated[tuple[Branch, ...], Field(strict=False)] = ()
+    """All branches one by one, in place of `split.branches`; empty: all of them are as [model] says."""
+    augment: Augment = Augment()
+    optim: Optim
+    schedule: Schedule = Cosine()
+    loss: Loss = CrossEntropy()
+    distillation: Distillation | None = None
+    mix: Mix = Mix()
+    train: Train
+    parallel: Parallel = Parallel()
+    validation: Validation = Validation()
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _bands_of_branches(cls, given: Any) -> Any:
+        """[[branch]] says which bands a branch reads: `split.branches` follows."""
+        branches = given.get("branch") if isinstance(given, dict) else None
+        tables = [b.model_dump() if isinstance(b, Branch) else b for b in branches] if is_list(branches) else []
+        if not tables or not all(isinstance(table, dict) and is_list(table.get("bands")) for table in tables):
+            return given  # nothing to do, or a mistake that [[branch]] itself will report
+        split = given.get("split", {})
+        split = split.model_dump() if isinstance(split, Split) else split
+        if not isinstance(split, dict):
+            return given
+        bands, said = [list(table["bands"]) for table in tables], split.get("branches", "each")
+        if said != "each" and [list(g) if is_list(g) else g for g in (said if is_list(said) else [said])] != bands:
+            raise mistake("split.branches", said, f"unset, since [[branch]] says {bands}")
+        return {**given, "split": {**split, "branches": bands}}
+
+    @model_validator(mode="after")
+    def _check(self) -> RunConfig:
+        for number in range(len(self.branch)):
+            self._check_branch(number)
+        block = self.split.block
+        for key, size in (("image_size", self.data.image_size), ("val_image_size", self.data.val_size)):
+            if size % block:
+                divisors = [str(s) for s in range(1, 33) if size % s == 0]
+                allowed = f"a divisor of data.{key} = {size}: {', '.join(divisors)}"
+                raise mistake("split.block", block, allowed)
+        models = [self.model, *(self.model_of(k) for k in range(len(self.branch)))]
+        if any(model.takes_one_size for model in models):
+            allowed = "unset for networks whose fully connected layers fit one size (VGG, AlexNet) and for timm's"
+            if self.data.val_size != self.data.image_size:
+                raise mistake("data.val_image_size", self.data.val_image_size, allowed)
+            if self.augment.progressive is not None:
+                raise mistake("augment.progressive.min_size", self.augment.progressive.min_size, allowed)
+        self._check_progressive()
+        if self.schedule.warmup_epochs >= self.train.epochs:
+            allowed = f"less than train.epochs = {self.train.epochs}"
+            raise mistake("schedule.warmup_epochs", self.schedule.warmup_epochs, allowed)
+        if isinstance(self.schedule, Cosine | Linear) and self.schedule.lr_min > self.peak_lr:
+            raise mistake("schedule.lr_min", self.schedule.lr_min, f"at most optim.lr = {self.peak_lr}")
+        if self.train.precision == "fp16" and self.train.on_nonfinite == "lower_lr":
+            allowed = "'stop' or 'skip' with fp16, whose loss scale is found by gradients that are not finite"
+            raise mistake("train.on_nonfinite", "lower_lr", allowed)
+        if self.train.batch_size % self.train.grad_accum_steps:
+            allowed = f"a multiple of train.grad_accum_steps = {self.train.grad_accum_steps}"
+            raise mistake("train.batch_size", self.train.batch_size, allowed)
+        return self
+
+    def _check_progressive(self) -> None:
+        progressive, block, size = self.augment.progressive, self.split.block, self.data.image_size
+        if progressive is None:
+            return
+        for key in ("min_size", "multiple"):
+            given = getattr(progressive, key)
+            if given % block:
+                raise mistake(f"augment.progressive.{key}", given, f"a multiple of split.block = {block}")
+        if progressive.min_size >= size:
+            raise mistake("augment.progressive.min_size", progressive.min_size, f"less than data.image_size = {size}")
+        if progressive.ramp_end >= self.train.epochs:
+            allowed = f"less than train.epochs = {self.train.epochs}"
+            raise mistake("augment.progressive.ramp_end", progressive.ramp_end, allowed)
+
+    def _check_branch(self, number: int) -> None:
+        """What [[branch]] and [model] say must make a network together."""
+        try:
+            self.model_of(number)
+        except ValidationError as error:
+            wrong = error.errors()[0]
+            context = wrong["ctx"]
+            key = context.get("key", "model.arch").removeprefix("model.")
+            if key in Branch.model_fields:
+                raise mistake(f"branch.{number}.{key}", context["given"], context["allowed"]) from None
+            allowed = f"one for which model.{key} = {context['given']!r} means something"
+            raise mistake(f"branch.{number}.arch", self.branch[number].arch, allowed) from None
+
+    def model_of(self, number: int) -> Model:
+        """The network of a branch, counted in the whole ensemble."""
+        if not self.branch:
+            return self.model
+        own = self.branch[number].model_dump(exclude={"bands"}, exclude_none=True)
+        return Model.model_validate({**self.model.model_dump(), **own}) if own else self.model
+
+    @property
+    def networks(self) -> str:
+        """The networks of this run in words: `4 x resnet18`, or `1 x resnet34, 3 x resnet18 of width 0.5`."""
+        models = [self.model_of(number) for number in self.split.numbers]
+        kinds = [f"{m.arch} of width {m.width:g}" if m.width != self.model.width else m.arch for m in models]
+        return ", ".join(f"{kinds.count(kind)} x {kind}" for kind in dict.fromkeys(kinds))
+
+    @property
+    def peak_lr(self) -> float:
+        """`optim.lr`, scaled to the batch where `optim.base_batch` says so (Goyal et al., 2017; Krizhevsky, 2014)."""
+        optim = self.optim
+        factor = self.train.batch_size / optim.base_batch if optim.base_batch else 1.0
+        return optim.lr * (factor if optim.scaling == "linear" else factor**0.5)
+
+    def image_size_at(self, epoch: int) -> int:
+        """Side in pixels of the training images of epoch 0, 1, …"""
+        progressive, size = self.augment.progressive, self.data.image_size
+        if progressive is None or epoch >= progressive.ramp_end:
+            return size
+        done = max(0, epoch - progressive.ramp_start) / (progressive.ramp_end - progressive.ramp_start)
+        rounded = round((progressive.min_size + done * (size - progressive.min_size)) / progressive.multiple)
+        return min(size, max(progressive.min_size, rounded * progressive.multiple))
+
+    def steps_per_epoch(self, images: int) -> int:
+        """Whole batches in so many images; what is left over opens the next epoch.
+
+        Raises UserError where there is not one.
+        """
+        steps = images // self.train.batch_size
+        if not steps:
+            raise UserError(f"train.batch_size: {self.train.batch_size} given, but the data has {images} images")
+        return steps
+
+    def rank_batch_size(self, world_size: int) -> int:
+        """Images that one rank takes through a branch at once.
+
+        Raises UserError where the batch cannot be shared out evenly over `world_size` ranks.
+        """
+        parts = world_size * self.train.grad_accum_steps
+        if self.train.batch_size % parts:
+            below = self.train.batch_size // parts * parts
+            raise UserError(
+                f"train.batch_size: {self.train.batch_size} given, "
+                f"but {world_size} ranks with train.grad_accum_steps = {self.train.grad_accum_steps} need a multiple "
+                f"of {parts}, for example {' or '.join(str(b) for b in (below, below + parts) if b)}"
+            )
+        return self.train.batch_size // parts

@@ -1,0 +1,263 @@
+"""Images for a first run: a small JPEG classification data set, drawn rather than downloaded.
+
+A class is a shape in a fine texture. The mean of every 2x2 block shows the shape but not the texture, so that five of
+the ten classes look like the other five. The detail bands show the texture, but little of the shape: outlines are soft
+and the texture catches the light in one spot only. Bands together tell all ten classes apart.
+
+Lengths are in units of a image's shorter side, so that a resized image keeps its look; x goes right and y down from
+the image's middle. Colours are RGB, 0 to 255.
+"""
+
+import colorsys
+import math
+import os
+import tempfile
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from numpy.random import Generator
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+from tqdm import tqdm
+
+from bandsplit.errors import UserError
+
+Array = NDArray[np.float64]
+
+SHAPES = ("disc", "heart", "ring", "star", "triangle")
+PERIOD = {"checkered": 2.7 / 72, "striped": 2.4 / 72}
+"""Period of each texture, along both axes or the one it varies in. Once the shorter side is resized to 72 pixels, it is
+more than the 2 pixels that a image can show, and so much less than the 4 that half its resolution can show that the
+mean of 2x2 blocks keeps a tenth of the texture's energy at most."""
+CLASSES = tuple(f"{shape}_{texture}" for shape in SHAPES for texture in PERIOD)
+SPLITS = ("train", "val")
+
+SIDE = (72, 144)
+"""Shorter side, pixels."""
+GREY = 0.04
+"""Share of images saved as grayscale JPEG files."""
+EDGE_BLUR = 0.02
+"""Standard deviation of the blur on outlines: so soft that the detail bands show them faintly."""
+OVERSAMPLING = 4
+"""Outlines are drawn this many times larger and averaged down."""
+BRIGHTEST = 220.0
+"""Largest channel of a plain colour: leaves room for lights and texture."""
+
+# ------------------------------------------------------------------------------------------------------------ data set
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """One image still to draw; these four numbers determine every byte of its file."""
+
+    seed: int
+    split: int
+    label: int
+    index: int
+
+    @property
+    def path(self) -> Path:
+        """Where it belongs, relative to the data set's folder."""
+        return Path(SPLITS[self.split], CLASSES[self.label], f"{self.index:05d}.jpg")
+
+
+def generate(
+    root: Path, *, seed: int = 0, train_per_class: int = 200, val_per_class: int = 50, workers: int | None = None
+) -> None:
+    """Write `root`/{train,val}/CLASS/INDEX.jpg with `workers` processes (default: one for each core we may use).
+
+    The files depend on `seed` alone, not on `workers`. `root` appears only when it is complete.
+    """
+    root = root.absolute()
+    if root.exists():
+        raise _exists(root)
+    root.parent.mkdir(parents=True, exist_ok=True)
+    images = [
+        ImageSpec(seed, split, label, index)
+        for split, count in enumerate((train_per_class, val_per_class))
+        for label in range(len(CLASSES))
+        for index in range(count)
+    ]
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", suffix=".partial", dir=root.parent) as temporary:
+        # One level deeper: the temporary folder's own permissions (0700) would become those of the data set.
+        unfinished = Path(temporary, root.name)
+        for split in SPLITS:
+            for name in CLASSES:
+                (unfinished / split / name).mkdir(parents=True)
+        _write_all(unfinished, images, workers or len(os.sched_getaffinity(0)))
+        try:
+            unfinished.rename(root)
+        except OSError:
+            if root.exists():  # another process was faster
+                raise _exists(root) from None
+            raise
+
+
+def _exists(root: Path) -> UserError:
+    return UserError(f"{root}: exists already; demo images are only written to a new folder (delete this one first)")
+
+
+def _write_all(root: Path, images: list[ImageSpec], workers: int) -> None:
+    def follow(written: Iterator[None]) -> None:
+        for _ in tqdm(written, desc="drawing demo images", total=len(images), unit="img", disable=None):
+            pass
+
+    write = partial(_write, root)
+    if workers == 1:
+        follow(map(write, images))
+        return
+    # Spawned, not forked: the caller may already run threads (torch, DALI), and forking those can deadlock.
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        follow(pool.map(write, images, chunksize=16))
+
+
+def _write(root: Path, spec: ImageSpec) -> None:
+    rng = np.random.default_rng([spec.seed, spec.split, spec.label, spec.index])
+    image = Image.fromarray(draw(rng, *CLASSES[spec.label].split("_")))
+    if rng.random() < GREY:
+        image = image.convert("L")
+    subsampling = str(rng.choice(["4:4:4", "4:2:2", "4:2:0"]))
+    image.save(root / spec.path, quality=int(rng.integers(75, 96)), subsampling=subsampling)
+
+
+# ---------------------------------------------------------------------------------------------------------- a image
+
+
+def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
+    """A textured shape that floats before a background out of focus: (height, width, 3).
+
+    The same `rng` gives the same scene in every texture.
+    """
+    side = int(rng.integers(SIDE[0], SIDE[1] + 1))
+    aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
+    width, height = round(side * max(1.0, aspect)), round(side * max(1.0, 1 / aspect))
+    x, y = _axis(width, side)[None, :], _axis(height, side)[:, None]
+    back, front = _colours(rng)
+
+    outline = _outline(rng, shape)
+    mask = _blur(_mask(shape, outline, x, y, side), EDGE_BLUR * side)
+    shadow = rng.uniform(0, 0.2) * _blur(_mask(shape, outline + np.array([0.02, 0.04]), x, y, side), 0.05 * side)
+    surface = front * (1 + 0.15 * _ramp(rng, x, y) + _relief(rng, texture, x, y, mask, side))[..., None]
+    image = _background(rng, back, x, y) * (1 - shadow)[..., None]
+    image += mask[..., None] * (surface - image)
+    image *= (1 - 0.25 * (x**2 + y**2))[..., None]  # lenses give their corners less light
+    image += _grain(rng, (height, width), side)
+    return (image + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def _axis(pixels: int, side: int) -> Array:
+    """Coordinates of pixel centres (pixels,)."""
+    return (np.arange(pixels) + 0.5 - pixels / 2) / side
+
+
+def _colours(rng: Generator) -> tuple[Array, Array]:
+    """Background and shape, (3,) each: the shape is darker and more colourful, in some images only a little."""
+    hue = rng.random()
+    apart = rng.uniform(0.06, 0.5) * rng.choice([-1, 1])
+    luma = rng.uniform(135, 185)
+    back = _colour(hue, rng.uniform(0.05, 0.25), luma)
+    front = _colour(hue + apart, rng.uniform(0.45, 0.7), luma - rng.uniform(20, 60))
+    return back, back + rng.uniform(0.4, 1) * (front - back)
+
+
+def _colour(hue: float, saturation: float, luma: float) -> Array:
+    """RGB (3,) of a given luma; a hue too dark for it (blue) is mixed with white."""
+    colour = BRIGHTEST * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1))
+    pure = float(colour @ (0.299, 0.587, 0.114))  # ITU-R BT.601, as in JPEG
+    white = max(0.0, (luma - pure) / (BRIGHTEST - pure))
+    return colour * min(1.0, luma / pure) * (1 - white) + BRIGHTEST * white
+
+
+def _outline(rng: Generator, shape: str) -> Array:
+    """A closed polygon of x, y: (points, 2)."""
+    turn = np.linspace(0, 2 * np.pi, 120, endpoint=False)
+    match shape:
+        case "disc" | "ring":
+            points = np.stack([np.sin(turn), np.cos(turn)], 1)
+        case "heart":
+            height = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
+            points = np.stack([16 * np.sin(turn) ** 3, -height - 2.5], 1) / 15
+        case "star":
+            corners = turn[::12]
+            points = np.stack([np.sin(corners), -np.cos(corners)], 1) * np.tile([1.15, 0.52], 5)[:, None]
+        case "triangle":
+            corners = turn[::40]
+            points = 1.2 * np.stack([np.sin(corners), -np.cos(corners)], 1) + (0, 0.2)
+        case _:
+            raise AssertionError(f"unknown shape {shape!r}")
+    angle = math.radians(rng.uniform(-22, 22))
+    rotation = [[math.cos(angle), math.sin(angle)], [-math.sin(angle), math.cos(angle)]]
+    return points @ rotation * rng.uniform(0.21, 0.35) + rng.uniform(-0.12, 0.12, 2)
+
+
+def _mask(shape: str, outline: Array, x: Array, y: Array, side: int) -> Array:
+    """Share of every pixel that the shape covers: (height, width)."""
+    width, height = x.size * OVERSAMPLING, y.size * OVERSAMPLING
+    canvas = Image.new("L", (width, height))
+    pen = ImageDraw.Draw(canvas)
+    points = outline * (side * OVERSAMPLING) + (width / 2, height / 2)
+    pen.polygon(points.flatten().tolist(), fill=255)
+    if shape == "ring":
+        pen.polygon(((points + points.mean(0)) / 2).flatten().tolist(), fill=0)
+    return np.asarray(canvas.reduce(OVERSAMPLING)) / 255
+
+
+def _blur(mask: Array, radius: float) -> Array:
+    """Gaussian blur of values 0 to 1; standard deviation in pixels."""
+    image = Image.fromarray((255 * mask + 0.5).astype(np.uint8)).filter(ImageFilter.GaussianBlur(radius))
+    return np.asarray(image) / 255
+
+
+def _ramp(rng: Generator, x: Array, y: Array) -> Array:
+    """Light from one side, about -1 to 1 across the image: (height, width)."""
+    angle = rng.uniform(0, 2 * np.pi)
+    return 2 * (x * math.cos(angle) + y * math.sin(angle))
+
+
+def _distance(x: Array, y: Array, a: float, b: float) -> Array:
+    """From every pixel to the point (a, b): (height, width)."""
+    return np.sqrt((x - a) ** 2 + (y - b) ** 2)
+
+
+def _background(rng: Generator, colour: Array, x: Array, y: Array) -> Array:
+    """A gradient with lights far out of focus, each a pale disc as a lens makes it: (height, width, 3)."""
+    light = 1 + 0.1 * _ramp(rng, x, y)
+    for _ in range(rng.integers(5, 11)):
+        a, b, radius, power = rng.uniform((-0.65, -0.65, 0.06, 0.03), (0.65, 0.65, 0.22, 0.14))
+        light += power * np.clip((radius - _distance(x, y, a, b)) / (3 * EDGE_BLUR) + 0.5, 0, 1)
+    tint = 1 + 0.08 * _ramp(rng, x, y)[..., None] * rng.uniform(-1, 1, 3)
+    return light[..., None] * tint * colour
+
+
+def _relief(rng: Generator, texture: str, x: Array, y: Array, mask: Array, side: int) -> Array:
+    """The texture as relative brightness, of mean 0 so that it leaves no trace in a blurred image: (height, width).
+
+    It is plain where light from the side falls on it and fades elsewhere, so that it does not draw the outline.
+    """
+    frequency = 2 * np.pi / (PERIOD[texture] * rng.uniform(0.94, 1.06))
+    tilt = math.radians(rng.uniform(-8, 8))
+    phase, other_phase = rng.uniform(0, 2 * np.pi, 2)
+    wave: Array = np.cos(frequency * (y * math.cos(tilt) - x * math.sin(tilt)) + phase)
+    if texture == "checkered":
+        wave *= np.cos(frequency * (x * math.cos(tilt) + y * math.sin(tilt)) + other_phase)
+    inside = _blur(mask, 0.03 * side)
+    row, column = rng.choice(np.argwhere(inside > 0.8 * inside.max()))
+    spot = np.exp(-((_distance(x, y, x[0, column], y[row, 0]) / rng.uniform(0.08, 0.15)) ** 2) / 2)
+    return wave * inside * (0.05 + 0.95 * spot) * rng.uniform(0.2, 0.42)
+
+
+def _grain(rng: Generator, size: tuple[int, int], side: int) -> Array:
+    """Film grain, partly coloured, of three sizes: one pixel, a 72nd and a 30th of the side: (height, width, 3)."""
+    grain = rng.normal(0, 1, (*size, 3))
+    for grains, strength in ((72, rng.uniform(2.5, 6.5)), (30, rng.uniform(0.5, 1.5))):
+        rows, columns = (round(grains * pixels / side) for pixels in size)
+        grey, *colours = rng.normal(0, strength, (4, rows, columns)).astype(np.float32)  # as PIL resizes them
+        for channel, colour in enumerate(colours):
+            noise = Image.fromarray(grey + colour / 2).resize(size[::-1], Image.Resampling.BICUBIC)
+            grain[..., channel] += np.asarray(noise)
+    return grain

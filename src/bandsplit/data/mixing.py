@@ -1,0 +1,42 @@
+"""Mixup and CutMix on bands."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import one_hot
+from torchvision.transforms import v2
+
+from bandsplit import seeds
+from bandsplit.config import schema
+
+
+def mix(
+    inputs: Sequence[Tensor], labels: Tensor, config: schema.RunConfig, batch: int, stream: int
+) -> tuple[list[Tensor], Tensor]:
+    """Mixup or CutMix of one batch, alike in all inputs, (B, channels, h, w) each, where h = w may differ; labels (B,).
+
+    The split is linear and acts on each block alone, so mixing bands is mixing images, with boxes in whole blocks.
+    Chance comes from the seed, the stream of images and the number of the batch in it.
+    Returns inputs and labels (B, classes), float32, or all as it was where the config mixes nothing.
+    """
+    alphas = config.mix.mixup, config.mix.cutmix
+    if not any(alphas):
+        return list(inputs), labels
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derived(config.seed, f"mixing batch {batch}", stream))
+        if torch.rand(()) >= config.mix.probability:
+            return list(inputs), one_hot(labels, config.data.classes).float()
+        cut = alphas[1] > 0 and (not alphas[0] or bool(torch.rand(()) < 0.5))
+        transform = (v2.CutMix if cut else v2.MixUp)(alpha=alphas[cut], num_classes=config.data.classes)
+        grid = math.gcd(*(x.shape[-1] for x in inputs))  # a box in this grid is a box in each of them
+        drawn = transform.make_params([torch.empty(1, 1, grid, grid)])
+    drawn |= {"labels": labels, "batch_size": len(labels)}
+    mixed = []
+    for x in inputs:
+        box = {"box": [edge * (x.shape[-1] // grid) for edge in drawn["box"]]} if cut else {}
+        mixed.append(transform.transform(x, drawn | box).contiguous(memory_format=torch.channels_last))
+    return mixed, transform.transform(labels, drawn)

@@ -1,0 +1,191 @@
+"""Ranks: joining, leaving, agreeing, and who tells the user what went wrong."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from bandsplit.errors import ToldElsewhere, UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands among all."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    local_world_size: int
+    device: torch.device
+    hosts: Any = None
+    """Process group of all ranks that joins their hosts (gloo), whatever joins their devices; None: one rank."""
+    timeout: timedelta = timedelta(minutes=5)
+    """After which a collective of the devices fails."""
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, counts: Tensor) -> Tensor:
+        """Sum over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(counts)
+        return counts
+
+    def smallest(self, values: Tensor) -> Tensor:
+        """The smallest of each value over all ranks, in place."""
+        if self.world_size > 1:
+            dist.all_reduce(values, dist.ReduceOp.MIN)
+        return values
+
+    def largest(self, values: Sequence[int]) -> list[int]:
+        """The largest of each value over all ranks; does not wait for the device."""
+        if self.world_size == 1:
+            return list(values)
+        together = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(together, dist.ReduceOp.MAX, group=self.hosts)
+        return together.tolist()
+
+    def from_first(self, make: Callable[[], T]) -> T:
+        """What `make` returns on the first rank, or the UserError it raises there, on every rank."""
+        if self.world_size == 1:
+            return make()
+        told: list[Any] = [None, None]
+        if self.is_first:
+            try:
+                told[0] = make()
+            except UserError as error:
+                told[1] = error
+        dist.broadcast_object_list(told, src=0, group=self.hosts)
+        if told[1] is not None:
+            told[1].one_rank = False  # now all know it
+            raise told[1]
+        value: T = told[0]
+        return value
+
+    def each(self, make: Callable[[], T]) -> T:
+        """What `make` returns on this rank, where it returns on all of them.
+
+        Raises the UserError of the first rank where it does not, on that rank, and ToldElsewhere on the others.
+        """
+        made, error = None, None
+        try:
+            made = make()
+        except UserError as mistake:
+            error = mistake
+        (first,) = self.largest([self.world_size - self.rank if error else 0])
+        if not first:
+            return cast(T, made)
+        if error is None or first != self.world_size - self.rank:
+            raise ToldElsewhere()
+        if not self.is_first:
+            error = UserError(f"rank {self.rank} on {socket.gethostname()}: {error}")
+            error.one_rank = True
+        raise error
+
+    def wait(self) -> None:
+        """Until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.hosts)
+
+    def synchronize(self) -> None:
+        """Until the device has done all that was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def world_size() -> int:
+    """Number of ranks that torchrun started; 1 without torchrun."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Number of this process among those that torchrun started."""
+    return int(os.environ.get("RANK", "0"))
+
+
+@contextmanager
+def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
+    """Joins the other ranks (NCCL on GPUs, gloo on CPUs) and leaves them again at the end.
+
+    Raises ToldElsewhere or UserError in place of the broken connections that follow when another rank ends or hangs.
+    """
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world_size() == 1:
+        yield Ranks(rank, 1, local_rank, local_world_size, device)
+        return
+    store, _, _ = next(dist.rendezvous("env://", rank, world_size()))
+    if local_world_size == world_size():
+        # torchrun starts again with the same store, where the addresses of the attempt before may still be read.  Nodes
+        # count their attempts each for itself, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+        store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    on_gpu, hosts_timeout = device.type == "cuda", timedelta(seconds=timeout_seconds)
+    # NCCL ends the process without a word, so the hosts' group is to notice first who is missing
+    timeout = hosts_timeout + timedelta(seconds=60) if on_gpu else hosts_timeout
+    try:
+        dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            store=store,
+            rank=rank,
+            world_size=world_size(),
+            timeout=timeout,
+            device_id=device if on_gpu else None,
+        )
+        hosts = dist.new_group(backend="gloo", timeout=hosts_timeout) if on_gpu else dist.group.WORLD
+        yield Ranks(rank, world_size(), local_rank, local_world_size, device, hosts, timeout)
+    except Exception as error:
+        if _comes_from_others(error):
+            raise _who_is_missing(store, rank) from error
+        with suppress(RuntimeError):  # the store may have ended with another rank
+            store.set(f"ended/{rank}", "of its own error")
+        raise
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _comes_from_others(error: Exception) -> bool:
+    """Whether an error is a collective's, which fails where another rank has ended or hangs."""
+    words = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|socket"
+    return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
+
+
+def _who_is_missing(store: Any, rank: int, seconds: float = 8.0) -> Exception:
+    """After a collective has failed, on every rank that noticed: who did not, and so has ended or hangs?"""
+    deadline = time.monotonic() + seconds
+    try:
+        store.set(f"ended/{rank}", "of another's")
+        while True:
+            told = {k: store.get(f"ended/{k}").decode() for k in range(world_size()) if store.check([f"ended/{k}"])}
+            missing = [k for k in range(world_size()) if k not in told]
+            if not missing or time.monotonic() > deadline:
+                break
+            time.sleep(0.1)
+    except RuntimeError:  # the store has ended, and with it the rank or the torchrun that kept it
+        return ToldElsewhere()
+    speaks = min(k for k, why in told.items() if why == "of another's")
+    if "of its own error" in told.values() or not missing or rank != speaks:
+        return ToldElsewhere()
+    named = ", ".join(map(str, missing))
+    what = f"ranks {named} have ended or hang" if len(missing) > 1 else f"rank {named} has ended or hangs"
+    error = UserError(f"{what}; the others cannot go on alone; see logs/rank{missing[0]}.log")
+    error.one_rank = True
+    return error

@@ -1,0 +1,71 @@
+"""Bytes that ranks send in a step, and the number of branch groups that sends the fewest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from bandsplit.config.schema import RunConfig
+from bandsplit.errors import UserError
+
+GRADIENT_BYTES = 4  # gradients are float32 whatever the precision
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a rank sends in one optimizer step with so many groups of branches.
+
+    Gradients: a ring all-reduce over D ranks sends each number 2 (D - 1) / D times (Patarasuk and Yuan, 2009).  Bands:
+    of its own images a rank sends what the other g - 1 groups read.
+    """
+
+    branch_groups: int
+    branches: int
+    """Restored by one rank."""
+    gradients: float
+    bands: float
+
+    @property
+    def bytes(self) -> float:
+        return self.gradients + self.bands
+
+
+def step_traffic(config: RunConfig, world_size: int, groups: int, parameters: Sequence[int], half: bool) -> Traffic:
+    """Traffic of the busiest rank.
+
+    `parameters`: their number in each branch; `half`: bands travel as float16, otherwise float32.
+    """
+    columns = world_size // groups
+    of_group = [range(b * len(parameters) // groups, (b + 1) * len(parameters) // groups) for b in range(groups)]
+    pixels = (config.data.image_size // config.split.block) ** 2
+    values = [3 * pixels * len(group) for group in config.split.groups]
+    own = min(sum(values[k] for k in group) for group in of_group)
+    most = max(sum(parameters[k] for k in group) for group in of_group)
+    return Traffic(
+        groups,
+        len(parameters) // groups,
+        2 * (columns - 1) / columns * most * GRADIENT_BYTES,
+        config.train.batch_size / world_size * (sum(values) - own) * (2 if half else 4) if groups > 1 else 0,
+    )
+
+
+def possible_groups(config: RunConfig, world_size: int) -> list[int]:
+    """Numbers of branch groups that divide both the ranks and the branches."""
+    branches = len(config.split.groups)
+    return [g for g in range(1, branches + 1) if branches % g == 0 and world_size % g == 0]
+
+
+def branch_groups(config: RunConfig, world_size: int, parameters: Sequence[int], half: bool) -> int:
+    """`parallel.branch_groups`, where "auto" is the number with the least traffic, the smaller of two that are equal.
+
+    Raises UserError where it does not divide the ranks and the branches.
+    """
+    wanted, possible = config.parallel.branch_groups, possible_groups(config, world_size)
+    if wanted == "auto":
+        return min(possible, key=lambda g: step_traffic(config, world_size, g, parameters, half).bytes)
+    if wanted not in possible:
+        raise UserError(
+            f"parallel.branch_groups: {wanted} given, but it has to divide {world_size} ranks and "
+            f"{len(config.split.groups)} branches: {', '.join(map(str, possible))} or 'auto'"
+        )
+    return wanted

@@ -1,0 +1,132 @@
+"""Exact validation: counts of correct images of the ensemble and of every branch, each image once."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from bandsplit.data.feed import BatchFeed
+from bandsplit.data.loader import Batch, ValidationLoader, open_data, shard_of
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import joined
+from bandsplit.errors import UserError
+from bandsplit.models.ensemble import Ensemble, fuse
+from bandsplit.models.precision import Precision
+from bandsplit.runs.directory import replace_text
+from bandsplit.runs.restored import Restored
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """Percentages over all images of the validation set; `loss` is the mean cross-entropy of the fused logits."""
+
+    val_images: int
+    loss: float
+    top1: float
+    top5: float
+    branch_top1: list[float]
+    branch_top5: list[float]
+
+    def as_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits (..., B, classes) and labels (B,) -> (..., 2): images right within the first and the first five."""
+    top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    return torch.stack([top[..., 0].sum(-1), top.any(-1).sum(-1)], dim=-1)
+
+
+@torch.inference_mode()
+def evaluate(ensemble: Ensemble, batches: Iterable[Batch], images: int, mesh: Mesh, precision: Precision) -> Accuracy:
+    """Accuracy over the batches of all ranks, which together have to be `images` images.
+
+    `ensemble` holds this rank's branches; every rank has equally many batches of equal size.  Counts and the sum of
+    losses stay on the device until one reduction at the end.
+    """
+    ensemble.eval()
+    device, feed = mesh.ranks.device, BatchFeed(batches, mesh)
+    counts = torch.zeros(1 + mesh.branches, 2, dtype=torch.int64, device=device)
+    seen = torch.zeros(1, dtype=torch.int64, device=device)
+    loss = torch.zeros(1, dtype=torch.float64, device=device)
+    for batch in feed:
+        with precision.autocast():
+            own = ensemble(batch.inputs)
+        logits, labels = feed.of_own_images(own, batch.labels)
+        fused = fuse(logits)
+        counts += count_correct(torch.cat([fused[None], logits]), labels)
+        loss += cross_entropy(fused.double(), labels, reduction="sum", ignore_index=-1)
+        seen += (labels >= 0).sum()
+    totals = mesh.ranks.sum(torch.cat([counts.flatten().double(), seen.double(), loss]))
+    *correct, total, loss_sum = totals.tolist()
+    assert total == images, f"validated {total:.0f} images of {images}"
+    percent = [100 * c / images for c in correct]
+    return Accuracy(images, loss_sum / images, percent[0], percent[1], percent[2::2], percent[3::2])
+
+
+def evaluate_runs(
+    run_dirs: Sequence[Path], which: str, overrides: Sequence[str] = (), output: Path | None = None
+) -> Accuracy:
+    """Validates the branches of one or several runs at a checkpoint ("best", "last" or a step) as one ensemble.
+
+    Prints the accuracy and writes it as JSON. Images come from where the first run's config says, or `overrides`.
+    Raises UserError where there is no such run or checkpoint, or where the runs saw different data or bands.
+    """
+    with joined() as ranks:
+        runs = ranks.each(lambda: [Restored.of(run_dir, which, overrides) for run_dir in run_dirs])
+        for run in runs[1:]:
+            _require_same_data(runs[0], run)
+        config = runs[0].config
+        groups = tuple(group for run in runs for group in run.config.split.groups)
+        whole = config.split.model_copy(update={"branches": groups, "only": None})
+        config = config.model_copy(update={"split": whole})
+        precision = Precision(config.train.precision, ranks.device)
+        precision.apply()
+        ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
+        ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
+        _, files = open_data(config, ranks)
+        parts = (
+            ranks.world_size * config.train.grad_accum_steps
+        )  # need not divide: validation takes any number of ranks
+        batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
+        loader = ValidationLoader(config, files, shard_of(config, ranks, batch_size, precision.half_bands))
+        accuracy = evaluate(ensemble, loader, len(files), Mesh(ranks, len(groups)), precision)
+        if ranks.is_first:
+            _report(accuracy, runs, output)
+        return accuracy
+
+
+def _require_same_data(one: Restored, other: Restored) -> None:
+    """Branches of one ensemble see the same validation images, cut, normalised and transformed alike."""
+    for table, keys in (
+        ("data", ("name", "classes", "image_size", "val_image_size", "resize_size", "mean", "std")),
+        ("split", ("block", "transform", "norm")),
+    ):
+        for key in keys:
+            a, b = (getattr(getattr(run.config, table), key) for run in (one, other))
+            if a != b:
+                raise UserError(
+                    f"{other.run_dir}: {table}.{key}: {b!r}, but {one.run_dir} has {a!r}; runs are joined into one "
+                    "ensemble only where they agree"
+                )
+
+
+def _report(accuracy: Accuracy, runs: Sequence[Restored], output: Path | None) -> None:
+    for run in runs:
+        print(f"{run.config.name}, step {run.step}, {run.run_dir}")
+    print(f"{accuracy.val_images} images: loss {accuracy.loss:.4f}")
+    print(f"{'ensemble':>24}  top-1 {accuracy.top1:6.2f} %  top-5 {accuracy.top5:6.2f} %")
+    groups = [group for run in runs for group in run.config.split.groups]
+    for group, top1, top5 in zip(groups, accuracy.branch_top1, accuracy.branch_top5, strict=True):
+        bands = f"band{'s' * (len(group) > 1)} {', '.join(map(str, group[:6]))}{' …' * (len(group) > 6)}"
+        print(f"{bands:>24}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %")
+    if output is not None:
+        steps = runs[0].step if len(runs) == 1 else [run.step for run in runs]
+        replace_text(output, json.dumps({"step": steps, **accuracy.as_dict()}, indent=2) + "\n")

@@ -1,0 +1,51 @@
+"""Branches and the fusion of their logits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from bandsplit import seeds
+from bandsplit.config import schema
+from bandsplit.models import networks
+
+
+class Ensemble(nn.Module):
+    """Independent networks, one a group of bands, which it reads as 3·len(group) channels."""
+
+    def __init__(self, branches: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    @classmethod
+    def of(cls, config: schema.RunConfig, own: range | None = None) -> Ensemble:
+        """The branches of a run, freshly initialised; with `own` those alone, counted within the run."""
+        numbers, groups = config.split.numbers, config.split.groups
+        chosen = own if own is not None else range(len(groups))
+        return cls(_build_branch(config, numbers[i], 3 * len(groups[i])) for i in chosen)
+
+    def forward(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Inputs: one (B, 3·bands, h, w) a branch.  Returns the branches' logits (branches, B, classes), float32."""
+        return torch.stack([branch(x).float() for branch, x in zip(self.branches, inputs, strict=True)])
+
+
+def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Module:
+    """Branch k, its weights drawn from the run's seed and k alone, whichever other branches there are."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seeds.derived(config.seed, "weights", k))
+        model, block = config.model_of(k), config.split.block
+        networks.require_size(model, config.image_size_at(0) // block)
+        return networks.build(model, in_channels, config.data.classes, config.data.image_size // block)
+
+
+def parameters_of_branches(config: schema.RunConfig) -> list[int]:
+    """Number of parameters of every branch of a run; no weights are allocated."""
+    with torch.device("meta"):
+        return [networks.count_parameters(branch) for branch in Ensemble.of(config).branches]
+
+
+def fuse(logits: Tensor) -> Tensor:
+    """Mean of the branches' raw logits: (branches, B, classes) -> (B, classes)."""
+    return logits.mean(dim=0)

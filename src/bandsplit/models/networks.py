@@ -1,0 +1,289 @@
+"""An architecture fitted to a branch: its input channels, its width and a stem that suits the size of a band."""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
+from torchvision.ops import StochasticDepth
+
+from bandsplit.config import schema
+from bandsplit.errors import UserError
+
+SMALLEST = {"alexnet": 63, "vgg16": 32, "vgg16_bn": 32, "inception_v3": 75}
+"""Smallest side of an input; the others of torchvision's take any."""
+
+
+def build(config: schema.Model, in_channels: int, classes: int, size: int) -> nn.Module:
+    """A network (B, in_channels, size, size) -> logits (B, classes), freshly initialised from torch's random state.
+
+    Raises UserError where the architecture needs larger inputs or timm refuses.
+    """
+    if config.source == "timm":
+        network = _of_timm(config.arch, in_channels, classes, size)
+    else:
+        require_size(config, size)
+        if config.arch in _RESNETS:
+            network = _ResNet(config, in_channels, classes)
+        else:
+            network = _of_torchvision(config, in_channels, classes, size)
+    _initialise(network, config)
+    return network
+
+
+def require_size(config: schema.Model, size: int) -> None:
+    """Raises UserError where torchvision's architecture needs larger inputs than size x size."""
+    if config.source == "torchvision" and size < SMALLEST.get(config.arch, 1):
+        raise _too_small(config.arch, SMALLEST[config.arch], size)
+
+
+def count_parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _too_small(arch: str, smallest: int, size: int) -> UserError:
+    return UserError(
+        f"{arch} takes inputs from {smallest} x {smallest} pixels on, and a branch sees {size} x {size}, "
+        "data.image_size over split.block; allowed: a larger data.image_size, a smaller split.block, another model.arch"
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- ResNets
+
+
+class _Basic(BasicBlock):
+    """torchvision's block, whose residual branch may be dropped."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop_path: nn.Module = nn.Identity()
+
+    @property
+    def last_norm(self) -> nn.Module:
+        norm: nn.Module = self.bn2
+        return norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', h/stride, w/stride)."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.drop_path(self.bn2(self.conv2(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        result: Tensor = self.relu(out)
+        return result
+
+
+class _Bottleneck(Bottleneck):
+    """torchvision's block, whose residual branch may be dropped."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.drop_path: nn.Module = nn.Identity()
+
+    @property
+    def last_norm(self) -> nn.Module:
+        norm: nn.Module = self.bn3
+        return norm
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C', h/stride, w/stride)."""
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        out = self.drop_path(self.bn3(self.conv3(out)))
+        out += x if self.downsample is None else self.downsample(x)
+        result: Tensor = self.relu(out)
+        return result
+
+
+_RESNETS: dict[str, tuple[type[_Basic | _Bottleneck], list[int]]] = {
+    "resnet18": (_Basic, [2, 2, 2, 2]),
+    "resnet34": (_Basic, [3, 4, 6, 3]),
+    "resnet50": (_Bottleneck, [3, 4, 6, 3]),
+    "resnet101": (_Bottleneck, [3, 4, 23, 3]),
+    "resnet152": (_Bottleneck, [3, 8, 36, 3]),
+}
+
+
+class _ResNet(ResNet):
+    """torchvision's ResNet with any number of input channels, every width multiplied, a choice of stem, and tweaks.
+
+    With 3 channels, width 1, the standard stem and tweak b it is torchvision's own network, key by key; with b, c and d
+    it is timm's resnet50d.  The tweaks are those of He et al., *Bag of Tricks* (CVPR 2019), section 4.
+    """
+
+    def __init__(self, config: schema.Model, in_channels: int, classes: int) -> None:
+        block, layers = _RESNETS[config.arch]
+        self.width, self.tweaks = config.width, config.tweaks
+        super().__init__(block, layers, num_classes=classes)
+        channels = self._scaled(64)
+        stride = 2 if config.stem == "standard" else 1
+        self.conv1: nn.Module
+        if "c" in config.tweaks:
+            self.conv1 = self._deep_stem(in_channels, channels, stride)
+        elif config.stem == "small":
+            self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=3, padding=1, bias=False)
+        else:
+            self.conv1 = nn.Conv2d(in_channels, channels, kernel_size=7, stride=stride, padding=3, bias=False)
+        if config.stem == "small":
+            self.maxpool = nn.Identity()
+        for module in self.conv1.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.fc = nn.Linear(self._scaled(512) * block.expansion, classes)
+        if config.drop_path:
+            # the first block is always kept, the last is dropped most often
+            blocks = self.blocks()
+            for i, residual in enumerate(blocks):
+                residual.drop_path = StochasticDepth(config.drop_path * i / (len(blocks) - 1), "row")
+
+    def blocks(self) -> list[_Basic | _Bottleneck]:
+        return [module for module in self.modules() if isinstance(module, _Basic | _Bottleneck)]
+
+    def _scaled(self, channels: int) -> int:
+        return max(8, round(channels * self.width / 8) * 8)
+
+    def _deep_stem(self, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
+        """Tweak c: three 3x3 in place of the first convolution, (B, in, h, w) -> (B, out, h/stride, w/stride)."""
+        middle = self._scaled(32)
+        return nn.Sequential(
+            nn.Conv2d(in_channels, middle, kernel_size=3, stride=stride, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, middle, kernel_size=3, padding=1, bias=False),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(middle, out_channels, kernel_size=3, padding=1, bias=False),
+        )
+
+    def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
+        if planes == 64:  # the first stage follows the stem, whose width torchvision fixes at 64
+            self.inplanes = self._scaled(64)
+        layer: nn.Sequential = super()._make_layer(block, self._scaled(planes), *args, **kwargs)
+        first: Any = layer[0]
+        if "b" not in self.tweaks and isinstance(first, Bottleneck):
+            first.conv1.stride, first.conv2.stride = first.conv2.stride, first.conv1.stride
+        if "d" in self.tweaks and first.downsample is not None:
+            convolution, norm = first.downsample
+            pool: nn.Module = nn.Identity()
+            if convolution.stride != (1, 1):
+                # an odd map is rounded up, as by the strided 3x3 beside it
+                pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+                convolution.stride = (1, 1)
+            first.downsample = nn.Sequential(pool, convolution, norm)
+        return layer
+
+
+# ---------------------------------------------------------------------------------------------------- the others
+
+
+def _of_torchvision(config: schema.Model, in_channels: int, classes: int, size: int) -> nn.Module:
+    """AlexNet, VGG, MobileNet or Inception, fitted on the meta device before any weight is drawn."""
+    options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
+    if config.arch.startswith("mobilenet"):
+        options["width_mult"] = config.width
+    if config.arch == "inception_v3":
+        options |= {"aux_logits": False, "init_weights": False}
+    device = torch.get_default_device()
+    with torch.device("meta"):
+        network: nn.Module = torchvision.models.get_model(config.arch, weights=None, num_classes=classes, **options)
+        name, old = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+        network.set_submodule(name, _with_in_channels(old, in_channels))
+        if config.arch.startswith(("alexnet", "vgg")):
+            _fit_classifier(network, in_channels, size)
+    network.to_empty(device=device)
+    _start_like_torchvision(network, config.arch)
+    return network
+
+
+def _with_in_channels(old: nn.Conv2d, in_channels: int) -> nn.Conv2d:
+    shape: Any = {"kernel_size": old.kernel_size, "stride": old.stride, "padding": old.padding}
+    return nn.Conv2d(in_channels, old.out_channels, **shape, bias=old.bias is not None)
+
+
+def _fit_classifier(network: Any, in_channels: int, size: int) -> None:
+    """Shrinks the first fully connected layer with the map, in place of blowing a small map up to 6x6 or 7x7."""
+    features = network.features(torch.empty(1, in_channels, size, size))
+    if features.shape[-1] < network.avgpool.output_size[0]:
+        network.avgpool = nn.Identity()
+        i = next(i for i, module in enumerate(network.classifier) if isinstance(module, nn.Linear))
+        network.classifier[i] = nn.Linear(features[0].numel(), network.classifier[i].out_features)
+
+
+def _start_like_torchvision(network: nn.Module, arch: str) -> None:
+    """Draws the weights as torchvision's constructor does; AlexNet's are torch's own."""
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
+            module.reset_parameters()
+        if not isinstance(module, nn.Conv2d | nn.Linear) or arch == "alexnet":
+            continue
+        if arch == "inception_v3":
+            nn.init.normal_(module.weight, std=0.1)  # torchvision cuts it off at 20 standard deviations, which is slow
+            continue
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        else:
+            nn.init.normal_(module.weight, std=0.01)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+def _of_timm(arch: str, in_channels: int, classes: int, size: int) -> nn.Module:
+    """A network of timm's; its own errors are passed on in one message."""
+    try:
+        timm = importlib.import_module("timm")
+    except ImportError as error:
+        raise UserError(
+            f"model.source: 'timm' given, but timm cannot be imported ({error}); pip install bandsplit[timm]"
+        ) from None
+    options: dict[str, Any] = {"pretrained": False, "in_chans": in_channels, "num_classes": classes}
+    try:
+        about = timm.get_pretrained_cfg(arch)
+        if about is not None and about.fixed_input_size:
+            options["img_size"] = size  # a transformer's positions
+        with torch.device("meta"):
+            trial = timm.create_model(arch, **options).eval()
+        wrong = _refusal(trial, in_channels, size)
+        if wrong is None:
+            network: nn.Module = timm.create_model(arch, **options)
+            return network
+    except Exception as error:  # whatever timm raises is about the name or the shape that it was given
+        wrong, trial = error, None
+    if trial is not None and "img_size" not in options:
+        for larger in range(size + 1, 513):
+            if _refusal(trial, in_channels, larger) is None:
+                raise _too_small(arch, larger, size)
+    shape = f"{in_channels} channels, {size} x {size} pixels and {classes} classes"
+    raise UserError(f"model.arch: timm refuses {arch!r} for {shape}: {type(wrong).__name__}: {wrong}") from None
+
+
+def _refusal(network: nn.Module, in_channels: int, size: int) -> Exception | None:
+    """What a network on the meta device raises for an input of this size."""
+    try:
+        with torch.no_grad():
+            network(torch.empty(1, in_channels, size, size, device="meta"))
+    except (RuntimeError, ValueError, AssertionError, TypeError) as error:
+        return error
+    return None
+
+
+# ---------------------------------------------------------------------------------------------------- first weights
+
+
+def _initialise(network: nn.Module, config: schema.Model) -> None:
+    """What differs from the architecture's own first weights."""
+    if config.init != "default":
+        for module in network.modules():
+            if isinstance(module, nn.Conv2d | nn.Linear):
+                if config.init == "xavier_uniform":
+                    nn.init.xavier_uniform_(module.weight)
+                else:
+                    nn.init.kaiming_normal_(module.weight, nonlinearity="relu")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+    if config.zero_gamma and isinstance(network, _ResNet):
+        for block in network.blocks():
+            nn.init.zeros_(block.last_norm.weight)  # type: ignore[arg-type]

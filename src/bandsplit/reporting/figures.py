@@ -1,0 +1,199 @@
+"""Figures of groups of runs."""
+
+from __future__ import annotations
+
+import json
+import math
+import textwrap
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.cm import ScalarMappable
+from matplotlib.colors import BoundaryNorm, ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from bandsplit.reporting.runs import Group, Run
+
+
+def mean_curve(runs: Sequence[pd.Series]) -> pd.DataFrame:
+    """Columns `mean` and `two_sigma` (2 sample standard deviations) of curves that are indexed by time or step.
+
+    The grid is every point of every run in the range that all runs cover; runs are linear between their own points.
+    """
+    low, high = max(run.index[0] for run in runs), min(run.index[-1] for run in runs)
+    grid = np.unique(np.concatenate([run.index for run in runs]))
+    grid = grid[(low <= grid) & (grid <= high)]
+    values = pd.DataFrame({n: np.interp(grid, run.index, run) for n, run in enumerate(runs)}, index=grid)
+    return pd.DataFrame({"mean": values.mean(axis=1), "two_sigma": 2 * values.std(axis=1, ddof=1)})
+
+
+WIDTH, HEIGHT = 7.0, 2.6  # inches: the text width of a page and the height of one row of panels in it
+
+STYLE = {
+    **sns.axes_style("ticks"),
+    **sns.plotting_context("paper"),
+    "axes.linewidth": 0.8,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.color": "0.92",
+    "grid.linewidth": 0.6,
+    "axes.titlesize": 8.5,
+    "axes.titlelocation": "left",
+    "axes.labelsize": 9,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    **{f"{axis}tick.major.{key}": value for axis in "xy" for key, value in (("width", 0.8), ("size", 3))},
+    "legend.fontsize": 8.5,
+    "legend.handlelength": 2.4,
+    "legend.frameon": False,
+    "savefig.dpi": 200,
+    "svg.hashsalt": "bandsplit",  # the same data gives the same file
+}
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One axes: a column of an event kind, times `scale`."""
+
+    event: str
+    column: str
+    label: str
+    scale: float = 1.0
+    bottom: float | None = None
+    running_mean: bool = False  # what is logged every few steps is too noisy to be read as it is
+
+
+ACCURACY = (Panel("validation", "top1", "Top-1 accuracy (%)"), Panel("validation", "top5", "Top-5 accuracy (%)"))
+
+LOSS = (
+    Panel("train", "loss", "Training loss (mean of branches)", running_mean=True),
+    Panel("validation", "loss", "Validation loss (ensemble)"),
+)
+
+THROUGHPUT = (
+    Panel("train", "images_per_second", "Throughput (images/s)", bottom=0, running_mean=True),
+    Panel("train", "data_wait", "Waiting for data (% of time)", scale=100, bottom=0, running_mean=True),
+)
+
+FIGURES = {
+    "accuracy_time": ("seconds", ACCURACY),
+    "accuracy_step": ("step", ACCURACY),
+    "loss": ("step", LOSS),
+    "throughput": ("step", THROUGHPUT),
+}
+
+
+def group_curve(group: Group, x: str, panel: Panel) -> pd.DataFrame:
+    """The mean curve of one column over a group's runs; empty where a run has none of it yet."""
+    frames = [getattr(run, panel.event).reindex(columns=[x, panel.column]).dropna() for run in group.runs]
+    if any(frame.empty for frame in frames):
+        return pd.DataFrame()
+    columns = [frame.set_index(x)[panel.column] * panel.scale for frame in frames]
+    return mean_curve([running_mean(column) for column in columns] if panel.running_mean else columns)
+
+
+def running_mean(series: pd.Series) -> pd.Series:
+    """A centred moving average over 2 % of the points, and over 5 points at least."""
+    return series.rolling(max(5, len(series) // 50), center=True, min_periods=1).mean()
+
+
+def axis_unit(x: str, largest: float) -> tuple[float, str]:
+    """Divisor and axis label for `seconds` or `step`, in the unit that suits the largest value."""
+    if x == "step":
+        return (1000, "Step (thousands)") if largest >= 10_000 else (1, "Step")
+    unit, divisor = ("h", 3600) if largest >= 2 * 3600 else ("min", 60) if largest >= 120 else ("s", 1)
+    return divisor, f"Training time ({unit})"
+
+
+def draw_curve(axes: Axes, curve: pd.DataFrame, divisor: float, **line: Any) -> None:
+    """A mean line with its band; few points get markers, so that one alone can be seen."""
+    x = curve.index / divisor
+    axes.plot(x, curve["mean"], marker="o" if len(curve) <= 12 else None, markersize=3, **line)
+    low, high = curve["mean"] - curve["two_sigma"], curve["mean"] + curve["two_sigma"]
+    axes.fill_between(x, low, high, color=line["color"], alpha=0.2, linewidth=0)
+
+
+def line_style(group: Group) -> dict[str, Any]:
+    return {"color": group.color, "linestyle": "-" if group.runs[0].ended else (0, (4, 1.5)), "linewidth": 1.3}
+
+
+def curves_figure(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> Figure | None:
+    """Panels side by side over a common x axis, a line a group, one legend; None where there is nothing to draw."""
+    curves = {panel: [group_curve(group, x, panel) for group in groups] for panel in panels}
+    curves = {panel: column for panel, column in curves.items() if any(len(curve) for curve in column)}
+    if not curves:
+        return None
+    largest = max(curve.index[-1] for column in curves.values() for curve in column if len(curve))
+    divisor, x_label = axis_unit(x, largest)
+    figure = Figure(layout="constrained")
+    for axes, (panel, column) in zip(figure.subplots(1, len(curves), squeeze=False)[0], curves.items(), strict=True):
+        for group, curve in zip(groups, column, strict=True):
+            if len(curve):
+                draw_curve(axes, curve, divisor, **line_style(group))
+        axes.set(xlabel=x_label, ylabel=panel.label, xlim=(0, None), ylim=(panel.bottom, None))
+    rows = add_legend(figure, [Line2D([], [], label=group.legend, **line_style(group)) for group in groups])
+    figure.set_size_inches(WIDTH, HEIGHT + 0.2 * rows)
+    return figure
+
+
+def add_legend(figure: Figure, lines: Sequence[Line2D]) -> int:
+    """One legend below all panels, in two columns where the labels leave room; returns its number of text rows."""
+    labels = [textwrap.fill(str(line.get_label()), 95) for line in lines]
+    columns = 2 if len(lines) > 1 and max(map(len, labels)) <= 45 else 1
+    figure.legend(lines, labels, loc="outside lower center", ncols=columns)
+    return math.ceil(sum(label.count("\n") + 1 for label in labels) / columns)
+
+
+def branch_frame(run: Run) -> pd.DataFrame:
+    """Top-1 in percent of each branch, (validations, branches), by step; empty before the first validation."""
+    if run.validation.empty:
+        return pd.DataFrame()
+    return pd.DataFrame(run.validation["branch_top1"].tolist(), index=run.validation["step"])
+
+
+def branches_figure(groups: Sequence[Group]) -> Figure | None:
+    """A panel a group that has several branches: each branch's top-1 in colour and the ensemble's in black."""
+    groups = [group for group in groups if all(branch_frame(run).shape[1] > 1 for run in group.runs)]
+    if not groups:
+        return None
+    columns = min(len(groups), 2)
+    rows = math.ceil(len(groups) / columns)
+    figure = Figure(figsize=(WIDTH * (0.2 + 0.4 * columns), HEIGHT * rows + 0.2), layout="constrained")
+    grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
+    divisor, x_label = axis_unit("step", max(run.steps for group in groups for run in group.runs))
+    for axes, group in zip(grid.flat, groups, strict=False):
+        draw_branches(axes, group, divisor)
+        axes.set(xlabel=x_label, ylabel=ACCURACY[0].label, title=group.title)
+        axes.tick_params(labelbottom=True, labelleft=True)
+    grid[0, 0].set(xlim=(0, None), ylim=(0, None))  # shared by all panels, so only now: a limit ends autoscaling
+    for axes in grid.flat[len(groups) :]:
+        axes.remove()
+    add_legend(figure, [Line2D([], [], color="black", linewidth=2, label="ensemble")])
+    return figure
+
+
+def draw_branches(axes: Axes, group: Group, divisor: float) -> None:
+    """Thin lines from dark (first branch) to bright (last) with a colour bar; the ensemble on top."""
+    frames = [branch_frame(run) for run in group.runs]
+    colors = sns.color_palette("viridis", frames[0].shape[1])
+    for branch, color in enumerate(colors):
+        curve = mean_curve([frame[branch] for frame in frames])
+        axes.plot(curve.index / divisor, curve["mean"], color=color, linewidth=0.9)
+    draw_curve(axes, group_curve(group, "step", ACCURACY[0]), divisor, color="black", linewidth=2)
+    bounds = np.arange(len(colors) + 1) - 0.5
+    shades = ScalarMappable(BoundaryNorm(bounds, len(colors)), ListedColormap(colors))
+    settings = group.runs[0].settings
+    label = "Band" if settings["split.branches"] == "each" else "Branch"
+    ticks = range(0, len(colors), max(1, len(colors) // 8))
+    bar = axes.figure.colorbar(shades, ax=axes, label=label, ticks=ticks)
+    numbers = json.loads(settings["split.only"]) if "split.only" in settings else range(len(colors))
+    bar.ax.set_yticklabels([str(numbers[k]) for k in ticks])
+    bar.ax.tick_params(which="both", length=0)
+    bar.outline.set_visible(False)

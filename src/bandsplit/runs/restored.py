@@ -1,0 +1,107 @@
+"""Runs that were restored: their branches at a checkpoint, to be validated or to teach others."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from bandsplit.config import loading
+from bandsplit.config.schema import Distillation, RunConfig
+from bandsplit.errors import UserError
+from bandsplit.models.ensemble import Ensemble, fuse
+from bandsplit.models.precision import Precision
+from bandsplit.runs import checkpoint
+from bandsplit.runs.directory import RunDirectory
+from bandsplit.spectral.view import View
+
+
+@dataclass(frozen=True)
+class Restored:
+    """A run's branches at one of its checkpoints."""
+
+    run_dir: Path
+    config: RunConfig
+    ensemble: Ensemble
+    step: int
+
+    @classmethod
+    def of(cls, run_dir: Path, which: str, overrides: Sequence[str] = ()) -> Restored:
+        """A run at a checkpoint ("best", "last" or a step), as it was validated.
+
+        Raises UserError where there is no such run or checkpoint, or the checkpoint is damaged.
+        """
+        directory = RunDirectory(run_dir)
+        if not directory.config.exists():
+            raise UserError(f"{run_dir}: not a run directory: it has no {directory.config.name}")
+        config = loading.load(directory.config, overrides)
+        folder = directory.checkpoints / (f"step_{int(which):08d}" if which.isdigit() else which)
+        run = checkpoint.read(folder, checkpoint.RUN)
+        wrong = checkpoint.damage(folder)
+        if wrong:
+            raise UserError(f"{folder}: this checkpoint is damaged: {wrong}")
+        ensemble = Ensemble.of(config)
+        ensemble.load_state_dict(checkpoint.read_ensemble(folder, run["branches"]))
+        return cls(run_dir, config, ensemble, run["progress"]["step"])
+
+
+class Teacher:
+    """A restored ensemble whose fused logits others learn from; it never learns itself."""
+
+    def __init__(self, restored: Restored, precision: Precision) -> None:
+        self._precision = precision
+        self.name = f"{restored.config.name}, step {restored.step}, {restored.run_dir}"
+        self.view = View.of(restored.config)
+        """What it reads of a image."""
+        ensemble = restored.ensemble.to(precision.device).to(memory_format=torch.channels_last)
+        self._ensemble = ensemble.eval().requires_grad_(False)
+
+    @classmethod
+    def of(cls, config: RunConfig, precision: Precision) -> Teacher | None:
+        """The teacher that a config names; None: it names none.
+
+        Raises UserError where there is no such run, or it cannot read this config's images or tell its classes.
+        """
+        if config.distillation is None:
+            return None
+        try:
+            restored = Restored.of(teachers_directory(config.distillation), str(config.distillation.checkpoint))
+        except UserError as error:
+            raise UserError(f"distillation.teacher: {error}") from error
+        _require_fit(restored.config, config)
+        return cls(restored, precision)
+
+    @torch.no_grad()
+    def logits(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Inputs of its branches, (B, channels, h, w) each -> fused logits (B, classes), float32."""
+        with self._precision.autocast():
+            return fuse(self._ensemble(inputs))
+
+
+def teachers_directory(distillation: Distillation) -> Path:
+    return Path(os.path.expandvars(distillation.teacher)).expanduser()
+
+
+def _require_fit(teacher: RunConfig, config: RunConfig) -> None:
+    if teacher.data.classes != config.data.classes:
+        raise UserError(
+            f"distillation.teacher: {teacher.name} tells {teacher.data.classes} classes apart, but data.classes is "
+            f"{config.data.classes}"
+        )
+    sizes = {config.image_size_at(epoch) for epoch in range(config.train.epochs)}
+    for size in sorted(sizes):
+        if size % teacher.split.block:
+            raise UserError(
+                f"distillation.teacher: {teacher.name} splits into blocks of {teacher.split.block} pixels, which do "
+                f"not divide training images of {size} x {size}"
+            )
+        models = [teacher.model_of(number) for number in teacher.split.numbers]
+        if size != teacher.data.image_size and any(model.takes_one_size for model in models):
+            raise UserError(
+                f"distillation.teacher: the networks of {teacher.name} take images of {teacher.data.image_size} x "
+                f"{teacher.data.image_size} alone, but training images are {size} x {size}"
+            )

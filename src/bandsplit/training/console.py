@@ -1,0 +1,78 @@
+"""The terminal during training: a progress bar, and a line of log for each event."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Sequence
+from typing import Any
+
+from loguru import logger
+from tqdm import tqdm
+
+from bandsplit.distributed.traffic import step_traffic
+from bandsplit.runs.directory import RunDirectory
+from bandsplit.training.session import Session
+from bandsplit.training.state import device_name
+
+
+class Console:
+    """A listener of the run's events; `step` moves the bar."""
+
+    def __init__(self, session: Session, directory: RunDirectory, done: int) -> None:
+        self._epochs, self._path = session.config.train.epochs, directory.path
+        self._bar = tqdm(total=session.plan.total_steps, initial=done, unit="step", disable=None)
+
+    def step(self) -> None:
+        self._bar.update()
+
+    def close(self) -> None:
+        self._bar.close()
+
+    def __call__(self, event: str, **values: Any) -> None:
+        match event:
+            case "train":
+                self._bar.set_postfix_str(f"loss {_loss(values)}, {values['images_per_second']:.0f} img/s")
+                logger.debug(
+                    f"epoch {values['epoch']:.2f}/{self._epochs}  step {values['step']}  loss {_loss(values)}  "
+                    f"lr {values['lr']:.3g}  {values['images_per_second']:.0f} img/s  "
+                    f"data wait {100 * values['data_wait']:.0f} %"
+                )
+            case "validation":
+                branches: Sequence[float] = values["branch_top1"]
+                best_branch = f"  best branch {max(branches):.2f} %" if len(branches) > 1 else ""
+                logger.info(
+                    f"epoch {values['epoch']:.0f}/{self._epochs}  top-1 {values['top1']:.2f} %  "
+                    f"top-5 {values['top5']:.2f} %{best_branch}  {values['seconds']:.0f} s"
+                )
+            case "end":
+                self.close()
+                logger.info(
+                    f"done after {values['seconds']:.0f} s of training; plots: python src/report.py {self._path}"
+                )
+
+
+def _loss(values: dict[str, Any]) -> str:
+    return "none" if values["loss"] is None else f"{values['loss']:.4f}"
+
+
+def log_stop(number: int, step: int) -> None:
+    """Says which signal stopped the run, and where."""
+    name = signal.Signals(number).name
+    logger.info(f"stopped by {name} after step {step}; the same command with --resume continues")
+
+
+def log_start(session: Session, directory: RunDirectory) -> None:
+    """Says what is about to run: networks, data, ranks and batch normalization."""
+    config, plan, mesh = session.config, session.plan, session.mesh
+    ranks, parameters = mesh.ranks, plan.parameters
+    size = config.data.image_size // config.split.block
+    logger.info(f"{config.name}: {config.networks} on bands of {size} x {size}, {sum(parameters) / 1e6:.1f} M params")
+    counts = f"{len(plan.train_files)} training and {len(plan.val_files)} validation images"
+    logger.info(f"{counts} from {config.data.root}")
+    several = ranks.world_size > 1
+    logger.info(f"{ranks.world_size} rank{'s' * several} on {device_name(ranks)}; run directory {directory.path}")
+    sent = step_traffic(config, ranks.world_size, mesh.branch_groups, parameters, plan.precision.half_bands)
+    share = f"each trains {sent.branches} of {len(parameters)} branches and sends {sent.bytes / 1e6:,.1f} MB a step; "
+    logger.info(f"{share if several else ''}batch norm over {plan.bn_batch_size(session.streams)} images")
+    if session.teacher_name is not None:
+        logger.info(f"distills from {session.teacher_name}")

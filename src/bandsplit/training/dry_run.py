@@ -1,0 +1,172 @@
+"""What a config would run, found on torch's meta device: no weights are allocated, nothing is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.flop_counter import FlopCounterMode
+
+from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
+from bandsplit.data.images import open_data
+from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
+from bandsplit.errors import UserError
+from bandsplit.models import batch_norm
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.networks import count_parameters
+from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.restored import teachers_directory
+
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class BranchCost:
+    """One branch at one rank's batch."""
+
+    channels: int
+    parameters: int
+    macs: int
+    """Multiply-accumulates of a forward pass over one image."""
+    activation_bytes: int
+    """What the forward pass keeps for the backward pass, at the batch of one rank in float32."""
+
+
+def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) -> BranchCost:
+    """Cost of a branch on the meta device for inputs (batch_size, channels, size, size)."""
+    kept: dict[int, int] = {}
+    weights = {parameter.untyped_storage()._cdata for parameter in branch.parameters()}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage._cdata not in weights:
+            kept[storage._cdata] = storage.nbytes()
+        return tensor
+
+    x = torch.empty(batch_size, channels, size, size, device="meta")
+    labels = torch.empty(batch_size, dtype=torch.int64, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        logits = branch(x)
+        cross_entropy(logits, labels)
+    macs = counter.get_total_flops() // 2 // batch_size
+    return BranchCost(channels, count_parameters(branch), macs, sum(kept.values()))
+
+
+def show(config: RunConfig, world_size: int) -> None:
+    """Prints branches, cost, memory and steps of a config on `world_size` ranks.
+
+    Raises UserError where the batch does not fit the ranks or the data.
+    """
+    batch_size = config.rank_batch_size(world_size)
+    size = config.data.image_size // config.split.block
+    half = config.train.precision != "fp32"
+    with torch.device("meta"):
+        branches = list(Ensemble.of(config).branches)
+    parameters = [count_parameters(branch) for branch in branches]
+    groups = branch_groups(config, world_size, parameters, half)
+    at_once = batch_size * groups
+    costs = [
+        branch_cost(branch, 3 * len(group), size, at_once)
+        for branch, group in zip(branches, config.split.groups, strict=True)
+    ]
+    print(f"{config.name}: {config.networks}, {config.data.name} at {config.data.image_size} pixels")
+    print(
+        f"split     block {config.split.block}, {config.split.transform}: "
+        f"{config.split.bands} bands of {size} x {size}, {len(costs)} branch{'es' * (len(costs) > 1)}"
+    )
+    parts = f"{world_size} rank{'s' * (world_size > 1)} x {config.train.grad_accum_steps} x {batch_size}"
+    print(f"batch     {config.train.batch_size} images = {parts} (ranks x accumulation x images at once)")
+    print(f"weights   {sum(parameters):,} parameters, {sum(parameters) * 4 / MIB:,.2f} MiB in float32")
+    print(f"compute   {sum(cost.macs for cost in costs) / 1e9:.3f} GMACs a image forward, all branches")
+    for cost, number in _alike(costs):
+        print(
+            f"          {number} x {cost.channels} channels: {cost.parameters:,} parameters, "
+            f"{cost.parameters * 4 / MIB:,.2f} MiB, "
+            f"{cost.macs / 1e9:.3f} GMACs, {cost.activation_bytes / MIB:,.0f} MiB activations"
+        )
+    _show_teacher(config)
+    own = costs[: len(costs) // groups]
+    print(f"memory    {_memory_bytes(config, own, size, at_once) / MIB:,.0f} MiB a rank in float32 (estimate)")
+    _show_ranks(config, world_size, groups, parameters, half)
+    _show_sizes(config)
+    _show_steps(config)
+
+
+def _show_teacher(config: RunConfig) -> None:
+    if config.distillation is None:
+        return
+    directory = RunDirectory(teachers_directory(config.distillation))
+    if not directory.config.exists():
+        print(f"teacher   unknown: {directory.path} is not a run directory")
+        return
+    teacher = loading.load(directory.config)
+    size = config.data.image_size // teacher.split.block
+    with torch.device("meta"):
+        branches = list(Ensemble.of(teacher).branches)
+    macs = sum(
+        branch_cost(branch, 3 * len(group), size, 2).macs
+        for branch, group in zip(branches, teacher.split.groups, strict=True)
+    )
+    weights = 4 * sum(count_parameters(branch) for branch in branches) / MIB
+    print(
+        f"teacher   {teacher.name}, {teacher.networks} with block {teacher.split.block}: {macs / 1e9:.3f} GMACs a "
+        f"image forward, {weights:,.2f} MiB"
+    )
+
+
+def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: list[int], half: bool) -> None:
+    """What each number of branch groups costs, the chosen one marked."""
+    possible = possible_groups(config, world_size)
+    if len(possible) > 1:
+        bands = f"bands MB, float{16 if half else 32}"
+        print(f"ranks     what a rank sends in a step, by branch_groups = {config.parallel.branch_groups!r}:")
+        print(f"           groups  branches a rank  gradients MB  {bands}  images through a branch at once")
+        for groups in possible:
+            sent = step_traffic(config, world_size, groups, parameters, half)
+            mark = "*" if groups == chosen else ""
+            print(
+                f"{mark:>11}{groups:>6}  {sent.branches:>15}  {sent.gradients / 1e6:>12,.1f}  "
+                f"{sent.bands / 1e6:>{len(bands)},.1f}  {config.rank_batch_size(world_size) * groups:>33}"
+            )
+    bn_batch_size = batch_norm.bn_batch_size(config, config.rank_batch_size(world_size) * chosen, world_size // chosen)
+    print(f"norm      batch norm over {bn_batch_size} images (model.bn_batch_size = {config.model.bn_batch_size!r})")
+
+
+def _alike(costs: list[BranchCost]) -> list[tuple[BranchCost, int]]:
+    return [(cost, costs.count(cost)) for cost in dict.fromkeys(costs)]
+
+
+def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_size: int) -> int:
+    """Weights and momentum of all branches, gradients and activations of the largest one, and all bands."""
+    weights = 4 * sum(cost.parameters for cost in costs)
+    largest = max(4 * cost.parameters + cost.activation_bytes for cost in costs)
+    bands = 4 * batch_size * config.train.grad_accum_steps * size * size * sum(cost.channels for cost in costs)
+    kept = {"sgd": 1 if getattr(config.optim, "momentum", 0) else 0, "rmsprop": 2}.get(config.optim.type, 2)
+    kept += config.train.ema_decay is not None
+    return weights * (1 + kept) + largest + bands * (1 + config.data.prefetch)
+
+
+def _show_sizes(config: RunConfig) -> None:
+    """From which epoch on images have which size, where that changes."""
+    if config.augment.progressive is None:
+        return
+    sizes = [config.image_size_at(epoch) for epoch in range(config.train.epochs)]
+    first = {size: epoch for epoch, size in reversed(list(enumerate(sizes)))}
+    print(
+        f"sizes     {', '.join(f'{size} from epoch {first[size]}' for size in sorted(first))}; costs are of the largest"
+    )
+
+
+def _show_steps(config: RunConfig) -> None:
+    """Steps, where the data is at hand to be counted."""
+    try:
+        train_files, val_files = open_data(config.data, generate=False)
+    except UserError as error:
+        print(f"steps     unknown: {error}")
+        return
+    steps = config.steps_per_epoch(len(train_files))
+    print(f"data      {len(train_files)} training and {len(val_files)} validation images")
+    print(f"steps     {config.train.epochs} epochs x {steps} = {config.train.epochs * steps}")

@@ -1,0 +1,106 @@
+"""The training loop, read from top to bottom."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from bandsplit.config.schema import RunConfig
+from bandsplit.distributed.ranks import joined
+from bandsplit.errors import Interrupted
+from bandsplit.evaluation.evaluate import evaluate
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.events import Events
+from bandsplit.runs.logs import start_logging
+from bandsplit.runs.metrics import Metrics, Stopwatch
+from bandsplit.runs.saver import Saver
+from bandsplit.training import interruption, schedules, state
+from bandsplit.training.console import Console, log_start, log_stop
+from bandsplit.training.meter import Meter, Progress
+from bandsplit.training.session import Plan, Session
+
+
+def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
+    """Trains the ensemble of a config into a run directory; every rank calls it.
+
+    Raises UserError for what the user can fix, before anything is written where that is possible, and Interrupted
+    where a signal has stopped the run.
+    """
+    with interruption.noticed() as interrupted, joined(config.parallel.timeout_seconds) as ranks, ExitStack() as stack:
+        # ------------------------------------------------------------------ run directory, networks, data
+        plan, directory = Plan.of(config, ranks), RunDirectory(run_dir)
+        point = ranks.from_first(partial(state.open_run, directory, plan, resume, stack))
+        start_logging(directory, ranks.rank)
+        streams = plan.streams(point.run["streams"] if point else None)
+        session = Session(plan, streams, point.stream_states(streams) if point else None)
+        validation_loader = session.validation_loader()
+        log_start(session, directory)
+
+        # ------------------------------------------------------------------ where the last checkpoint left them
+        meter = Meter(session.mesh, config.split.numbers)
+        progress = state.restore(point, session, meter) if point else Progress()
+        watch, metrics = Stopwatch(progress.seconds), Metrics(directory.metrics)
+        if point and ranks.is_first:
+            metrics.forget_after(progress.step)
+        saver = Saver(directory.checkpoints, config, ranks)
+        console = Console(session, directory, progress.step) if ranks.is_first else None
+        events = Events(metrics.write, console) if console else Events()
+
+        # ------------------------------------------------------------------ loop
+        meter.start(progress)
+        stopped_by = 0
+        while progress.step < plan.total_steps and not stopped_by:
+            stopped_by, minutes_are_over = saver.agree(interrupted.signal)
+            step = progress.step + 1
+            ends_epoch = step % plan.steps_per_epoch == 0
+            every = config.checkpoint.every_steps
+            saves = ends_epoch or bool(stopped_by) or minutes_are_over or (every is not None and step % every == 0)
+
+            lr = schedules.lr_at(progress.step, plan.steps_per_epoch, config)
+            momentum = schedules.momentum_at(progress.step, plan.steps_per_epoch, config)
+            session.loader.resize(config.image_size_at(progress.step // plan.steps_per_epoch))
+            with meter.waiting_for_data():
+                parts = session.feed.take(streams.parts, ahead=not saves)
+            labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
+            for i, learner in enumerate(session.learners):
+                session.seed_branch(i, step)
+                loss = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, teacher_logits)
+                meter.note(i, loss, step, lr)
+            progress.advance(config.train.batch_size, plan.steps_per_epoch)
+            if console:
+                console.step()
+
+            logs = ends_epoch or step % config.train.log_every == 0
+            if (logs or saves) and config.train.on_nonfinite == "stop":
+                meter.require_finite(config, plan.steps_per_epoch)
+            if logs:
+                events.emit("train", **meter.line(progress, watch), lr=lr, image_size=session.loader.size)
+
+            best = False
+            if ends_epoch and (round(progress.epoch) % config.validation.every == 0 or step == plan.total_steps):
+                validated = Ensemble(learner.validated for learner in session.learners)
+                with watch.paused(), session.mesh.mean_buffers(validated):
+                    began = time.perf_counter()
+                    accuracy = evaluate(validated, validation_loader, len(plan.val_files), session.mesh, plan.precision)
+                    session.ensemble.train()
+                best = progress.note_validation(accuracy.as_dict(), watch.seconds)
+                spent = time.perf_counter() - began
+                events.emit("validation", **progress.validation, validation_seconds=round(spent, 3))
+
+            if saves:
+                with watch.paused():
+                    progress.seconds = watch.seconds
+                    saver.settle()
+                    saver.save(step, state.capture(session, progress, meter), streams.count, best)
+        saver.settle()
+
+        # ------------------------------------------------------------------ end
+        if stopped_by:
+            if console:
+                console.close()
+                log_stop(stopped_by, progress.step)
+            raise Interrupted(stopped_by)
+        events.emit("end", **progress.validation, best_top1=progress.best_top1, best_step=progress.best_step)

@@ -1,0 +1,138 @@
+"""Learning-rate range test (Smith, *Cyclical Learning Rates*, WACV 2017, section 3.3) on the real pipeline."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import seaborn as sns
+import torch
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from bandsplit.config.schema import RunConfig
+from bandsplit.distributed.ranks import joined, rank
+from bandsplit.errors import UserError
+from bandsplit.reporting.figures import HEIGHT, STYLE, WIDTH
+from bandsplit.runs.directory import replace_text
+from bandsplit.training.session import Plan, Session
+
+Floats = npt.NDArray[np.float64]
+
+DIVERGED = 4.0
+"""A branch stops where its smoothed loss is so many times its best."""
+
+
+def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path) -> float:
+    """Trains with rates that grow from `low` to `high` by a constant factor; every rank calls it.
+
+    Prints a suggestion for each branch and one for all, draws the curves, and returns the one for all.  Branches that
+    diverge stop; nothing is validated or kept.  Raises UserError where there is no suggestion in this range.
+    """
+    lrs = np.geomspace(low, high, steps)
+    losses = _range_test(config, lrs)
+    curves = [smoothed(branch) for branch in losses]
+    every = [suggestion(lrs, curve) for curve in curves]
+    together = smoothed(losses.mean(axis=0))  # as far as all of them went
+    best = suggestion(lrs, together)
+    if best is None:
+        raise UserError(f"no learning rate between {low:g} and {high:g} lowers the loss; try another --from and --to")
+    if rank() == 0:
+        output.mkdir(parents=True, exist_ok=True)
+        _draw(lrs, curves, together, best, config.split.numbers, output)
+        table = {
+            "suggested": best,
+            "suggested_branch": every,
+            "lr": lrs.tolist(),
+            "branch_loss": [[None if np.isnan(x) else x for x in row] for row in losses],
+        }
+        replace_text(output / "lr_finder.json", json.dumps(table) + "\n")
+        for number, lr in zip(config.split.numbers, every, strict=True):
+            print(f"branch {number:>2}  {'none in this range' if lr is None else f'{lr:.2g}'}")
+        scaled = best / config.peak_lr * config.optim.lr  # where optim.lr is for another batch
+        print(f"all: --set optim.lr={scaled:.2g}\nfigure and numbers: {output}")
+    return best
+
+
+def _range_test(config: RunConfig, lrs: Floats) -> Floats:
+    """Losses (branches, steps); NaN from where a branch has diverged."""
+    with joined(config.parallel.timeout_seconds) as ranks:
+        session = Session(Plan.of(config, ranks))
+        mesh, branches = session.mesh, len(session.plan.parameters)
+        losses = np.full((branches, len(lrs)), np.nan)
+        alive = np.ones(branches, dtype=bool)
+        for step, lr in enumerate(tqdm(lrs, unit="step", disable=None if ranks.is_first else True)):
+            parts = session.feed.take(session.streams.parts, ahead=step + 1 < len(lrs))
+            labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
+            found = torch.zeros(branches, dtype=torch.float64, device=ranks.device)
+            for i, (k, learner) in enumerate(zip(mesh.own, session.learners, strict=True)):
+                if alive[k]:
+                    session.seed_branch(i, step)
+                    inputs = [part.inputs[i] for part in parts]
+                    loss = learner.step(inputs, labels, lr, teacher_logits=teacher_logits)
+                    found[k] = torch.inf if loss is None else loss
+            together = (ranks.sum(found) / mesh.replicas).cpu().numpy()
+            losses[alive, step] = together[alive]
+            for k in np.flatnonzero(alive).tolist():
+                curve = smoothed(losses[k, : step + 1])
+                alive[k] = np.isfinite(together[k]) and curve[-1] <= DIVERGED * curve.min()
+                if not np.isfinite(together[k]):
+                    losses[k, step] = np.nan
+            if not alive.any():
+                break
+        return losses
+
+
+def smoothed(losses: Floats, memory: float = 0.9) -> Floats:
+    """Exponential moving average without bias, (steps,) -> (steps,); NaN stays NaN."""
+    mean, curve = 0.0, np.full_like(losses, np.nan)
+    for n, loss in enumerate(losses):
+        if np.isnan(loss):
+            break
+        mean = memory * mean + (1 - memory) * loss
+        curve[n] = mean / (1 - memory ** (n + 1))
+    return curve
+
+
+def suggestion(lrs: Floats, curve: Floats) -> float | None:
+    """Where the smoothed loss falls most steeply over the logarithm of the rate, before its lowest point.
+
+    The slope is taken over a tenth of the range; the first tenth is noise of the smoothing and does not count.  None:
+    the loss falls nowhere.
+    """
+    tenth = max(1, len(lrs) // 10)
+    known = np.flatnonzero(~np.isnan(curve))[tenth:]
+    if not len(known):
+        return None
+    lowest = known[int(np.argmin(curve[known]))]
+    middle = np.arange(known[0] + tenth, lowest - tenth + 1)
+    if not len(middle):
+        return None
+    falls = curve[middle - tenth] - curve[middle + tenth]
+    return float(lrs[middle[int(np.argmax(falls))]]) if falls.max() > 0 else None
+
+
+def _draw(
+    lrs: Floats, curves: list[Floats], together: Floats, best: float, numbers: tuple[int, ...], output: Path
+) -> None:
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH * 0.7, HEIGHT), layout="constrained")
+        axes = figure.subplots()
+        several = len(curves) > 1
+        if several:
+            colors = sns.color_palette("viridis", len(curves))
+            for k, curve, color in zip(numbers, curves, colors, strict=True):
+                axes.plot(lrs, curve, color=color, linewidth=0.9, label=f"branch {k}" if len(curves) <= 6 else None)
+        axes.plot(lrs, together, color="black", linewidth=2, label="mean of branches" if several else "loss")
+        axes.axvline(best, color="black", linewidth=0.8, linestyle=(0, (4, 3)), label=f"suggested: {best:.2g}")
+        top = float(np.nanmax([curve[0] for curve in curves]))
+        bottom = float(np.nanmin([np.nanmin(curve) for curve in curves]))
+        margin = top - bottom
+        axes.set(xscale="log", xlabel="Learning rate", ylabel="Training loss (smoothed)")
+        axes.set_ylim(bottom - 0.15 * margin, top + 0.6 * margin)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+        figure.savefig(output / "lr_finder.png")
+        figure.savefig(output / "lr_finder.svg", metadata={"Date": None})

@@ -1,0 +1,103 @@
+"""What trains on one rank, built once: used by the training loop, the LR finder and the benchmarks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from bandsplit import seeds
+from bandsplit.config.schema import RunConfig
+from bandsplit.data.feed import BatchFeed
+from bandsplit.data.images import ImageFiles
+from bandsplit.data.loader import Streams, StreamState, ValidationLoader, open_data, shard_of
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks
+from bandsplit.distributed.traffic import branch_groups
+from bandsplit.models import batch_norm
+from bandsplit.models.ensemble import parameters_of_branches
+from bandsplit.models.precision import Precision
+from bandsplit.runs.restored import Teacher
+from bandsplit.training.learner import learners_of
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a config runs on these ranks, decided before anything is built or written."""
+
+    config: RunConfig
+    ranks: Ranks
+    train_files: ImageFiles
+    val_files: ImageFiles
+    precision: Precision
+    parameters: list[int]
+    """Number of parameters of each branch of the run."""
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, config: RunConfig, ranks: Ranks) -> Plan:
+        """Every rank calls it.  Raises UserError where the config does not fit the data or the ranks."""
+        train_files, val_files = open_data(config, ranks)
+        config.steps_per_epoch(len(train_files))
+        precision = Precision(config.train.precision, ranks.device)
+        parameters = parameters_of_branches(config)
+        groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
+        return cls(config, ranks, train_files, val_files, precision, parameters, Mesh(ranks, len(parameters), groups))
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return self.config.steps_per_epoch(len(self.train_files))
+
+    @property
+    def total_steps(self) -> int:
+        return self.config.train.epochs * self.steps_per_epoch
+
+    def streams(self, count: int | None = None) -> Streams:
+        """Streams of images; `count`: as many as a resumed run had when it began."""
+        return Streams(self.config, count or self.ranks.world_size, self.ranks)
+
+    def bn_batch_size(self, streams: Streams) -> int:
+        """Images over which batch normalization takes its statistics in training."""
+        return batch_norm.bn_batch_size(self.config, self.images_at_once(streams), self.mesh.replicas)
+
+    def images_at_once(self, streams: Streams) -> int:
+        """Images that a rank takes through a branch at once."""
+        return streams.batch_size * self.mesh.branch_groups
+
+
+class Session:
+    """Teacher, ensemble, learners and training batches of one rank; of a resumed run its streams continue."""
+
+    def __init__(
+        self, plan: Plan, streams: Streams | None = None, stream_states: Sequence[StreamState] | None = None
+    ) -> None:
+        self.plan, self.config, self.mesh = plan, plan.config, plan.mesh
+        plan.precision.apply()
+        teacher = plan.ranks.each(partial(Teacher.of, plan.config, plan.precision))
+        self.teacher_name = teacher.name if teacher is not None else None
+        self.streams = streams or plan.streams()
+        self.ensemble, self.learners = learners_of(
+            plan.config, plan.images_at_once(self.streams), plan.precision, plan.mesh
+        )
+        self.loader = self.streams.loader(plan.train_files, plan.precision.half_bands, stream_states, teacher)
+        self.feed = BatchFeed(self.loader, plan.mesh)
+        self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
+        """Which branch of the whole ensemble each of this rank's branches is."""
+
+    @property
+    def networks(self) -> nn.ModuleList:
+        """All networks with state: this rank's branches and the EMA of each."""
+        return nn.ModuleList([self.ensemble, *(learner.ema for learner in self.learners if learner.ema is not None)])
+
+    def validation_loader(self) -> ValidationLoader:
+        batch_size = self.config.validation.batch_size or self.streams.batch_size
+        shard = shard_of(self.config, self.plan.ranks, batch_size, self.plan.precision.half_bands)
+        return ValidationLoader(self.config, self.plan.val_files, shard)
+
+    def seed_branch(self, i: int, step: int) -> None:
+        """Seeds torch for one branch's step (dropout, stochastic depth), whatever else this rank trains."""
+        purpose = f"branch {self.numbers[i]} step {step}"
+        torch.manual_seed(seeds.derived(self.config.seed, purpose, self.mesh.replica))

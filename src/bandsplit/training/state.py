@@ -1,0 +1,108 @@
+"""The state of a run: captured for a checkpoint, and restored from one."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from loguru import logger
+
+from bandsplit.data.loader import Streams, StreamState
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks
+from bandsplit.errors import UserError
+from bandsplit.runs import checkpoint
+from bandsplit.runs.directory import RunDirectory, environment, resolved
+from bandsplit.training.meter import Meter, Progress
+from bandsplit.training.session import Plan, Session
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """The checkpoint that a run resumes from."""
+
+    path: Path
+    run: checkpoint.State
+
+    def stream_states(self, streams: Streams) -> list[StreamState]:
+        states = [checkpoint.read(self.path, checkpoint.stream_file(s))["loader"] for s in streams.own]
+        if not all(isinstance(state, dict) for state in states):
+            raise UserError(f"{self.path}: written by an earlier version, which this one cannot resume")
+        return states
+
+    def fits(self, mesh: Mesh) -> bool:
+        """Whether as many ranks wrote it as resume it, with the same branches each."""
+        return (self.run["world_size"], self.run["branch_groups"]) == (mesh.ranks.world_size, mesh.branch_groups)
+
+
+def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack) -> ResumePoint | None:
+    """On the first rank: checks and locks the run directory, and finds the checkpoint to resume from."""
+    directory.check(plan.config, resume)
+    stack.enter_context(directory.locked())
+    path = checkpoint.latest(directory.checkpoints)
+    point = None if path is None else ResumePoint(path, checkpoint.read(path, checkpoint.RUN))
+    streams = plan.streams(point.run["streams"] if point else None)
+    bn_batch_size = plan.bn_batch_size(streams)
+    checkpoint.clean_up(directory.checkpoints, path)
+    launch = environment(plan.ranks.world_size, device_name(plan.ranks))
+    groups = plan.mesh.branch_groups
+    directory.create(plan.config, {**launch, "branch_groups": groups, "bn_batch_size": bn_batch_size})
+    return point
+
+
+def device_name(ranks: Ranks) -> str:
+    return torch.cuda.get_device_name(ranks.device) if ranks.device.type == "cuda" else "cpu"
+
+
+def capture(session: Session, progress: Progress, meter: Meter) -> dict[str, checkpoint.State]:
+    """This rank's files of a checkpoint, copied to the host: its streams and its share of its branches.
+
+    Ranks that train the same branches take turns writing them. Running statistics in branch files are the mean over
+    those ranks; each rank's own are saved with its streams.
+    """
+    config, mesh, streams, networks = session.config, session.mesh, session.streams, session.networks
+    buffers = [buffer.clone() for buffer in networks.buffers()]
+    files: dict[str, checkpoint.State] = {
+        checkpoint.stream_file(s): {"loader": state, "buffers": buffers}
+        for s, state in zip(streams.own, session.loader.states(), strict=True)
+    }
+    losses = meter.state()
+    if mesh.ranks.is_first:
+        files[checkpoint.RUN] = {
+            "config": resolved(config),
+            "progress": asdict(progress),
+            "branches": list(config.split.numbers),
+            "streams": streams.count,
+            "world_size": mesh.ranks.world_size,
+            "branch_groups": mesh.branch_groups,
+            "losses": losses,
+        }
+    with mesh.mean_buffers(networks):
+        for i, learner in enumerate(session.learners):
+            if i % mesh.replicas == mesh.replica:
+                files[checkpoint.branch_file(session.numbers[i])] = learner.state_dict()
+        copies: dict[str, checkpoint.State] = checkpoint.on_host(files)
+    return copies
+
+
+def restore(point: ResumePoint, session: Session, meter: Meter) -> Progress:
+    """Loads a checkpoint into this rank's networks, optimizers and meter; returns how far the run was."""
+    for number, learner in zip(session.numbers, session.learners, strict=True):
+        learner.load_state_dict(checkpoint.read(point.path, checkpoint.branch_file(number)))
+    meter.load(point.run["losses"])
+    progress, mesh, ranks = Progress(**point.run["progress"]), session.mesh, session.mesh.ranks
+    logger.info(f"resuming after step {progress.step} (epoch {progress.epoch:.2f})")
+    if not point.fits(mesh):  # no rank's own statistics are this rank's: continue from the means
+        logger.info(
+            f"this checkpoint was written by {point.run['world_size']} ranks with {point.run['branch_groups']} branch "
+            f"groups; resuming on {ranks.world_size} with {mesh.branch_groups}: same images in the same steps, but "
+            "dropout, running statistics, summation order and, unless model.bn_batch_size fixes it, the images of a "
+            "batch-norm batch differ"
+        )
+        return progress
+    own = checkpoint.read(point.path, checkpoint.stream_file(ranks.rank * point.run["streams"] // ranks.world_size))
+    for buffer, value in zip(session.networks.buffers(), own["buffers"], strict=True):
+        buffer.copy_(value)
+    return progress
