@@ -54,7 +54,7 @@ threads = 1
 
 
 @pytest.fixture(scope="session")
-def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Root of a data set with train/ and val/; not to be changed."""
     root = tmp_path_factory.mktemp("images") / "demo"
     demo.generate(root, seed=1, train_per_class=TRAIN_PER_CLASS, val_per_class=VAL_PER_CLASS)

@@ -1,4 +1,4 @@
-"""Augmentations on the GPU against the CPU, where tests/test_augmentation.py holds them to what they should do.
+"""Augmentations on the GPU against the CPU, where tests/data/test_augmentation.py holds them to what they should do.
 
 Decoders differ, so both backends get the same pixels here; random numbers are drawn on the CPU for both.
 """
@@ -61,7 +61,7 @@ TOLERANCES = {"erasing": EXACT, "color": ONE, "pca_noise": ONE, "trivial_augment
 
 @pytest.fixture(scope="module", autouse=True)
 def operator() -> None:
-    """Loaded before there are any pipelines, as in tests/test_augmentation.py."""
+    """Loaded before there are any pipelines, as in tests/data/test_augmentation.py."""
     pipeline.has_operator("gpu")
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.compare import assert_same_run, metrics
 from tests.conftest import DATA_TOML, REPOSITORY, TRAIN_TOML, run
-from tests.runs import assert_same_run, metrics
 from tests.slurm.conftest import Slurm
 
 SCRIPTS = REPOSITORY / "script/slurm"

@@ -74,5 +74,5 @@ def log_start(session: Session, directory: RunDirectory) -> None:
     sent = step_traffic(config, ranks.world_size, mesh.branch_groups, parameters, plan.precision.half_bands)
     share = f"each trains {sent.branches} of {len(parameters)} branches and sends {sent.bytes / 1e6:,.1f} MB a step; "
     logger.info(f"{share if several else ''}batch norm over {plan.bn_batch_size(session.streams)} images")
-    if session.teacher_name is not None:
-        logger.info(f"distills from {session.teacher_name}")
+    if plan.teacher is not None:
+        logger.info(f"distills from {plan.teacher.name}")

@@ -33,6 +33,7 @@ class Plan:
     train_files: ImageFiles
     val_files: ImageFiles
     precision: Precision
+    teacher: Teacher | None
     parameters: list[int]
     """Number of parameters of each branch of the run."""
     mesh: Mesh
@@ -43,9 +44,12 @@ class Plan:
         train_files, val_files = open_data(config, ranks)
         config.steps_per_epoch(len(train_files))
         precision = Precision(config.train.precision, ranks.device)
+        precision.apply()
+        teacher = ranks.each(partial(Teacher.of, config, precision))
         parameters = parameters_of_branches(config)
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
-        return cls(config, ranks, train_files, val_files, precision, parameters, Mesh(ranks, len(parameters), groups))
+        mesh = Mesh(ranks, len(parameters), groups)
+        return cls(config, ranks, train_files, val_files, precision, teacher, parameters, mesh)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -69,20 +73,17 @@ class Plan:
 
 
 class Session:
-    """Teacher, ensemble, learners and training batches of one rank; of a resumed run its streams continue."""
+    """Ensemble, learners and training batches of one rank; the streams of a resumed run continue."""
 
     def __init__(
         self, plan: Plan, streams: Streams | None = None, stream_states: Sequence[StreamState] | None = None
     ) -> None:
         self.plan, self.config, self.mesh = plan, plan.config, plan.mesh
-        plan.precision.apply()
-        teacher = plan.ranks.each(partial(Teacher.of, plan.config, plan.precision))
-        self.teacher_name = teacher.name if teacher is not None else None
         self.streams = streams or plan.streams()
         self.ensemble, self.learners = learners_of(
             plan.config, plan.images_at_once(self.streams), plan.precision, plan.mesh
         )
-        self.loader = self.streams.loader(plan.train_files, plan.precision.half_bands, stream_states, teacher)
+        self.loader = self.streams.loader(plan.train_files, plan.precision.half_bands, stream_states, plan.teacher)
         self.feed = BatchFeed(self.loader, plan.mesh)
         self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
         """Which branch of the whole ensemble each of this rank's branches is."""

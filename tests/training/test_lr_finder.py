@@ -60,10 +60,10 @@ def test_on_real_files(config_file: Path, tmp_path: Path, run_here: Callable[...
     arguments = (config_file, *larger, "--from", "1e-4", "--to", "1e4", "--steps", "60", "--output", tmp_path / "out")
     done = run_here("find_lr.py", *arguments)
     assert done.returncode == 0, done.stderr
-    table = json.loads((tmp_path / "out/lr_range.json").read_text())
+    table = json.loads((tmp_path / "out/lr_finder.json").read_text())
     assert f"all: --set optim.lr={table['suggested']:.2g}" in done.stdout
     assert 1e-4 < table["suggested"] < 10
     assert [len(row) for row in table["branch_loss"]] == [60] * 4
     assert all(row[0] is not None for row in table["branch_loss"])
     assert any(row[-1] is None for row in table["branch_loss"]), "at a rate of ten thousand"
-    assert (tmp_path / "out/lr_range.png").stat().st_size > 10_000
+    assert (tmp_path / "out/lr_finder.png").stat().st_size > 10_000

@@ -23,8 +23,8 @@ from bandsplit.errors import UserError
 from bandsplit.models.precision import Precision
 from bandsplit.runs.restored import Restored, Teacher
 from bandsplit.training.learner import Learner, learners_of
+from tests.compare import assert_equal, assert_same_run, metrics, wait_for
 from tests.conftest import Done, Launch, run
-from tests.runs import assert_equal, assert_same_run, metrics, wait_for
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
 FP32 = Precision("fp32", ALONE.ranks.device)
@@ -118,7 +118,7 @@ def test_a_distilled_run_does_not_depend_on_the_launch(
     launch.wait()
     done = run("train.py", config_file, "--run-dir", tmp_path / "run", "--resume", *arguments, ranks=2)
     assert done.returncode == 0, done.stderr
-    assert "learns from tiny" in done.stderr
+    assert "distills from tiny" in done.stderr
     assert_same_run(tmp_path / "run", finished(2, *keys, f"parallel.branch_groups={groups}"))
     if groups == 2:
         losses = [

@@ -13,7 +13,7 @@ from bandsplit.config import loading
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
-from bandsplit.evaluation.evaluation import count_correct, evaluate
+from bandsplit.evaluation.evaluate import count_correct, evaluate
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
 

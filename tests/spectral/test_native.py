@@ -21,8 +21,8 @@ from nvidia.dali import fn, pipeline_def, types
 from PIL import Image
 
 from bandsplit.spectral import native, transforms
+from tests.conftest import REPOSITORY
 
-REPOSITORY = Path(__file__).resolve().parent.parent
 PHOTOGRAPHS = REPOSITORY.parent / "shared" / "data" / "imagenette224.tar"
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -331,7 +331,7 @@ def test_random_calls_with_sanitizers(tmp_path: Path, monkeypatch: pytest.Monkey
     ]
     # Python and DALI never free some of what they allocate
     env = environment(LD_PRELOAD=":".join(runtimes), ASAN_OPTIONS="detect_leaks=0", UBSAN_OPTIONS="print_stacktrace=1")
-    script = REPOSITORY / "tests" / "native" / "random_splits.py"
+    script = REPOSITORY / "tests/spectral/random_splits.py"
     output, errors = python(str(script), str(plugin), "120", env=env).communicate()
     assert output.endswith("all equal\n"), output[-500:] + errors[-3000:]
 

@@ -11,7 +11,7 @@ import tomli
 
 from bandsplit.config import loading
 from bandsplit.errors import UserError
-from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.directory import PACKAGES, RunDirectory, environment
 from bandsplit.runs.metrics import Metrics, Stopwatch
 
 
@@ -41,10 +41,10 @@ def test_where_a_run_is_computed_may_change(tmp_path: Path, config_file: Path) -
 def test_every_launch_is_noted_and_the_config_is_complete(tmp_path: Path, config_file: Path) -> None:
     config, directory = loading.load(config_file), RunDirectory(tmp_path / "run")
     for ranks in (1, 2):
-        directory.create(config, directory.environment(ranks, "cpu"))
+        directory.create(config, environment(ranks, "cpu"))
     launches = json.loads(directory.environment.read_text())
     assert [launch["world_size"] for launch in launches] == [1, 2]
-    assert set(directory.PACKAGES) < set(launches[0]["versions"])
+    assert set(PACKAGES) < set(launches[0]["versions"])
     assert tomli.loads(directory.config.read_text())["optim"]["momentum"] == 0.9
 
 

@@ -17,8 +17,8 @@ from bandsplit.distributed.ranks import Ranks
 from bandsplit.models.precision import Precision
 from bandsplit.runs import checkpoint, directory
 from bandsplit.training.learner import Learner
+from tests.compare import assert_equal, assert_same_run, metrics, wait_for
 from tests.conftest import VAL_PER_CLASS, Done, Launch, run
-from tests.runs import assert_equal, assert_same_run, metrics, wait_for
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
 
@@ -43,7 +43,7 @@ def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> N
             assert len(line["branch_loss"]) == 4
             assert line["loss"] == pytest.approx(sum(line["branch_loss"]) / 4)
         if line["event"] == "validation":
-            assert line["images"] == 10 * VAL_PER_CLASS
+            assert line["val_images"] == 10 * VAL_PER_CLASS
             assert len(line["branch_top1"]) == len(line["branch_top5"]) == 4
     assert "top-1" in (run_dir / "logs/rank0.log").read_text()
 
@@ -148,7 +148,7 @@ def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path
         assert done.returncode == 0, done.stderr
         figures.append(json.loads(output.read_text()))
     alone, *together = figures
-    assert [figure["images"] for figure in figures] == [10 * VAL_PER_CLASS] * 3
+    assert [figure["val_images"] for figure in figures] == [10 * VAL_PER_CLASS] * 3
     for figure in together:
         for key in ("loss", "top1", "top5", "branch_top1", "branch_top5"):
             assert figure[key] == pytest.approx(alone[key], abs=1e-6)

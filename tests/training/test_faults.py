@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 
 from bandsplit.runs import checkpoint
+from tests.compare import assert_same_run, metrics, wait_for
 from tests.conftest import Done, Launch, command, run
-from tests.runs import assert_same_run, metrics, wait_for
 
 LONGER = "train.epochs=4"  # 52 steps, a checkpoint every 3
 SEEDS = [pytest.param(0), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
@@ -238,7 +238,7 @@ def test_fewer_ranks_go_on(config_file: Path, tmp_path: Path, finished: Callable
             launch.signal(signal.SIGTERM, 0)
         done = launch.wait()
     assert done.returncode == 0, done.stderr
-    assert "2 ranks with 2 groups of branches wrote this checkpoint, 1 with 1 go on" in done.stderr
+    assert "written by 2 ranks with 2 branch groups; resuming on 1 with 1" in done.stderr
     for line, wanted in zip(metrics(run_dir), metrics(undisturbed), strict=True):
         assert (line["event"], line["step"], line["images"]) == (wanted["event"], wanted["step"], wanted["images"])
         if line["event"] == "train":

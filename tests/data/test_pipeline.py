@@ -19,6 +19,7 @@ from bandsplit.data.loader import TrainingLoader, UndecodableImage, ValidationLo
 from bandsplit.data.pipeline import Shard
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.spectral import transforms
+from tests.conftest import REPOSITORY
 
 
 def share(rank: int = 0, world_size: int = 1, batch_size: int = 6) -> Shard:
@@ -176,7 +177,7 @@ def test_validation_images_are_torchvisions(config_file: Path, numbered: ImageFi
     ours = torch.cat([batch.inputs[0] for batch in ValidationLoader(config, numbered, share())])[: len(numbered)]
     transform = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
-    theirs = torch.stack([(transform(Image.open(file)).float() - mean) / std for file in numbered.files])
+    theirs = torch.stack([(transform(Image.open(file)).float() - mean) / std for file in numbered.paths])
     difference = (ours - theirs).abs() * std  # in pixel values; decoders and resamplers round differently
     assert difference.mean() < 0.3
     assert difference.max() < 4
@@ -259,7 +260,7 @@ def test_a_image_that_cannot_be_decoded_is_named(
 
 
 def test_real_photographs_and_their_awkward_relatives(config: schema.RunConfig, tmp_path: Path) -> None:
-    folder = Path(__file__).resolve().parents[2] / "shared/data/awkward"
+    folder = REPOSITORY.parent / "shared/data/awkward"
     if not folder.is_dir():
         pytest.skip("no folder of awkward JPEG files beside the repository")
     kinds = ("cmyk", "grayscale", "progressive", "exif", "odd", "misnamed", "mixed", "plain", "tiny")

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bandsplit.evaluation.evaluation import Accuracy, evaluate
 from torch import Tensor, nn
 
 from bandsplit.config import loading
@@ -21,11 +20,12 @@ from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks, joined
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
 from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.evaluation.evaluate import Accuracy, evaluate
 from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import Ensemble, parameters_of_branches
 from bandsplit.models.precision import Precision
 from bandsplit.training.learner import Learner
-from tests.conftest import on_ranks
+from tests.conftest import REPOSITORY, on_ranks
 
 RANKS, BATCH, PARTS = 4, 4, 2  # BATCH images of a rank at once, in PARTS batches a step
 Gradients = dict[str, Tensor]
@@ -221,7 +221,7 @@ def test_validation_counts_do_not_depend_on_the_number_of_branch_groups(config_f
             assert (accuracy.branch_top1, accuracy.branch_top5) == (alone.branch_top1, alone.branch_top5)
 
 
-SUB16 = Path(__file__).resolve().parent.parent / "config/train/resnet34_sub16.toml"
+SUB16 = REPOSITORY / "config/train/resnet34_sub16.toml"
 
 
 def test_traffic_of_the_published_ensemble() -> None:

@@ -126,8 +126,8 @@ def test_each_mistake_names_key_value_and_what_is_allowed(config_file: Path, ove
 
 def test_mistakes_in_files_name_the_file(config_file: Path, tmp_path: Path) -> None:
     data = tmp_path / "data.toml"
-    data.write_text(data.read_text() + "mirorr = 1\n")
-    with pytest.raises(UserError, match=rf"{data}: data.mirorr: unknown key; did you mean data.hflip\?"):
+    data.write_text(data.read_text() + "hflp = 1\n")
+    with pytest.raises(UserError, match=rf"{data}: data.hflp: unknown key; did you mean data.hflip\?"):
         loading.load(config_file)
     config_file.write_text("[optim\n")
     with pytest.raises(UserError, match=f"{config_file}: not valid TOML"):

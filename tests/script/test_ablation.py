@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.compare import metrics
 from tests.conftest import REPOSITORY
-from tests.runs import metrics
 
 TRICK = "label smoothing 0.1"
 

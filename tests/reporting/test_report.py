@@ -14,8 +14,9 @@ from PIL import Image
 
 from bandsplit.errors import UserError
 from bandsplit.reporting import figures, report, runs, tables
+from tests.conftest import REPOSITORY
 
-ROOT = Path(__file__).parents[1]
+ROOT = REPOSITORY
 Event = dict[str, Any]
 
 

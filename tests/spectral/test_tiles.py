@@ -24,7 +24,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     compiler = native._find_cxx()
     if compiler is None:
         pytest.skip("no C++ compiler")
-    source = Path(__file__).parent / "native" / "tiles_on_cpu.cc"
+    source = Path(__file__).parent / "tiles_on_cpu.cc"
     built = tmp_path_factory.mktemp("tiles") / "tiles.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{native.HERE}"]
     subprocess.run([*compiler, *flags, str(source), "-o", str(built)], check=True)

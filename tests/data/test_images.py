@@ -27,8 +27,8 @@ def test_files_and_labels_are_sorted_and_complete(image_root: Path) -> None:
     train, val = open_data(data(image_root))
     assert (len(train), len(val)) == (10 * TRAIN_PER_CLASS, 10 * VAL_PER_CLASS)
     assert train.classes == val.classes == sorted(p.name for p in (image_root / "train").iterdir())
-    assert [Path(file).parent.name for file in val.files] == [val.classes[label] for label in val.labels]
-    assert val.files == sorted(map(str, (image_root / "val").rglob("*.jpg")))
+    assert [Path(file).parent.name for file in val.paths] == [val.classes[label] for label in val.labels]
+    assert val.paths == sorted(map(str, (image_root / "val").rglob("*.jpg")))
 
 
 def test_suffixes_in_any_case_count_and_other_files_do_not(copy: Path) -> None:
@@ -79,6 +79,6 @@ def test_images_are_generated_once_where_the_config_says_how(tmp_path: Path) -> 
     with pytest.raises(UserError, match="no such folder"):
         open_data(config, generate=False)
     train, val = open_data(config)
-    before = {file: Path(file).stat().st_mtime_ns for file in train.files}
+    before = {file: Path(file).stat().st_mtime_ns for file in train.paths}
     assert (len(train), len(val)) == (20, 10)
-    assert {file: Path(file).stat().st_mtime_ns for file in open_data(config)[0].files} == before
+    assert {file: Path(file).stat().st_mtime_ns for file in open_data(config)[0].paths} == before
