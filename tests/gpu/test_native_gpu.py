@@ -1,4 +1,4 @@
-"""The GPU kernel of the operator against its CPU kernel, which tests/spectral/test_native.py holds to scipy and torch."""
+"""The GPU kernel of the operator against its CPU kernel, which tests/spectral holds to scipy and torch."""
 
 from collections.abc import Sequence
 from typing import Any
