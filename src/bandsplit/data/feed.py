@@ -1,4 +1,4 @@
-"""Batches as the branches of a rank read them: exchanged within the mesh where branches are spread over ranks."""
+"""Batches as this rank's branches read them: exchanged within the mesh where branches are spread over ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bandsplit.distributed.mesh import Mesh
 
 
 class BatchFeed:
-    """Batches as this rank's branches learn or validate them, those of a whole row where branches are spread over it.
+    """Batches for this rank's branches; with several branch groups, the images of all of them.
 
-    Then the next batch is made and sent while the device works on the one before.
+    Then the next batch is prepared and sent while the device computes on the current one.
     """
 
     def __init__(self, batches: Iterable[Batch], mesh: Mesh) -> None:
@@ -27,14 +27,14 @@ class BatchFeed:
             yield batch
 
     def take(self, count: int, ahead: bool) -> list[Batch]:
-        """The next `count` of endless batches; `ahead`: one more is made and sent, and streams are further by one."""
+        """The next `count` batches; with `ahead` one more is prepared and sent, which advances the streams by one."""
         batches = [self._next(ahead or n + 1 < count) for n in range(count)]
         return [batch for batch in batches if batch is not None]
 
     def of_own_images(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Logits (own branches, B, classes) and labels of a batch -> (all branches, B', classes), labels (B',).
 
-        B' are the images of it that this rank has decoded.
+        B' counts the images that this rank has decoded.
         """
         return (logits, labels) if self._exchange is None else self._exchange.give_back(logits, labels)
 

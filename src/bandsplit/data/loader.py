@@ -1,4 +1,4 @@
-"""DALI's stream of outputs as batches of torch tensors, without a copy."""
+"""Batches of torch tensors from DALI pipelines, without a copy."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from bandsplit.spectral.view import View
 
 @dataclass(frozen=True)
 class Batch:
-    """Inputs: one tensor (B, 3·bands, h, w) in channels_last a branch."""
+    """One batch as the branches see it."""
 
     inputs: list[Tensor]
+    """One tensor (B, 3·bands, h, w) per branch, in channels_last memory format."""
     labels: Tensor
-    """(B,), int64; -1: no image.  Where `config.mix` mixes images: shares of classes (B, classes), float32."""
+    """Class indices (B,), int64, -1 for padding; with mixup or CutMix class probabilities (B, classes), float32."""
     teacher_logits: Tensor | None = None
-    """Logits of the teacher (B, classes), float32, where there is one."""
+    """(B, classes), float32; None without a teacher."""
 
     @property
     def targets(self) -> list[Tensor]:
@@ -43,18 +44,18 @@ class Batch:
 
 
 class Teacher(Protocol):
-    """Anything with logits to distil from."""
+    """What distillation needs of a teacher."""
 
     view: View
 
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Inputs as its view has them, (B, channels, h, w) each -> (B, classes), float32."""
+        """Inputs of its view, one (B, channels, h, w) per branch -> fused logits (B, classes), float32."""
 
 
 def open_data(config: RunConfig, ranks: Ranks) -> tuple[ImageFiles, ImageFiles]:
-    """Training and validation images, the same on every rank, all of which call it.
+    """Training and validation files, verified to be the same on every rank; every rank calls it.
 
-    Raises UserError as `images.open_data` does, and where a rank finds other images than the first one.
+    Raises UserError as `images.open_data` does, and where a rank finds other images than rank 0.
     """
     both = ranks.each(partial(images.open_data, config.data))
     if ranks.world_size == 1:
@@ -82,27 +83,27 @@ class UndecodableImage(UserError):
 
 
 def shard_of(config: RunConfig, ranks: Ranks, batch_size: int, half: bool) -> Shard:
-    """This rank's shard of the images."""
+    """What this rank reads, and with how many DALI threads."""
     threads = config.data.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size)
     return Shard(ranks.rank, ranks.world_size, batch_size, threads, ranks.device.index, half)
 
 
 class StreamState(TypedDict):
-    """How far a stream of images is."""
+    """Position of a stream of images."""
 
     size: int
-    """Side of its images in pixels."""
+    """Image side in pixels."""
     batches: int
-    """So many have been handed out."""
+    """Batches delivered so far."""
     pipeline: bytes | None
-    """DALI's checkpoint; None: at the beginning."""
+    """DALI's checkpoint; None: the beginning."""
 
 
 class TrainingLoader:
-    """Endless training batches from one or several streams, with mixing and teacher logits; `states` resume them.
+    """Endless training batches from one or more streams, with mixing and teacher logits; `states` resume them.
 
-    A run has as many streams as it had ranks when it began: a stream is a fixed shard of every pass over the data with
-    random numbers of its own, so that fewer ranks, with several streams each, see the same images in the same steps.
+    A run keeps the number of streams it started with, one per rank. A stream is a fixed shard of every epoch with its
+    own random numbers, so fewer ranks with several streams each see the same images in the same steps.
     """
 
     def __init__(
@@ -122,7 +123,7 @@ class TrainingLoader:
         self.size, self._batches = states[0]["size"], [state["batches"] for state in states]
         data = self._config.data.model_copy(update={"image_size": self.size})
         config = self._config.model_copy(update={"data": data})
-        self._pipelines: list[Any] = []  # those of another size first give back their memory
+        self._pipelines: list[Any] = []  # free the memory of the previous size first
         self._pipelines = [
             pipeline.training(config, self._files, shard, state["pipeline"], self._views[1:])
             for shard, state in zip(self._shards, states, strict=True)
@@ -130,9 +131,9 @@ class TrainingLoader:
         self._turns = cycle(range(len(states)))
 
     def resize(self, size: int) -> None:
-        """From the next step on images have `size` pixels a side; the same ones, cut and augmented as they would be.
+        """Changes the image side in pixels from the next step on; order, crops and augmentation stay the same.
 
-        Only between two steps, when all streams have had their turn.
+        Call it only between steps, when every stream has delivered equally many batches.
         """
         if size != self.size:
             self._build([{**state, "size": size} for state in self.states()])
@@ -141,7 +142,7 @@ class TrainingLoader:
         return self
 
     def __next__(self) -> Batch:
-        """One of the next stream: they take turns."""
+        """The next batch; streams take turns."""
         turn = next(self._turns)
         shard, number = self._shards[turn], self._batches[turn]
         batch = _next_batch(self._pipelines[turn], self._views, self._files, shard)
@@ -159,25 +160,25 @@ class TrainingLoader:
 
 
 class Streams:
-    """Streams of images: as many as the run had ranks when it began, shared out evenly among those it has now.
+    """The streams of a run, one per rank that it started with, divided evenly among its ranks now.
 
-    Raises UserError where that cannot be.
+    Raises UserError where they cannot be divided evenly.
     """
 
     def __init__(self, config: RunConfig, count: int, ranks: Ranks) -> None:
         if count % ranks.world_size:
             possible = [str(n) for n in range(count, 0, -1) if count % n == 0]
             raise UserError(
-                f"this run began on {count} ranks; it can go on with {' or '.join(possible)}, not with "
+                f"this run started on {count} ranks; it can be resumed on {' or '.join(possible)}, not on "
                 f"{ranks.world_size}"
             )
         self.count = count
         each = count // ranks.world_size
         self.own = range(ranks.rank * each, (ranks.rank + 1) * each)
         self.batch_size = config.rank_batch_size(count)
-        """Images of a stream at once."""
+        """Images per batch of one stream."""
         self.parts = each * config.train.grad_accum_steps
-        """Batches of a rank's streams in one optimizer step."""
+        """Batches this rank takes per optimizer step: its streams times grad_accum_steps."""
         self._config, self._ranks = config, ranks
 
     def loader(
@@ -190,15 +191,15 @@ class Streams:
 
 
 class ValidationLoader:
-    """This rank's part of the validation images, each of them exactly once an iteration.
+    """This rank's share of the validation images, each exactly once per iteration.
 
-    Every rank has the same number of batches of the same size: what fills them up has the label -1.
+    Every rank has the same number of batches of the same size; padding has the label -1.
     """
 
     def __init__(self, config: RunConfig, files: ImageFiles, shard: Shard) -> None:
         mine = slice(shard.rank, None, shard.world_size)
-        self._views, self._share, self._count = [View.of(config)], shard, len(files.paths[mine])
-        first = slice(self._count or 1)  # a rank without any images fills its batches with the first
+        self._views, self._shard, self._count = [View.of(config)], shard, len(files.paths[mine])
+        first = slice(self._count or 1)  # a rank without images pads its batches with the first one
         paths, labels = files.paths[mine] or files.paths, files.labels[mine] or files.labels
         self._files = replace(files, paths=paths[first], labels=labels[first])
         self._batches = math.ceil(len(files) / shard.world_size / shard.batch_size)
@@ -206,8 +207,8 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         for n in range(self._batches):
-            batch = _next_batch(self._pipeline, self._views, self._files, self._share)
-            batch.labels[max(0, self._count - n * self._share.batch_size) :] = -1
+            batch = _next_batch(self._pipeline, self._views, self._files, self._shard)
+            batch.labels[max(0, self._count - n * self._shard.batch_size) :] = -1
             yield batch
 
 
@@ -218,7 +219,7 @@ def _next_batch(pipe: Any, views: Sequence[View], files: ImageFiles, shard: Shar
         culprit = _culprit(str(error), files, shard)
         if culprit is None:
             raise
-        raise UndecodableImage(f"{culprit}: this image cannot be read or decoded; mend or remove it") from error
+        raise UndecodableImage(f"{culprit}: this image cannot be read or decoded; repair or remove it") from error
     *outputs, labels = [torch.from_dlpack(output.as_tensor()) for output in outputs]
     if pipeline.has_operator(shard.device):
         inputs = [rearrange(x, "b h w c -> b c h w") for x in outputs]
@@ -229,7 +230,7 @@ def _next_batch(pipe: Any, views: Sequence[View], files: ImageFiles, shard: Shar
 
 
 def _culprit(error: str, files: ImageFiles, shard: Shard) -> str | None:
-    """The file behind an error of the reader or the decoder, which name it only sometimes."""
+    """The file behind an error of DALI's reader or decoder, which do not always name it."""
     if "fn.decoders" not in error and "fn.readers" not in error:
         return None
     return pipeline.first_undecodable(files.paths, shard.threads)

@@ -1,4 +1,4 @@
-"""Exact validation: counts of correct images of the ensemble and of every branch, each image once."""
+"""Exact validation: counts of correct predictions of the ensemble and every branch, each image once."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from bandsplit.distributed.ranks import joined
 from bandsplit.errors import UserError
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
-from bandsplit.runs.directory import replace_text
+from bandsplit.runs.files import replace_text
 from bandsplit.runs.restored import Restored
 
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percentages over all images of the validation set; `loss` is the mean cross-entropy of the fused logits."""
+    """Percentages over the validation set; `loss` is the mean cross-entropy of the fused logits."""
 
     val_images: int
     loss: float
@@ -39,17 +39,17 @@ class Accuracy:
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits (..., B, classes) and labels (B,) -> (..., 2): images right within the first and the first five."""
+    """Logits (..., B, classes) and labels (B,) -> (..., 2): correct within the top 1 and the top 5."""
     top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
     return torch.stack([top[..., 0].sum(-1), top.any(-1).sum(-1)], dim=-1)
 
 
 @torch.inference_mode()
 def evaluate(ensemble: Ensemble, batches: Iterable[Batch], images: int, mesh: Mesh, precision: Precision) -> Accuracy:
-    """Accuracy over the batches of all ranks, which together have to be `images` images.
+    """Accuracy over the batches of all ranks, `images` images in total.
 
-    `ensemble` holds this rank's branches; every rank has equally many batches of equal size.  Counts and the sum of
-    losses stay on the device until one reduction at the end.
+    `ensemble` holds this rank's branches; every rank has the same number of batches of the same size.  Counts and the
+    sum of losses stay on the device until one reduction at the end.
     """
     ensemble.eval()
     device, feed = mesh.ranks.device, BatchFeed(batches, mesh)
@@ -74,10 +74,10 @@ def evaluate(ensemble: Ensemble, batches: Iterable[Batch], images: int, mesh: Me
 def evaluate_runs(
     run_dirs: Sequence[Path], which: str, overrides: Sequence[str] = (), output: Path | None = None
 ) -> Accuracy:
-    """Validates the branches of one or several runs at a checkpoint ("best", "last" or a step) as one ensemble.
+    """Validates the branches of one or more runs at a checkpoint ("best", "last" or a step) as one ensemble.
 
-    Prints the accuracy and writes it as JSON. Images come from where the first run's config says, or `overrides`.
-    Raises UserError where there is no such run or checkpoint, or where the runs saw different data or bands.
+    Prints the accuracy and writes it as JSON. The first run's config, with `overrides`, says where the images are.
+    Raises UserError where there is no such run or checkpoint, or where the runs differ in data or transform.
     """
     with joined() as ranks:
         runs = ranks.each(lambda: [Restored.of(run_dir, which, overrides) for run_dir in run_dirs])
@@ -92,9 +92,7 @@ def evaluate_runs(
         ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
         _, files = open_data(config, ranks)
-        parts = (
-            ranks.world_size * config.train.grad_accum_steps
-        )  # need not divide: validation takes any number of ranks
+        parts = ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = ValidationLoader(config, files, shard_of(config, ranks, batch_size, precision.half_bands))
         accuracy = evaluate(ensemble, loader, len(files), Mesh(ranks, len(groups)), precision)
