@@ -268,7 +268,7 @@ def test_another_number_of_ranks_has_to_divide(
     copy = Path(shutil.copytree(finished(2), tmp_path / "copy", symlinks=True))
     done = run("train.py", config_file, "--run-dir", copy, "--resume", ranks=3)
     assert done.returncode == 2
-    assert "this run began on 2 ranks; it can go on with 2 or 1, not with 3" in done.stderr
+    assert "this run started on 2 ranks; it can be resumed on 2 or 1, not on 3" in done.stderr
     assert done.stderr.count("error: ") == 1
 
 

@@ -120,7 +120,7 @@ def _automatic(images: Any, auto: RandAugment | AutoAugment | TrivialAugment, si
 
     Shifts are relative to the image: at most 100 of 224 pixels in RandAugment and 250 of 224 in AutoAugment, which
     are the published ones at 224; in TrivialAugment 32 pixels at any size, as published.  What comes in from outside
-    is grey (128).
+    is gray (128).
     """
     if isinstance(auto, RandAugment):
         suite = _timms_suite() if auto.operations == "timm" else get_rand_augment_suite(use_shape=True)

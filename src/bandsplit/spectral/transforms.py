@@ -1,10 +1,10 @@
-"""The transforms as matrices, and the split in plain torch: the reference that the DALI operator is held to.
+"""Transforms as matrices, and the split in plain torch: the reference for the DALI operator.
 
-A image is cut into blocks of s x s pixels. Pixel n = r * s + c of a block is its row r, column c; a transform is an
-N x N matrix (N = s²) that turns the N pixels of a block into N coefficients; coefficient k of every block, kept at
-the block's place, is band k: a image of H/s x W/s.
+An image is cut into blocks of s x s pixels. Pixel n = r * s + c of a block is its row r, column c; a transform is an
+N x N matrix (N = s²) that turns the N pixels of a block into N coefficients. Coefficient k of every block, at the
+block's position, forms band k: an image of H/s x W/s.
 
-Letters in the shapes: B images, C colour channels, H x W pixels, N bands of h x w, with h = H/s and w = W/s.
+Shapes: B images, C color channels, H x W pixels, N bands of h x w, with h = H/s and w = W/s.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,8 @@ def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArra
     | hadamard | separable Walsh-Hadamard, k = u * block + v: u sign changes downwards, v across | entries ±1 |
     | identity | pixel k (polyphase components) | the same |
 
-    Hadamard rows stand in order of sign changes per axis (sequency, Walsh's order), not in Sylvester's, so that band k
-    lies at the same place of the spectrum as band k of dct2d and a group such as [0, 1] means the same to both. The
+    Hadamard rows are ordered by sign changes per axis (sequency, Walsh's order), not by Sylvester's order: band k
+    covers the same part of the spectrum as band k of dct2d and a group such as [0, 1] means the same for both. The
     rows are those of `scipy.linalg.hadamard(N)`; at block 2 the order is the same too.
 
     Args:
@@ -44,7 +44,7 @@ def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArra
         (N, N) float64, N = block².
 
     Raises:
-        ValueError: unknown kind or norm, block below 1, or hadamard with a block that is no power of 2.
+        ValueError: unknown kind or norm, block below 1, or hadamard with a block that is not a power of 2.
 
     Sources: DCT-II: Ahmed, Natarajan and Rao 1974, in the scaling of `scipy.fft.dct`; sequency order: Walsh 1923.
     """
@@ -95,7 +95,7 @@ def split(images: Tensor, matrix: Matrix, block: int) -> Tensor:
 
     Args:
         images: (B, C, H, W), a floating type; H and W multiples of block.
-        matrix: (N, N), N = block², as from `transform_matrix`.
+        matrix: (N, N), N = block², as returned by `transform_matrix`.
         block: side of the pixel block.
 
     Returns:
@@ -109,7 +109,7 @@ def split(images: Tensor, matrix: Matrix, block: int) -> Tensor:
     if height % block or width % block:
         raise ValueError(f"block = {block} does not divide images of {height} x {width} (height x width)")
     if not images.is_floating_point():
-        raise ValueError(f"images of type {images.dtype}: normalise them first; a floating type is needed")
+        raise ValueError(f"images of type {images.dtype}: normalize them first; a floating type is needed")
     pixels = rearrange(images, "b c (h r) (w s) -> (r s) b c h w", r=block, s=block)
     return torch.einsum("kn,nbchw->kbchw", torch.as_tensor(matrix).to(pixels), pixels)
 
@@ -119,7 +119,7 @@ def merge(bands: Tensor, matrix: Matrix, block: int) -> Tensor:
 
     Args:
         bands: (N, B, C, h, w), N = block².
-        matrix: (N, N), the one that split them; it has to be regular.
+        matrix: (N, N), the one that split them; it has to be invertible.
         block: side of the pixel block.
 
     Returns:
@@ -137,7 +137,7 @@ def merge(bands: Tensor, matrix: Matrix, block: int) -> Tensor:
 
 
 def stack(bands: Tensor, groups: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Lay the bands of each group side by side in the channel axis: channel i * C + c is colour c of the i-th band.
+    """Lay the bands of each group side by side in the channel axis: channel i * C + c is color c of the i-th band.
 
     Args:
         bands: (N, B, C, h, w).
@@ -169,8 +169,8 @@ def split_images(
 ) -> list[Tensor]:
     """From decoded images to the inputs of the branches: exactly what the DALI operator `spectral_split` computes.
 
-    Mirror, normalise to (x - mean) / std, split, stack, convert. It is the oracle of the operator's tests, and what
-    runs where no compiler can build the operator.
+    Mirrors, normalizes to (x - mean) / std, splits, stacks and converts. Reference for the operator's tests, and the
+    fallback where no compiler can build the operator.
 
     Args:
         images: (B, H, W, C) uint8.
@@ -178,9 +178,9 @@ def split_images(
         block: side of the pixel block.
         mean: C numbers in units of the pixel values 0..255.
         std: C numbers in the same units.
-        mirror: (B,), not zero where a image is to be flipped left to right; None flips none.
+        mirror: (B,), nonzero where an image is flipped left to right; None flips none.
         groups: for each branch its bands; None gives each band its own.
-        dtype: type of the results. The arithmetic is float32, or float64 where that is asked for.
+        dtype: dtype of the results. The arithmetic is float32, or float64 for dtype float64.
 
     Returns:
         one (B, C * len(group), H/block, W/block) a group, in channels_last memory format.
@@ -193,7 +193,7 @@ def split_images(
         raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: needed is uint8 (B, H, W, C)")
     channels = images.shape[-1]
     if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"mean has {len(mean)} and std {len(std)} entries for {channels} colour channels")
+        raise ValueError(f"mean has {len(mean)} and std {len(std)} entries for {channels} color channels")
     if mirror is not None:
         flip = rearrange(mirror.to(images.device) != 0, "b -> b 1 1 1")
         images = torch.where(flip, images.flip(2), images)

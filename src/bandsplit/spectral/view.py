@@ -9,7 +9,7 @@ from bandsplit.config.schema import RunConfig, Split
 
 @dataclass(frozen=True)
 class View:
-    """What an ensemble is shown of a image: bands of a transform, and which mean and deviation colours have."""
+    """What an ensemble is shown of an image: bands of a transform, and which mean and deviation colors have."""
 
     split: Split
     mean: tuple[float, float, float]
