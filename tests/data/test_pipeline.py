@@ -5,10 +5,12 @@ from __future__ import annotations
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from nvidia.dali import fn as dali_fn
 from PIL import Image
 from torchvision.transforms import v2
 
@@ -93,11 +95,37 @@ def test_repeated_augmentation_shows_a_image_several_times_and_keeps_the_epoch(
     usual, batches = (TrainingLoader(config, numbered, [share()]) for config in (plain, repeated))
     for _ in range(8):
         read, seen = next(usual).labels.tolist(), next(batches)
-        assert seen.labels.tolist() == [read[0]] * 3 + [read[1]] * 3
-        for first in (0, 3):
-            crops = seen.inputs[0][first : first + 3]
+        assert seen.labels.tolist() == [read[0], read[1]] * 3
+        for first in (0, 1):
+            crops = seen.inputs[0][first::2]
             assert not torch.equal(crops[0], crops[1])
             assert not torch.equal(crops[1], crops[2])
+
+
+@pytest.mark.parametrize("mix", ["mixup", "cutmix"])
+@pytest.mark.parametrize(("batch_size", "repeats"), [(6, 2), (6, 3), (8, 2), (8, 3), (7, 3), (9, 4), (10, 3), (13, 3)])
+def test_no_image_is_mixed_with_its_own_copy(
+    config_file: Path, numbered: ImageFiles, mix: str, batch_size: int, repeats: int
+) -> None:
+    """Also where `repeats` does not divide the batch, and across the end of it."""
+    keys = ["data.classes=23", f"augment.repeats={repeats}", f"mix.{mix}=1.0"]
+    batches = TrainingLoader(loading.load(config_file, keys), numbered, [share(batch_size=batch_size)])
+    for _ in range(6):
+        of_itself = next(batches).labels.max(dim=1).values  # 1 where both images of a pair have the same class
+        assert (of_itself < 1).sum() in (0, batch_size)  # 0: a box of no size, the same for the whole batch
+
+
+def test_copies_are_neighbours_only_where_it_cannot_be_avoided() -> None:
+    for batch_size in range(1, 65):
+        for repeats in range(2, 9):
+            places = pipeline.repeated_indices(batch_size, repeats)
+            counts = Counter(places)
+            files = len(counts)
+            assert counts.keys() == set(range(-(-batch_size // repeats)))
+            assert max(counts.values()) <= repeats
+            pairs = sum(a == b for a, b in zip(places, places[-1:] + places, strict=False))
+            unavoidable = batch_size if files == 1 else batch_size % 2 if files == 2 else 0
+            assert pairs == unavoidable, (batch_size, repeats)
 
 
 def test_validation_at_another_size(config_file: Path, numbered: ImageFiles) -> None:
@@ -171,16 +199,65 @@ def test_operator_and_plain_torch_give_the_same_batches(
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
-def test_validation_images_are_torchvisions(config_file: Path, numbered: ImageFiles) -> None:
+_FILTERS = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
+
+
+@pytest.mark.parametrize("interpolation", _FILTERS)
+def test_validation_images_are_torchvisions(config_file: Path, numbered: ImageFiles, interpolation: str) -> None:
     """Where no side has to be rounded: there torchvision truncates and DALI rounds, which shifts by half a pixel."""
-    config = loading.load(config_file, ["split.block=1"])
+    config = loading.load(config_file, ["split.block=1", f"data.interpolation={interpolation}"])
     ours = torch.cat([batch.inputs[0] for batch in ValidationLoader(config, numbered, share())])[: len(numbered)]
-    transform = v2.Compose([v2.Resize(40), v2.CenterCrop(32), v2.PILToTensor()])
+    transform = v2.Compose([v2.Resize(40, _FILTERS[interpolation]), v2.CenterCrop(32), v2.PILToTensor()])
     mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
     theirs = torch.stack([(transform(Image.open(file)).float() - mean) / std for file in numbered.paths])
     difference = (ours - theirs).abs() * std  # in pixel values; decoders and resamplers round differently
     assert difference.mean() < 0.3
     assert difference.max() < 4
+
+
+@pytest.mark.parametrize("crop_only", [True, False])
+@pytest.mark.parametrize(("interpolation", "other"), [("bilinear", "bicubic"), ("bicubic", "bilinear")])
+def test_training_images_are_resized_like_pillows(
+    config_file: Path, numbered: ImageFiles, interpolation: str, other: str, crop_only: bool
+) -> None:
+    """Crops of the whole image, which is 80 x 100 pixels, in pixel values; the two filters differ by 5 on average."""
+    whole = ["data.scale=[1, 1]", "data.ratio=[0.8, 0.8]", "data.hflip=0", "split.block=1"]
+    keys = [*whole, f"data.interpolation={interpolation}", f"data.decoder.crop_only={crop_only}".lower()]
+    config = loading.load(config_file, keys)
+    batch = next(TrainingLoader(config, numbered, [share()]))
+    mean, std = (torch.tensor(values)[:, None, None] for values in (config.data.mean, config.data.std))
+
+    def distance(name: str) -> float:
+        resize = v2.Compose([v2.Resize((32, 32), _FILTERS[name]), v2.PILToTensor()])
+        pillows = [resize(Image.open(numbered.paths[label])) for label in batch.labels.tolist()]
+        return (batch.inputs[0] * std + mean - torch.stack(pillows)).abs().mean().item()
+
+    assert distance(interpolation) < 0.5
+    assert distance(other) > 3
+
+
+@pytest.mark.parametrize("crop_only", [True, False])
+def test_bilinear_is_what_dali_does_by_default(
+    config_file: Path, numbered: ImageFiles, monkeypatch: pytest.MonkeyPatch, crop_only: bool
+) -> None:
+    """Bit for bit: images of runs from before `data.interpolation` was a key."""
+    config = loading.load(config_file, [f"data.decoder.crop_only={crop_only}".lower()])
+
+    def images() -> list[torch.Tensor]:
+        batches = [next(TrainingLoader(config, numbered, [share()])), *ValidationLoader(config, numbered, share())]
+        return [x for batch in batches for x in batch.inputs]
+
+    ours = images()
+
+    class Defaults:
+        def __getattr__(self, name: str) -> Any:
+            operator = getattr(dali_fn, name)
+            if name not in ("resize", "random_resized_crop"):
+                return operator
+            return lambda *inputs, interp_type, **options: operator(*inputs, **options)
+
+    monkeypatch.setattr(pipeline, "fn", Defaults())
+    assert all(torch.equal(a, b) for a, b in zip(ours, images(), strict=True))
 
 
 @pytest.mark.parametrize("crop_only", [True, False])

@@ -84,6 +84,7 @@ def test_branches_trained_alone_are_those_trained_together(
     [
         ('transform = "dct2d"', 'transform = "identity"', "split.transform: 'identity', but"),
         ("resize_size = 40", "resize_size = 44", "data.resize_size: 44, but"),
+        ('interpolation = "bilinear"', 'interpolation = "bicubic"', "data.interpolation: 'bicubic', but"),
         ("classes = 10", "classes = 11", "data.classes: 11, but"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -24,6 +25,9 @@ fn: Any = dali_fn  # operators are made at run time, ours among them: DALI's stu
 
 # torchvision does not rotate by EXIF either, and ImageNet's published figures are without
 _DECODE = {"output_type": types.RGB, "adjust_orientation": False}
+
+# both with DALI's antialiasing, which is on by default
+_INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC}
 
 
 @dataclass(frozen=True)
@@ -148,20 +152,34 @@ def augmented(shard: Shard, config: RunConfig, files: ImageFiles) -> tuple[Any, 
         name="reader",
     )
     if config.augment.repeats > 1:
-        # of every batch of files the first part is used, so that a pass is as long as without
-        first = [i // config.augment.repeats for i in range(shard.batch_size)]
-        encoded, labels = (fn.permute_batch(part, indices=first) for part in (encoded, labels))
+        # only the first files of every batch are used, so that an epoch has as many steps as without repeats
+        indices = repeated_indices(shard.batch_size, config.augment.repeats)
+        encoded, labels = (fn.permute_batch(part, indices=indices) for part in (encoded, labels))
     crop = {"random_area": list(data.scale), "random_aspect_ratio": list(data.ratio)}
-    size = [data.image_size, data.image_size]
+    resize = {"size": [data.image_size, data.image_size], "interp_type": _INTERPOLATION[data.interpolation]}
     crop_only = shard.device == "cpu" if data.decoder.crop_only is None else data.decoder.crop_only
     if crop_only:
         images = fn.decoders.image_random_crop(encoded, **_decoding(data.decoder, shard), **crop)
-        images = fn.resize(images, size=size)
+        images = fn.resize(images, **resize)
     else:
         images = fn.decoders.image(encoded, **_decoding(data.decoder, shard))
-        images = fn.random_resized_crop(images, size=size, **crop)
+        images = fn.random_resized_crop(images, **resize, **crop)
     mirror = fn.random.coin_flip(probability=data.hflip, dtype=types.INT32)
     return augmentation.augmented(images, config, shard.rank), mirror, labels
+
+
+def repeated_indices(batch_size: int, repeats: int) -> list[int]:
+    """Which of the ceil(batch_size / repeats) files that are used is at each place of a batch, each at most `repeats`
+    times.
+
+    Mixup and CutMix pair an image with its neighbour, and the first one with the last.  So copies are placed round by
+    round, and no image is paired with its own copy, unless that cannot be avoided: with one file, or with two in a
+    batch of odd size.
+    """
+    files = math.ceil(batch_size / repeats)
+    whole_rounds = batch_size - batch_size % files
+    # an incomplete last round skips the first file, which it would be paired with
+    return [i % files + (i >= whole_rounds) for i in range(batch_size)]
 
 
 def _decoding(decoder: Decoder, shard: Shard) -> dict[str, Any]:
@@ -188,7 +206,7 @@ def _validation_graph(shard: Shard, config: RunConfig, files: ImageFiles, views:
         name="reader",
     )
     images = fn.decoders.image(encoded, **_decoding(data.decoder, shard))
-    images = fn.resize(images, resize_shorter=data.resize_size)
+    images = fn.resize(images, resize_shorter=data.resize_size, interp_type=_INTERPOLATION[data.interpolation])
     images = fn.crop(images, crop=(data.val_size, data.val_size))
     return _finish(images, fn.zeros(shape=[], dtype=types.INT32), labels, shard, views)
 

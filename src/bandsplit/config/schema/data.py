@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import (
     Field,
     model_validator,
@@ -56,6 +58,8 @@ class Data(Table):
     """Training: share of the image's area that the random crop covers."""
     ratio: Range = (3 / 4, 4 / 3)
     """Training: aspect ratio (width / height) of the random crop."""
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """Filter that resizes the training crop and the validation image, antialiased when it scales down, as Pillow does."""
     hflip: Fraction = 0.5
     """Training: probability of a horizontal flip."""
     mean: Channels3 = (123.675, 116.28, 103.53)
