@@ -13,6 +13,7 @@ import tomli
 import tomli_w
 
 from bandsplit.config import loading, schema
+from bandsplit.config.messages import RENAMED
 from bandsplit.errors import UserError
 from bandsplit.runs.directory import resolved
 from tests.conftest import REPOSITORY
@@ -139,6 +140,15 @@ def test_mistakes_in_files_name_the_file(config_file: Path, tmp_path: Path) -> N
         loading.load(config_file)
 
 
+@pytest.mark.parametrize(("old", "new"), RENAMED.items())
+def test_a_former_name_of_a_key_is_answered_with_its_new_one(config_file: Path, old: str, new: str) -> None:
+    with pytest.raises(UserError, match=rf"--set {old}=1: {old}: unknown key; renamed to {new}$"):
+        loading.load(config_file, [f"{old}=1"])
+    with pytest.raises(UserError) as raised:  # the new name is a key: 'x' is wrong as its value, not as a key
+        loading.load(config_file, [f"{new}=x"])
+    assert "unknown key" not in str(raised.value)
+
+
 def test_image_sizes_grow_as_in_ffcvs_recipe(config_file: Path) -> None:
     keys = ["data.image_size=192", "data.resize_size=192", "train.epochs=88"]
     for low, start, end, multiple in ((160, 65, 76, 32), (96, 10, 70, 16)):
@@ -183,13 +193,45 @@ def test_a_config_extends_another_key_by_key(config_file: Path, tmp_path: Path) 
     assert (config.data, config.model, config.split) == (base.data, base.model, base.split)
 
 
-def test_another_type_takes_the_place_of_the_whole_table(config_file: Path, tmp_path: Path) -> None:
+def test_a_config_extends_a_list_in_order(config_file: Path, tmp_path: Path) -> None:
+    """Later ones override earlier ones, each with all that it extends itself, and the config's own keys come last."""
+    write(tmp_path, "wide.toml", "[model]\nwidth = 0.5\n[optim]\nlr = 0.1\nmomentum = 0.7\n[train]\nepochs = 5\n")
+    write(tmp_path, "sub/long.toml", 'extends = "../longest.toml"\n[optim]\nlr = 0.2\nmomentum = 0.6\n')
+    write(tmp_path, "longest.toml", "[train]\nepochs = 9\nclip_norm = 1.0\n[optim]\nlr = 0.3\n")
+    names = 'extends = ["tiny.toml", "wide.toml", "sub/long.toml"]\n'
+    config = loading.load(write(tmp_path, "child.toml", names + "[optim]\nmomentum = 0.5\n"))
+    assert (config.model.arch, config.model.width) == ("resnet18", 0.5)
+    assert (config.optim.lr, config.optim.momentum) == (0.2, 0.5)
+    assert (config.train.epochs, config.train.clip_norm, config.train.batch_size) == (9, 1.0, 12)
+    turned = loading.load(write(tmp_path, "turned.toml", 'extends = ["sub/long.toml", "wide.toml", "tiny.toml"]\n'))
+    assert (turned.model.width, turned.optim.lr, turned.train.epochs, turned.train.clip_norm) == (0.125, 0.05, 2, 1.0)
+    one = loading.load(write(tmp_path, "one.toml", 'extends = ["tiny.toml"]\n'))
+    assert one.model_copy(update={"name": "tiny"}) == loading.load(config_file)
+
+
+def test_a_config_may_be_extended_twice_but_not_by_itself(config_file: Path, tmp_path: Path) -> None:
+    for name in ("left", "right"):
+        write(tmp_path, f"{name}.toml", f'extends = "tiny.toml"\nseed = {len(name)}\n')
+    both = loading.load(write(tmp_path, "both.toml", 'extends = ["left.toml", "right.toml"]\n'))
+    assert both.seed == 5
+    write(tmp_path, "left.toml", 'extends = ["tiny.toml", "both.toml"]\n')
+    with pytest.raises(UserError, match="both.toml: extends itself, by way of both.toml and left.toml"):
+        loading.load(tmp_path / "both.toml")
+
+
+def test_a_table_that_names_its_type_takes_the_place_of_the_whole_table(config_file: Path, tmp_path: Path) -> None:
+    """Also where the type is the same: otherwise a cosine over a cosine that bounces would bounce too."""
     text = config_file.read_text().replace("lr = 0.05", "lr = 0.05\nmomentum = 0.8")
-    write(tmp_path, "base.toml", text)
+    write(tmp_path, "base.toml", text.replace("[schedule]", '[schedule]\ntype = "cosine"\nperiod_epochs = 1'))
     child = write(tmp_path, "child.toml", 'extends = "base.toml"\n[optim]\ntype = "adam"\nlr = 0.001\n')
     assert loading.load(child).optim == schema.Adam(lr=0.001)
-    same = write(tmp_path, "same.toml", 'extends = "base.toml"\n[optim]\nnesterov = true\n')
-    assert loading.load(same).optim == schema.SGD(lr=0.05, momentum=0.8, nesterov=True)
+    single = write(tmp_path, "single.toml", 'extends = "base.toml"\n[optim]\nnesterov = true\n')
+    assert loading.load(single).optim == schema.SGD(lr=0.05, momentum=0.8, nesterov=True)
+    assert loading.load(single).schedule == schema.Cosine(period_epochs=1, warmup_epochs=0.5)
+    write(tmp_path, "recipe.toml", '[schedule]\ntype = "cosine"\nlr_min = 0.01\n')
+    for names in ('["base.toml", "recipe.toml"]', '["single.toml", "recipe.toml"]'):
+        config = loading.load(write(tmp_path, "listed.toml", f"extends = {names}\n"))
+        assert config.schedule == schema.Cosine(lr_min=0.01)
 
 
 def test_mistakes_name_the_file_they_are_in(config_file: Path, tmp_path: Path) -> None:
@@ -200,7 +242,25 @@ def test_mistakes_name_the_file_they_are_in(config_file: Path, tmp_path: Path) -
     lines = str(raised.value).splitlines()
     assert f"{child}: train.epoch: unknown key; did you mean train.epochs?" in lines
     assert f"{tmp_path / 'base.toml'}: optim.lrr: unknown key; did you mean optim.lr?" in lines
-    for text, message in (('extends = "none.toml"', "none.toml: no such config"), ("extends = 3", "extends: 3 given")):
+    recipe = write(tmp_path, "recipe.toml", '[schedule]\ntype = "sine"\n[train]\nepohcs = 3\n[data]\nhflip = 2\n')
+    last = write(tmp_path, "last.toml", 'extends = ["child.toml", "recipe.toml"]\n[train]\nepochs = 1.5\n')
+    with pytest.raises(UserError) as raised:
+        loading.load(last, data=tmp_path / "data.toml")
+    lines = str(raised.value).splitlines()
+    assert [line.partition(": ")[0] for line in lines if "optim.lrr" in line] == [str(tmp_path / "base.toml")]
+    assert [line.partition(": ")[0] for line in lines if "train.epoch:" in line] == [str(child)]
+    assert [line.partition(": ")[0] for line in lines if "epohcs" in line] == [str(recipe)]
+    assert [line.partition(": ")[0] for line in lines if "schedule.type" in line] == [str(recipe)]
+    assert [line.partition(": ")[0] for line in lines if "train.epochs: 1.5" in line] == [str(last)]
+    assert not [line for line in lines if "hflip" in line]  # the whole table came from another file
+    with pytest.raises(UserError, match=r"last.toml: model: missing"):
+        loading.load(write(tmp_path, "last.toml", 'extends = ["recipe.toml"]\n'))
+    for text, message in (
+        ('extends = "none.toml"', "none.toml: no such config"),
+        ('extends = ["tiny.toml", "none.toml"]', "none.toml: no such config"),
+        ("extends = 3", "bad.toml: extends: 3 given; expected the name of a config file, or a list of names"),
+        ('extends = ["tiny.toml", 3]', r"extends: \['tiny.toml', 3\] given; expected the name"),
+    ):
         with pytest.raises(UserError, match=message):
             loading.load(write(tmp_path, "bad.toml", text))
     write(tmp_path, "a.toml", 'extends = "b.toml"')

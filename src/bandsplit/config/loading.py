@@ -28,7 +28,10 @@ def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | Non
     """
     path = Path(path)
     sources = Sources(path)
-    table = _read_extended(path, sources)
+    table: Table = {}
+    for file, layer in _layers(path):
+        table = _merged(table, layer)
+        sources.add_file(layer, file)
     table["name"] = table.get("name", path.stem)
     if data is None and isinstance(table.get("data"), str):
         data = table["data"]
@@ -45,31 +48,32 @@ def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | Non
         raise UserError("\n".join(explain(item, sources, table) for item in error.errors())) from None
 
 
-def _read_extended(path: Path, sources: Sources, below: tuple[Path, ...] = ()) -> Table:
-    """A train config over the one that it names with `extends` (relative to itself), and so on.
+def _layers(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, Table]]:
+    """A config and the configs that it `extends`, with what each says itself, in the order in which they are merged.
 
-    Tables are merged key by key; one that names another `type` takes the place of the whole table.
+    `extends` is the name of a config, relative to the one that says so, or a list of names, of which later ones
+    override earlier ones; a config itself overrides all that it extends.  `below`: the configs that extend this one.
     """
     if path.resolve() in below:
         raise UserError(f"{path}: extends itself, by way of {' and '.join(p.name for p in below)}")
     table = _read(path)
     if isinstance(table.get("data"), str):
         table["data"] = os.path.normpath(path.parent / table["data"])
-    base = table.pop("extends", None)
-    if base is None:
-        return table
-    if not isinstance(base, str):
-        raise UserError(f"{path}: extends: {base!r} given; expected the name of a config file")
-    extended = Path(os.path.normpath(path.parent / base))
-    sources.extends(table, str(path), str(extended))
-    return _merged(_read_extended(extended, sources, (*below, path.resolve())), table)
+    extends = table.pop("extends", [])
+    names = [extends] if isinstance(extends, str) else extends
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: extends: {extends!r} given; expected the name of a config file, or a list of names")
+    files = [Path(os.path.normpath(path.parent / name)) for name in names]
+    extended = [layer for file in files for layer in _layers(file, (*below, path.resolve()))]
+    return [*extended, (path, table)]
 
 
 def _merged(base: Table, over: Table) -> Table:
+    """Tables are merged key by key, but one that names its `type` takes the place of the whole table below it."""
     merged = {**base, **over}
     for key in base.keys() & over.keys():
         a, b = base[key], over[key]
-        if isinstance(a, dict) and isinstance(b, dict) and b.get("type", a.get("type")) == a.get("type"):
+        if isinstance(a, dict) and isinstance(b, dict) and "type" not in b:
             merged[key] = _merged(a, b)
     return merged
 

@@ -11,6 +11,17 @@ from pydantic import BaseModel
 from bandsplit.config.schema import Branch, RunConfig
 from bandsplit.config.sources import Sources, Table
 
+RENAMED = {
+    "data.random_area": "data.scale",
+    "data.random_aspect": "data.ratio",
+    "data.mirror": "data.hflip",
+    "augment.erasing.area": "augment.erasing.scale",
+    "augment.erasing.aspect": "augment.erasing.ratio",
+    "model.norm_batch": "model.bn_batch_size",
+    "train.accumulation": "train.grad_accum_steps",
+}
+"""Former names of keys."""
+
 
 def explain(error: Mapping[str, Any], sources: Sources, table: Table) -> str:
     """One line for one of pydantic's errors."""
@@ -38,18 +49,28 @@ def explain(error: Mapping[str, Any], sources: Sources, table: Table) -> str:
         types = [table.model_fields["type"].default for table in _tables_at(loc)]
         near = difflib.get_close_matches(str(given.get("type")), types, n=1)
         hint = f"; did you mean {near[0]!r}?" if near else ""
-        key = f"{key}.type"
-        return f"{source}: {key}: {given.get('type')!r} given; allowed: {', '.join(map(repr, types))}{hint}"
+        source = sources.of((*loc, "type"))
+        return f"{source}: {key}.type: {given.get('type')!r} given; allowed: {', '.join(map(repr, types))}{hint}"
     if kind == "extra_forbidden":
-        known = list(_table_at(loc[:-1], table).model_fields)
-        near = difflib.get_close_matches(loc[-1], known, n=1) or [
-            k for k in _all_keys() if k.endswith("." + loc[-1]) and k != key
-        ]
-        hint = f"did you mean {'.'.join((*loc[:-1], near[0])) if near[0] in known else near[0]}?" if near else ""
-        where = f"[{'.'.join(loc[:-1])}]" if loc[:-1] else "the top level"
-        return f"{source}: {key}: unknown key; {hint or f'allowed in {where}: ' + ', '.join(known)}"
+        return f"{source}: {key}: unknown key; {_instead_of(loc, table)}"
     message = error["msg"][0].lower() + error["msg"][1:]
     return f"{source}: {key}: {given!r} given; {message.replace('input should', 'it should')}"
+
+
+def _instead_of(loc: tuple[str, ...], table: Table) -> str:
+    """What to write in place of an unknown key: its new name, the nearest key, or all that its table knows."""
+    key = ".".join(loc)
+    if key in RENAMED:
+        return f"renamed to {RENAMED[key]}"
+    known = list(_table_at(loc[:-1], table).model_fields)
+    near = difflib.get_close_matches(loc[-1], known, n=1)
+    if near:
+        return f"did you mean {'.'.join((*loc[:-1], near[0]))}?"
+    elsewhere = [other for other in _all_keys() if other.endswith("." + loc[-1]) and other != key]
+    if elsewhere:
+        return f"did you mean {elsewhere[0]}?"
+    where = f"[{'.'.join(loc[:-1])}]" if loc[:-1] else "the top level"
+    return f"allowed in {where}: {', '.join(known)}"
 
 
 def _wrong_branch(error: Mapping[str, Any]) -> str:

@@ -59,7 +59,7 @@ class Data(Table):
     ratio: Range = (3 / 4, 4 / 3)
     """Training: aspect ratio (width / height) of the random crop."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Filter that resizes the training crop and the validation image, antialiased when it scales down, as Pillow does."""
+    """Filter that resizes training crops and validation images, antialiased where it scales down, as Pillow does."""
     hflip: Fraction = 0.5
     """Training: probability of a horizontal flip."""
     mean: Channels3 = (123.675, 116.28, 103.53)
