@@ -4,20 +4,29 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import tomli
 import torch
 
 from bandsplit.config import loading, schema
+from bandsplit.errors import UserError
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.runs import checkpoint
+from bandsplit.runs.directory import resolved
 from bandsplit.training import optimizers, schedules
 from tests.conftest import DATA_TOML, REPOSITORY, run
 
-CONFIGS = sorted((REPOSITORY / "config/train").glob("*.toml"))
+SHIPPED = sorted((REPOSITORY / "config/train").glob("*.toml"))
+RECIPES = [path for path in SHIPPED if path.name.startswith("recipe_")]  # fragments, which name no network
+CONFIGS = [path for path in SHIPPED if path not in RECIPES]
+DATA = sorted((REPOSITORY / "config/data").glob("*.toml"))
 STEPS = 100  # an epoch
 
 
@@ -75,6 +84,87 @@ def test_its_header_names_its_own_command(path: Path) -> None:
     launched = f"config/train/{path.name}" if path.stem != "demo" else "torchrun src/train.py"
     assert head.startswith("# ")
     assert launched in head
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_recipe_is_extended_and_says_that_it_is_no_config(path: Path) -> None:
+    assert path.read_text().startswith("# Recipe, not a config of its own: ")
+    with pytest.raises(UserError, match=r"recipe_\w+.toml: model(\.arch)?: missing"):
+        loading.load(path)
+    extended = [tomli.loads(other.read_text()).get("extends", []) for other in CONFIGS]
+    assert any(path.name in ([names] if isinstance(names, str) else names) for names in extended)
+
+
+@dataclass(frozen=True)
+class Audit:
+    """A table of doc/recipes.md: the values of each key, for all configs or one for each group of them."""
+
+    groups: list[list[str]]
+    rows: dict[str, list[object]]
+
+    @staticmethod
+    def read(kind: str) -> list[Audit]:
+        """All tables about "Configs" or about "Data"."""
+        audits = []
+        for section in re.split(r"^##+ ", (REPOSITORY / "doc/recipes.md").read_text(), flags=re.MULTILINE):
+            named = re.search(rf"^{kind}: (.*)$", section, flags=re.MULTILINE)
+            if named:
+                groups = [re.findall(r"`(\w+)`", group) for group in named[1].split(";")]
+                rows = re.findall(r"^\| `([\w.]+)` \|[^|]*\|([^|]*)\|[^|]*\|$", section, flags=re.MULTILINE)
+                audits.append(Audit(groups, {key: Audit._values(cell) for key, cell in rows}))
+        return audits
+
+    @staticmethod
+    def _values(cell: str) -> list[object]:
+        found = re.findall(r"`([^`]*)`|(unset)", cell)
+        return [None if unset else tomli.loads(f"value = {value}")["value"] for value, unset in found]
+
+    def check(self, name: str, resolved: dict[str, Any], said: dict[str, Any]) -> None:
+        """The values are those of the config, and every key that its files set has a row."""
+        number = next(i for i, group in enumerate(self.groups) if name in group)
+        for key, values in self.rows.items():
+            assert len(values) in (1, len(self.groups)), key
+            value: Any = resolved
+            for part in key.split("."):
+                value = value.get(part, {}) if isinstance(value, dict) else {}
+            expected = values[0] if len(values) == 1 else values[number]
+            assert (None if value == {} else value) == expected, f"{name}: {key}"
+        missing = [key for key in said if key not in self.rows]
+        assert not missing
+
+
+def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """The table's values by their dotted keys."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        values |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return values
+
+
+NAMED = ("name", "data.", "model.arch", "split.block")  # what the name of a config tells, or its data config
+
+
+def test_every_config_is_what_its_audit_says() -> None:
+    audits = Audit.read("Configs")
+    named = [name for audit in audits for group in audit.groups for name in group]
+    assert sorted(named) == [path.stem for path in CONFIGS]
+    for audit in audits:
+        for name in (name for group in audit.groups for name in group):
+            config = loading.load(REPOSITORY / f"config/train/{name}.toml")
+            said = flat(config.model_dump(exclude_unset=True))
+            audit.check(name, resolved(config), {key: v for key, v in said.items() if not key.startswith(NAMED)})
+
+
+def test_every_data_config_is_what_its_audit_says() -> None:
+    audits = Audit.read("Data")
+    assert sorted(name for audit in audits for group in audit.groups for name in group) == [path.stem for path in DATA]
+    for audit in audits:
+        for name in (name for group in audit.groups for name in group):
+            said = tomli.loads((REPOSITORY / f"config/data/{name}.toml").read_text())
+            assert said.pop("name") == name
+            said.pop("root")
+            config = schema.Data(name=name, root="anywhere", **said)
+            audit.check(name, config.model_dump(mode="json", exclude_none=True), flat(said))
 
 
 SMALL = ("model.width=0.125", "train.batch_size=12")
