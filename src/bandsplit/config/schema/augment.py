@@ -14,12 +14,12 @@ from bandsplit.config.schema.base import Fraction, Range, Table, mistake
 
 
 class Color(Table):
-    """Colours scaled at random, one uniform draw a image for each key, in DALI's order and by its formulas.
+    """Color jitter: one uniform draw per image and key, applied in DALI's order with its formulas.
 
-    First saturation and hue: chroma times `saturation` and turned by the hue angle, in YIQ, whose luma they keep; then
-    out = brightness · (128 + contrast · (in − 128)), rounded and clamped to 0 .. 255, where torchvision has the mean
-    grey of the image instead of 128.  He et al., Bag of tricks (CVPR 2019): brightness and saturation [0.6, 1.4],
-    and hue "from 0.6 to 1.4", which as torchvision's ColorJitter reads it (0.4 of a turn) is 144.
+    Saturation and hue first: chroma is scaled by `saturation` and rotated by the hue angle in YIQ, which keeps luma.
+    Then out = brightness · (128 + contrast · (in − 128)), rounded and clamped to 0 .. 255; torchvision uses the image's
+    mean gray instead of 128.  He et al., Bag of Tricks (CVPR 2019): brightness and saturation [0.6, 1.4], hue "from 0.6
+    to 1.4", which as torchvision's ColorJitter reads it (0.4 of a turn) is 144.
     """
 
     brightness: Range = (1.0, 1.0)
@@ -27,7 +27,7 @@ class Color(Table):
     contrast: Range = (1.0, 1.0)
     saturation: Range = (1.0, 1.0)
     hue: float = Field(0.0, ge=0, le=180)
-    """Largest turn of the hue, either way, in degrees."""
+    """Largest hue rotation in degrees, in either direction."""
 
     @model_validator(mode="after")
     def _check(self) -> Color:
@@ -39,43 +39,43 @@ class Color(Table):
 
 
 class RandAugment(Table):
-    """`n` random operations of the same strength (Cubuk et al., 2020)."""
+    """`n` random operations of the same magnitude (Cubuk et al., 2020)."""
 
     type: Literal["rand_augment"] = "rand_augment"
     operations: Literal["paper", "timm"] = "paper"
-    """`paper`: 14, identity among them; `timm`: its 15 of `rand-m…-inc1`, with inversion and additive solarising."""
+    """`paper`: 14, identity among them; `timm`: the 15 of timm's `rand-m…-inc1`, with invert and solarize-add."""
     probability: Fraction = 1.0
-    """Chance of each chosen operation to be applied; timm's is 0.5."""
+    """Probability that a chosen operation is applied; 0.5 in timm."""
     n: int = Field(2, ge=1, le=14)
-    """Operations a image, one after the other."""
+    """Operations per image, applied one after another."""
     m: float = Field(7.0, ge=0, le=10)
-    """Strength: 0 none, 10 the most, as in timm; torchvision counts to 30 where this counts to 10."""
+    """Magnitude from 0 to 10, as in timm; torchvision's scale goes to 30."""
     std: float = Field(0.0, ge=0, allow_inf_nan=False)
-    """Standard deviation of the strength of each operation on each image, in units of `m`; the result is clamped to
-    0 .. 10 and rounded to 0.01.  Wightman et al., ResNet strikes back (2021): n = 2, m = 7, std = 0.5."""
+    """Standard deviation of the magnitude per operation and image; the result is clamped to 0 .. 10 and rounded to
+    0.01.  Wightman et al., ResNet strikes back (2021): n = 2, m = 7, std = 0.5."""
 
 
 class AutoAugment(Table):
-    """One of 25 pairs of operations, those learned on ImageNet (Cubuk et al., CVPR 2019)."""
+    """One of the 25 operation pairs learned on ImageNet (Cubuk et al., CVPR 2019)."""
 
     type: Literal["auto_augment"] = "auto_augment"
 
 
 class TrivialAugment(Table):
-    """One random operation of 14 with a random strength, from the wide ranges (Müller and Hutter, ICCV 2021)."""
+    """One of 14 operations with a random magnitude, "wide" ranges (Müller and Hutter, ICCV 2021)."""
 
     type: Literal["trivial_augment"] = "trivial_augment"
 
 
 class Erasing(Table):
-    """Random erasing (Zhong et al., AAAI 2020): a rectangle filled with the data's mean."""
+    """Random erasing (Zhong et al., AAAI 2020), filled with the mean of the data."""
 
     probability: Fraction = 0.5
-    """Share of images that lose a rectangle."""
+    """Probability that an image loses a rectangle."""
     scale: Range = (0.02, 0.4)
-    """Smallest and largest share of the image that it covers."""
+    """Range of the fraction of the image area that is erased."""
     ratio: Range = (0.3, 1 / 0.3)
-    """Smallest and largest height / width of it."""
+    """Range of its aspect ratio, height / width."""
 
     @model_validator(mode="after")
     def _check(self) -> Erasing:
@@ -92,14 +92,14 @@ class Erasing(Table):
 
 
 class Progressive(Table):
-    """Smaller training images at first; every epoch has one size.
+    """Progressive resizing: smaller training images in the first epochs, one size per epoch.
 
-    Epochs 0 .. `ramp_start` have `min_size`, those from `ramp_end` on data.image_size, and those between lie on a line
-    between the two, rounded to a `multiple`.  FFCV's ImageNet recipe of 88 epochs goes from 160 to 192, 65 to 76.
+    Epochs up to `ramp_start` use `min_size`, epochs from `ramp_end` on data.image_size, with linear interpolation in
+    between, rounded to a `multiple`.  FFCV's 88-epoch ImageNet recipe ramps from 160 to 192 between epochs 65 and 76.
     """
 
     min_size: int = Field(ge=1)
-    """Side in pixels of the first images."""
+    """Image side in pixels of the first epochs."""
     ramp_start: int = Field(0, ge=0)
     ramp_end: int = Field(ge=1)
     multiple: int = Field(32, ge=1)
@@ -120,9 +120,9 @@ def _with_type(table: object) -> object:
 
 
 class Augment(Table):
-    """What else happens to training images between crop and split, in the order of these keys; by default nothing.
+    """Augmentation of training images between crop and split, in the order of these keys; off by default.
 
-    Each has random numbers of its own: none changes crops, flips, or what another does.
+    Each uses its own random numbers: turning one on changes neither crops nor flips nor the others.
     """
 
     auto: Annotated[RandAugment | AutoAugment | TrivialAugment | None, BeforeValidator(_with_type)] = Field(
@@ -131,9 +131,9 @@ class Augment(Table):
     color: Color | None = None
     pca_noise: float = Field(0.0, ge=0, allow_inf_nan=False)
     """σ of the lighting noise (Krizhevsky et al., NIPS 2012, section 4.1, has 0.1): multiples of the principal
-    components of ImageNet's colours, three normal numbers a image, the same for all its pixels."""
+    components of ImageNet's colors, three normal draws per image, shared by all its pixels."""
     erasing: Erasing | None = None
     repeats: int = Field(1, ge=1)
-    """Repeated augmentation (Hoffer et al., CVPR 2020): each image of a rank's batch is in it so many times, cropped,
-    flipped and augmented anew each time; an epoch has as many images as before, and so much fewer different ones."""
+    """Repeated augmentation (Hoffer et al., CVPR 2020): copies of each image in a rank's batch, each cropped, flipped
+    and augmented separately; the length of an epoch stays the same, with fewer distinct images."""
     progressive: Progressive | None = None

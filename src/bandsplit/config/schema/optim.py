@@ -13,17 +13,17 @@ from bandsplit.config.schema.base import Table, default_type, mistake
 
 
 class _Optimizer(Table):
-    """What all optimizers share; each branch has one of its own."""
+    """Keys that all optimizers share; every branch has its own optimizer."""
 
     lr: float = Field(gt=0)
-    """Peak learning rate: for the global batch as it is, or with `base_batch` for a batch of that size."""
+    """Peak learning rate for the global batch, or with `base_batch` for a batch of that size."""
     base_batch: int | None = Field(None, ge=1)
-    """Batch that `lr` is meant for; it is scaled to train.batch_size."""
+    """Batch size that `lr` refers to; lr is scaled to train.batch_size."""
     scaling: Literal["linear", "sqrt"] = "linear"
-    """With `base_batch`: lr grows with the batch, or with its square root."""
+    """With `base_batch`: scale lr linearly or with the square root of the batch size."""
     weight_decay: float = Field(1e-4, ge=0)
     decay_norm_and_bias: bool = True
-    """Whether weight decay acts on normalisation and biases too (on everything with one dimension)."""
+    """Whether weight decay also applies to norm parameters and biases (all one-dimensional parameters)."""
 
 
 class SGD(_Optimizer):
@@ -42,7 +42,7 @@ Betas = Annotated[tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Fi
 
 
 class Adam(_Optimizer):
-    """Weight decay is added to the gradient, as Adam has it."""
+    """Adam with L2 regularization: weight decay is added to the gradient."""
 
     type: Literal["adam"] = "adam"
     betas: Betas = (0.9, 0.999)
@@ -50,7 +50,7 @@ class Adam(_Optimizer):
 
 
 class AdamW(_Optimizer):
-    """Weight decay acts on the weights alone."""
+    """Adam with decoupled weight decay."""
 
     type: Literal["adamw"] = "adamw"
     betas: Betas = (0.9, 0.999)
@@ -66,7 +66,7 @@ class RMSprop(_Optimizer):
 
 
 class Lamb(_Optimizer):
-    """timm's LAMB: pip install bandsplit[timm]."""
+    """timm's LAMB; needs pip install bandsplit[timm]."""
 
     type: Literal["lamb"] = "lamb"
     betas: Betas = (0.9, 0.999)

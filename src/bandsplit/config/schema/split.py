@@ -42,7 +42,7 @@ class Split(Table):
     branches: Annotated[Literal["each", "all"] | tuple[tuple[int, ...], ...], BeforeValidator(_branches)] = "each"
     """Bands of each branch: "each" band its own, "all" in one network, or explicit groups."""
     only: Annotated[tuple[int, ...] | None, BeforeValidator(_only)] = None
-    """Numbers of the branches that this run trains; unset: all of them."""
+    """Branches that this run trains; unset: all."""
 
     @property
     def bands(self) -> int:
@@ -56,7 +56,7 @@ class Split(Table):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """Which branch of the whole ensemble each branch of this run is."""
+        """For each branch of this run its number in the whole ensemble."""
         return self.only or tuple(range(len(self._all_groups())))
 
     def _all_groups(self) -> tuple[tuple[int, ...], ...]:
