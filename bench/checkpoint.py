@@ -47,13 +47,14 @@ def main() -> None:
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
     writer = saver.Writer(arguments.folder, leads=True, keep=1)
+    run = {"format": checkpoint.FORMAT, "branches": [], "streams": 0}
     copied, written = [], []
     for n in range(arguments.rounds + 1):  # the first one finds cold memory
         began = time.perf_counter()
         files = {checkpoint.branch_file(k): learner.state_dict() for k, learner in enumerate(learners)}
-        files = checkpoint.on_host({**files, checkpoint.RUN: {"branches": [], "streams": 0}})
+        files = checkpoint.on_host({**files, checkpoint.RUN: {**run, "progress": {"best_step": n}}})
         middle = time.perf_counter()
-        writer.start(n, files, list(files), best=False)
+        writer.start(n, files, list(files))
         while writer.busy:
             time.sleep(0.005)
         assert writer.error is None, writer.error
@@ -61,7 +62,7 @@ def main() -> None:
             copied.append(middle - began)
             written.append(time.perf_counter() - middle)
         del files
-    last = arguments.folder / "last"
+    last = checkpoint.find(arguments.folder, "last")
     mib = sum(path.stat().st_size for path in last.iterdir()) / 2**20
     shutil.rmtree(arguments.folder)
     print(f"\n{config.name}: {mib:,.0f} MiB on {device}, one rank, n = {arguments.rounds}, median (min .. max)")

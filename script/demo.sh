@@ -5,5 +5,5 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source script/setup.sh
 run=runs/demo
-torchrun src/train.py --resume --run-dir "$run" "$@"
+torchrun src/train.py config/train/demo.toml --resume --run-dir "$run" "$@"
 python src/report.py "$run"

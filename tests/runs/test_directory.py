@@ -1,4 +1,4 @@
-"""The run directory: what is refused, what is kept, what is forgotten."""
+"""The run directory: what is refused, what is kept, what is set aside."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from bandsplit.errors import UserError
 from bandsplit.runs.directory import PACKAGES, RunDirectory, environment
 from bandsplit.runs.metrics import Metrics, Stopwatch
 
+CLASSES = ["alpha", "bravo", "charlie"]
+
 
 def test_a_run_is_not_overwritten_and_not_changed(tmp_path: Path, config_file: Path) -> None:
     config, directory = loading.load(config_file), RunDirectory(tmp_path / "run")
     directory.check(config, resume=False)
-    directory.create(config, {"world_size": 1})
+    directory.create(config, CLASSES, {"world_size": 1})
     with pytest.raises(UserError, match="already holds a run; --resume continues it"):
         directory.check(config, resume=False)
     directory.check(config, resume=True)
@@ -29,19 +31,19 @@ def test_a_run_is_not_overwritten_and_not_changed(tmp_path: Path, config_file: P
 
 def test_where_a_run_is_computed_may_change(tmp_path: Path, config_file: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
-    directory.create(loading.load(config_file, ["parallel.branch_groups=4"]), {"world_size": 8})
+    directory.create(loading.load(config_file, ["parallel.branch_groups=4"]), CLASSES, {"world_size": 8})
     moved = loading.load(
         config_file, ["parallel.branch_groups=2", "data.root=/elsewhere", "checkpoint.every_minutes=3"]
     )
     directory.check(moved, resume=True)
-    directory.create(moved, {"world_size": 4})
+    directory.create(moved, CLASSES, {"world_size": 4})
     assert loading.load(directory.config).data.root == "/elsewhere"
 
 
 def test_every_launch_is_noted_and_the_config_is_complete(tmp_path: Path, config_file: Path) -> None:
     config, directory = loading.load(config_file), RunDirectory(tmp_path / "run")
     for ranks in (1, 2):
-        directory.create(config, environment(ranks, "cpu"))
+        directory.create(config, CLASSES, environment(ranks, "cpu"))
     launches = json.loads(directory.environment.read_text())
     assert [launch["world_size"] for launch in launches] == [1, 2]
     assert set(PACKAGES) < set(launches[0]["versions"])
@@ -53,18 +55,81 @@ def test_a_run_directory_that_is_a_file(config_file: Path) -> None:
         RunDirectory(config_file).check(loading.load(config_file), resume=False)
 
 
-def test_lines_after_the_checkpoint_and_half_lines_are_forgotten(tmp_path: Path) -> None:
-    metrics = Metrics(tmp_path / "metrics.jsonl")
+def test_a_run_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, config_file: Path) -> None:
+    with pytest.raises(UserError, match="cannot be read: .*File name too long"):
+        RunDirectory(tmp_path / ("run" * 100)).check(loading.load(config_file), resume=True)
+
+
+def test_files_that_were_edited_by_hand(tmp_path: Path, config_file: Path) -> None:
+    config, directory = loading.load(config_file), RunDirectory(tmp_path / "run")
+    directory.create(config, CLASSES, {"world_size": 1})
+    directory.environment.write_text("[{")
+    directory.create(config, CLASSES, {"world_size": 2})
+    assert json.loads(directory.environment.read_text()) == [{"world_size": 2}]
+    assert (tmp_path / "run/set_aside/environment.json").read_text() == "[{"
+    directory.config.write_text("name = ")
+    with pytest.raises(UserError, match="config.toml: not valid TOML"):
+        directory.check(config, resume=True)
+
+
+def test_classes_are_compared_by_name(tmp_path: Path, config_file: Path) -> None:
+    directory = RunDirectory(tmp_path / "run")
+    directory.check_classes(CLASSES, "/data")  # nothing there yet
+    directory.create(loading.load(config_file), CLASSES, {})
+    assert json.loads((tmp_path / "run/classes.json").read_text()) == CLASSES
+    directory.check_classes(CLASSES, "/data")
+    for found, message in (
+        (["bravo", "charlie", "zulu"], "missing alpha; not known to it zulu"),
+        (["alpha", "bravo"], "missing charlie"),
+        (["bravo", "alpha", "charlie"], "the same in another order"),
+        ([*CLASSES, *map(str, range(8))], "not known to it 0, 1, 2, 3, 4 and 3 more"),
+    ):
+        with pytest.raises(UserError, match=f"^/data: other classes than {tmp_path}/run learnt: {message}$"):
+            directory.check_classes(found, "/data")
+
+
+def written(path: Path) -> list[tuple[str, int]]:
+    return [(line["event"], line["step"]) for line in map(json.loads, path.read_text().splitlines())]
+
+
+def test_lines_after_the_checkpoint_and_half_lines_are_set_aside(tmp_path: Path) -> None:
+    path, forgotten = tmp_path / "metrics.jsonl", tmp_path / "metrics_set_aside.jsonl"
+    metrics = Metrics(path)
     metrics.forget_after(3)  # nothing there yet
     for step in (2, 4, 6):
         metrics.write("train", step=step)
     metrics.write("validation", step=4)
     metrics.write("end", step=4)
-    with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write('{"event": "train", "st')
+    assert metrics.ended
+    half = '{"event": "train", "st'
+    with path.open("a") as file:
+        file.write(half)
+    assert not metrics.ended
     metrics.forget_after(4)
-    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(line["event"], line["step"]) for line in lines] == [("train", 2), ("train", 4), ("validation", 4)]
+    assert written(path) == [("train", 2), ("train", 4), ("validation", 4)]
+    lines = forgotten.read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines[:2]] == [6, 4]
+    assert lines[2:] == [half]
+    metrics.forget_after(0)
+    assert written(path) == []
+    assert len(forgotten.read_text().splitlines()) == 6
+
+
+@pytest.mark.parametrize(
+    "end", [b"", b"\0" * 400, b"[1, 2]\n", b"17", b'{"event": "train", "loss": 1}\n', b"\xff\xfe\n"]
+)
+def test_whatever_a_crash_leaves_at_the_end_no_line_is_glued_to_another(tmp_path: Path, end: bytes) -> None:
+    """A line without its end, zeros of a file system that lost power, and other lines that are none of ours."""
+    path = tmp_path / "metrics.jsonl"
+    metrics = Metrics(path)
+    metrics.write("train", step=1)
+    metrics.write("train", step=2)
+    path.write_bytes(path.read_bytes()[: -1 if not end else None] + end)
+    metrics.forget_after(2)
+    metrics.write("train", step=3)
+    assert written(path) == [("train", 1), ("train", 2), ("train", 3)]
+    if end:
+        assert (tmp_path / "metrics_set_aside.jsonl").read_bytes() == end.rstrip(b"\n") + b"\n"
 
 
 def test_the_watch_stands_still_while_paused() -> None:

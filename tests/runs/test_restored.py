@@ -49,7 +49,7 @@ def test_a_teacher_sees_the_images_of_the_batch(
     student = loading.load(config_file, keys)
     teachers = loading.load(finished(1) / "config.toml", ["seed=5"])
     images, share = scan(Path(student.data.root) / "train"), Shard(0, 1, 6, threads=1, device_id=None)
-    batches = TrainingLoader(student, images, [share], teacher=Teacher.of(student, FP32))
+    batches = TrainingLoader(student, images, [share], teacher=Teacher.of(student, images.classes, FP32))
     own, teacher = TrainingLoader(teachers, images, [share]), Restored.of(finished(1), "best").ensemble.eval()
     for n in range(4):
         batch, seen = next(batches), next(own)
@@ -134,7 +134,7 @@ def test_a_distilled_run_does_not_depend_on_the_launch(
             ["distillation.teacher=/nowhere"],
             "distillation.teacher: /nowhere: not a run directory: it has no config.toml",
         ),
-        (["distillation.checkpoint=9"], "step_00000009/run.pt: no such checkpoint"),
+        (["distillation.checkpoint=9"], "no checkpoint of step 9; there are those of steps 13, 24, 26"),
         (
             ["data.image_size=27", "split.block=1"],
             "tiny splits into blocks of 2 pixels, which do not divide .* 27 x 27",
@@ -161,11 +161,33 @@ def test_teachers_that_do_not_fit_are_refused_before_anything_is_written(
 def test_a_teacher_of_other_classes_or_of_one_size_is_refused(finished: Callable[..., Path], tmp_path: Path) -> None:
     other = Path(shutil.copytree(finished(1), tmp_path / "other", symlinks=True))
     config = loading.load(other / "config.toml", [f"distillation.teacher={other}"])
+    classes = Restored.of(other, "best").classes
     more = config.model_copy(update={"data": config.data.model_copy(update={"classes": 11})})
     with pytest.raises(UserError, match="tiny tells 10 classes apart, but data.classes is 11"):
-        Teacher.of(more, FP32)
-    assert Teacher.of(config, FP32) is not None
-    assert Teacher.of(loading.load(other / "config.toml"), FP32) is None
+        Teacher.of(more, classes, FP32)
+    renamed = sorted([*classes[1:], "zulu"])
+    with pytest.raises(
+        UserError, match=f"teacher: the data .* other classes than {other} learnt: missing {classes[0]}; .* zulu"
+    ):
+        Teacher.of(config, renamed, FP32)
+    assert Teacher.of(config, classes, FP32) is not None
+    assert Teacher.of(loading.load(other / "config.toml"), classes, FP32) is None
+
+
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("model.width=0.5", "--set model.width: 0.5 given, but the networks of .* were trained with 0.125"),
+        ("split.transform=identity", "--set split.transform: 'identity' given, but .* were trained with 'dct2d'"),
+        ("split.only=[0]", "--set split.only: .* given, but the networks"),
+        ("data.std=[1, 1, 1]", "--set data.std: .* given, but the networks"),
+    ],
+)
+def test_overrides_do_not_change_what_was_trained(finished: Callable[..., Path], key: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Restored.of(finished(1), "best", [key])
+    sizes = ["data.image_size=48", "data.resize_size=56", "validation.batch_size=5", "data.root=/elsewhere"]
+    assert Restored.of(finished(1), "best", sizes).config.data.image_size == 48
 
 
 def test_the_dry_run_counts_the_teacher_and_names_the_sizes(

@@ -15,9 +15,9 @@ def run(main: Callable[[], None]) -> None:
     """Calls `main` and turns how it ends into a message and an exit code.
 
     UserError: its message and 2; Ctrl-C: 130; another rank's error: 1, without a word; a run stopped by a signal: 128
-    + signal, or 0 under torchrun, which would take anything else for a failure and start again.  Every other error
-    goes to the log and to torchrun's report.  Under torchrun every rank meets the same user's mistake, and rank 0
-    speaks for all, unless one rank alone met it.
+    + signal, or 0 under torchrun, which would take anything else for a failure and start again.  Every other error has
+    its traceback on the terminal.  Under torchrun every rank meets the same user's mistake, and rank 0 speaks for all,
+    unless one rank alone met it.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     attempt: Callable[[], UserError | Interrupted | ToldElsewhere | None] = partial(_attempt, main)
@@ -34,12 +34,19 @@ def run(main: Callable[[], None]) -> None:
         if ended.one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {ended}", file=sys.stderr)
         elif under_torchrun:
-            time.sleep(20)  # torchrun ends all ranks when the first one has ended: let that be the one that speaks
+            _let_another_speak()
         sys.exit(2)
     if isinstance(ended, Interrupted):
         sys.exit(0 if under_torchrun else 128 + ended.signal)
     if isinstance(ended, ToldElsewhere):
+        if under_torchrun:
+            _let_another_speak()
         sys.exit(1)
+
+
+def _let_another_speak() -> None:
+    """torchrun ends all ranks when the first one has ended: that has to be the one that tells why."""
+    time.sleep(20)
 
 
 def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ToldElsewhere | None:

@@ -22,7 +22,7 @@ def main() -> None:
     if arguments.steps < 10:
         parser.error("--steps: expected at least 10")
 
-    config = loading.load(arguments.config, arguments.set, arguments.data)
+    config = loading.load(arguments.config or options.DEMO, arguments.set, arguments.data)
     from bandsplit.training import lr_finder
 
     output = arguments.output or Path("runs") / f"{config.name}-find-lr"

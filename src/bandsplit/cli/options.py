@@ -5,18 +5,12 @@ from __future__ import annotations
 from argparse import ArgumentParser
 from pathlib import Path
 
-REPOSITORY = Path(__file__).resolve().parents[3]
+DEMO = Path(__file__).resolve().parents[3] / "config/train/demo.toml"
 
 
-def add_config(parser: ArgumentParser) -> None:
-    """CONFIG, --data and --set: which config a command reads."""
-    parser.add_argument(
-        "config",
-        nargs="?",
-        type=Path,
-        default=REPOSITORY / "config/train/demo.toml",
-        help="train config (default: the demo)",
-    )
+def add_config(parser: ArgumentParser, default: str = "the demo") -> None:
+    """CONFIG (None: not given), --data and --set: which config a command reads."""
+    parser.add_argument("config", nargs="?", type=Path, help=f"train config (default: {default})")
     parser.add_argument("--data", type=Path, help="data config to use instead of the one named by the train config")
     add_set(parser)
 

@@ -8,11 +8,13 @@ from pathlib import Path
 
 from bandsplit.cli import options
 from bandsplit.config import loading
+from bandsplit.errors import UserError
+from bandsplit.runs.directory import RunDirectory
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    options.add_config(parser)
+    options.add_config(parser, "the run's own with --resume --run-dir, else the demo")
     parser.add_argument(
         "--branches",
         metavar="0,3",
@@ -24,7 +26,9 @@ def main() -> None:
         help="run directory (default: runs/NAME-seedSEED, with -branches0,3 appended for --branches 0,3)",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="resume from the latest valid checkpoint, if there is one"
+        "--resume",
+        action="store_true",
+        help="resume from the latest valid checkpoint, if there is one; with --run-dir no CONFIG is needed",
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
     parser.add_argument("--print-run-dir", action="store_true", help="print the run directory and stop")
@@ -34,7 +38,7 @@ def main() -> None:
         parser.error("--world-size goes with --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")
 
     overrides = [*arguments.set, *([f"split.only=[{arguments.branches}]"] if arguments.branches is not None else [])]
-    config = loading.load(arguments.config, overrides, arguments.data)
+    config = loading.load(_config_file(arguments), overrides, arguments.data)
     of_branches = f"-branches{','.join(map(str, config.split.only))}" if config.split.only else ""
     run_dir = arguments.run_dir or Path("runs") / f"{config.name}-seed{config.seed}{of_branches}"
     if arguments.print_run_dir:
@@ -50,3 +54,16 @@ def main() -> None:
 
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
     loop.train(config, run_dir, arguments.resume or restarted)
+
+
+def _config_file(arguments: argparse.Namespace) -> Path:
+    """CONFIG, or that of the run that is resumed.  Raises UserError where there is no such run."""
+    config: Path | None = arguments.config
+    if config is None and arguments.resume and arguments.run_dir is not None:
+        own = RunDirectory(arguments.run_dir)
+        if not own.holds_run:
+            raise UserError(
+                f"--resume --run-dir {own.path}: there is no run in it, and no CONFIG is given to begin one with"
+            )
+        return own.config
+    return config or options.DEMO

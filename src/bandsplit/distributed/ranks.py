@@ -14,6 +14,7 @@ from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
+from loguru import logger
 from torch import Tensor
 
 from bandsplit.errors import ToldElsewhere, UserError
@@ -121,18 +122,16 @@ def rank() -> int:
 def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
     """Joins the other ranks (NCCL on GPUs, gloo on CPUs) and leaves them again at the end.
 
-    Raises ToldElsewhere or UserError in place of the broken connections that follow when another rank ends or hangs.
+    Raises ToldElsewhere or UserError in place of the broken connections that follow when another rank ends or hangs;
+    their traceback is logged.
     """
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
+    device = _device(local_rank, local_world_size)
     if world_size() == 1:
-        yield Ranks(rank, 1, local_rank, local_world_size, device)
+        yield Ranks(rank(), 1, local_rank, local_world_size, device)
         return
-    store, _, _ = next(dist.rendezvous("env://", rank, world_size()))
+    store = _store()
     if local_world_size == world_size():
         # torchrun starts again with the same store, where the addresses of the attempt before may still be read.  Nodes
         # count their attempts each for itself, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
@@ -144,22 +143,51 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
         dist.init_process_group(
             "nccl" if on_gpu else "gloo",
             store=store,
-            rank=rank,
+            rank=rank(),
             world_size=world_size(),
             timeout=timeout,
             device_id=device if on_gpu else None,
         )
         hosts = dist.new_group(backend="gloo", timeout=hosts_timeout) if on_gpu else dist.group.WORLD
-        yield Ranks(rank, world_size(), local_rank, local_world_size, device, hosts, timeout)
+        yield Ranks(rank(), world_size(), local_rank, local_world_size, device, hosts, timeout)
     except Exception as error:
         if _comes_from_others(error):
-            raise _who_is_missing(store, rank) from error
+            logger.opt(exception=error).error("a collective failed: {}", error)
+            raise _who_tells(error, store, rank()) from error
         with suppress(RuntimeError):  # the store may have ended with another rank
-            store.set(f"ended/{rank}", "of its own error")
+            store.set(f"ended/{rank()}", _OWN)
         raise
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _device(local_rank: int, local_world_size: int) -> torch.device:
+    """This rank's device.  Raises UserError, on every rank of a node, where the node has fewer GPUs than ranks."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    gpus = torch.cuda.device_count()
+    if local_world_size > gpus:
+        told = UserError(
+            f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPU{'s' * (gpus > 1)}: one rank "
+            f"uses one GPU, so start at most {gpus} there (torchrun --nproc-per-node {gpus})"
+        )
+        told.one_rank = local_rank == 0  # one of each node
+        raise told
+    device = torch.device("cuda", local_rank)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _store() -> Any:
+    """What the ranks find each other by.  Raises UserError where they cannot."""
+    try:
+        store, _, _ = next(dist.rendezvous("env://", rank(), world_size()))
+    except (ValueError, RuntimeError) as error:  # a variable that only torchrun sets, or a host that does not answer
+        told = UserError(f"rank {rank()} of {world_size()} cannot find the others: {error}; start them with torchrun")
+        told.one_rank = True
+        raise told from error
+    return store
 
 
 def _comes_from_others(error: Exception) -> bool:
@@ -168,11 +196,19 @@ def _comes_from_others(error: Exception) -> bool:
     return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
 
 
-def _who_is_missing(store: Any, rank: int, seconds: float = 8.0) -> Exception:
-    """After a collective has failed, on every rank that noticed: who did not, and so has ended or hangs?"""
+_OWN, _OF_COLLECTIVE = "of its own error", "of a collective"
+"""Why a rank has ended, told to the others."""
+
+
+def _who_tells(error: Exception, store: Any, rank: int, seconds: float = 8.0) -> Exception:
+    """After a collective has failed, on every rank that noticed: the UserError of the rank that tells the user.
+
+    Where some ranks did not notice, those have ended or hang, and the first of the others says so.  Where all did, the
+    collective failed by itself, and the first rank tells how.  A rank that ended of its own error has told it.
+    """
     deadline = time.monotonic() + seconds
     try:
-        store.set(f"ended/{rank}", "of another's")
+        store.set(f"ended/{rank}", _OF_COLLECTIVE)
         while True:
             told = {k: store.get(f"ended/{k}").decode() for k in range(world_size()) if store.check([f"ended/{k}"])}
             missing = [k for k in range(world_size()) if k not in told]
@@ -181,11 +217,14 @@ def _who_is_missing(store: Any, rank: int, seconds: float = 8.0) -> Exception:
             time.sleep(0.1)
     except RuntimeError:  # the store has ended, and with it the rank or the torchrun that kept it
         return ToldElsewhere()
-    speaks = min(k for k, why in told.items() if why == "of another's")
-    if "of its own error" in told.values() or not missing or rank != speaks:
+    if _OWN in told.values() or rank != min(told):
         return ToldElsewhere()
-    named = ", ".join(map(str, missing))
-    what = f"ranks {named} have ended or hang" if len(missing) > 1 else f"rank {named} has ended or hangs"
-    error = UserError(f"{what}; the others cannot go on alone; see logs/rank{missing[0]}.log")
-    error.one_rank = True
-    return error
+    if missing:
+        named = ", ".join(map(str, missing))
+        what = f"ranks {named} have ended or hang" if len(missing) > 1 else f"rank {named} has ended or hangs"
+        message = f"{what}; the others cannot go on alone; see logs/rank{missing[0]}.log of the run"
+    else:
+        message = f"a collective failed on every rank: {error}; see logs/rank*.log of the run"
+    speaks = UserError(message)
+    speaks.one_rank = True
+    return speaks

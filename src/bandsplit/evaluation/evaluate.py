@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,11 +16,13 @@ from torch.nn.functional import cross_entropy
 from bandsplit.data.feed import BatchFeed
 from bandsplit.data.loader import Batch, ValidationLoader, open_data, shard_of
 from bandsplit.distributed.mesh import Mesh
-from bandsplit.distributed.ranks import joined
+from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
+from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.files import replace_text
+from bandsplit.runs.logs import logged
 from bandsplit.runs.restored import Restored
 
 
@@ -77,12 +80,16 @@ def evaluate_runs(
     """Validates the branches of one or more runs at a checkpoint ("best", "last" or a step) as one ensemble.
 
     Prints the accuracy and writes it as JSON. The first run's config, with `overrides`, says where the images are.
-    Raises UserError where there is no such run or checkpoint, or where the runs differ in data or transform.
+    Raises UserError where there is no such run or checkpoint, where the runs differ in data, classes or transform, and
+    where the loss is not finite.
     """
-    with joined() as ranks:
+    if output is not None and not output.parent.is_dir():
+        raise UserError(f"--output {output}: there is no folder {output.parent}")
+    with logged(RunDirectory(run_dirs[0]).logs, rank()), joined() as ranks:
         runs = ranks.each(lambda: [Restored.of(run_dir, which, overrides) for run_dir in run_dirs])
         for run in runs[1:]:
             _require_same_data(runs[0], run)
+            run.require_classes(runs[0].classes, str(runs[0].run_dir))
         config = runs[0].config
         groups = tuple(group for run in runs for group in run.config.split.groups)
         whole = config.split.model_copy(update={"branches": groups, "only": None})
@@ -92,10 +99,13 @@ def evaluate_runs(
         ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
         _, files = open_data(config, ranks)
+        runs[0].require_classes(files.classes, config.data.root)
         parts = ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = ValidationLoader(config, files, shard_of(config, ranks, batch_size, precision.half_bands))
         accuracy = evaluate(ensemble, loader, len(files), Mesh(ranks, len(groups)), precision)
+        if not math.isfinite(accuracy.loss):
+            raise UserError(f"the loss of {run_dirs[0]} is {accuracy.loss}; try --set train.precision=fp32")
         if ranks.is_first:
             _report(accuracy, runs, output)
         return accuracy

@@ -9,8 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,10 +18,11 @@ from typing import Any
 import tomli
 import tomli_w
 from filelock import FileLock, Timeout
+from loguru import logger
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.errors import UserError
-from bandsplit.runs.files import replace_text, writing_to
+from bandsplit.runs.files import make_folder, read_text, reading, replace_text, set_aside
 
 MAY_CHANGE = (
     "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.decoder.read_ahead",
@@ -33,25 +34,35 @@ PACKAGES = ("bandsplit", "torch", "torchvision", "nvidia-dali-cuda120", "numpy")
 
 
 class RunDirectory:
-    """Names in a run directory: config.toml, environment.json, metrics.jsonl, checkpoints/, logs/, plots/."""
+    """A run directory: config.toml, classes.json, environment.json, metrics.jsonl, checkpoints/, logs/ and plots/."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.toml"
+        self.classes = self.path / "classes.json"
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
 
+    @property
+    def holds_run(self) -> bool:
+        """Raises UserError where the folder cannot be read."""
+        with reading(self.path):
+            return self.config.is_file()
+
     def check(self, config: RunConfig, resume: bool) -> None:
         """Raises UserError where a new run would overwrite another, or a resumed one would change its config."""
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"--run-dir {self.path}: this is a file, not a folder")
-        if not self.config.exists():
+        if not self.holds_run:
+            if self.path.exists() and not self.path.is_dir():
+                raise UserError(f"--run-dir {self.path}: this is a file, not a folder")
             return
         if not resume:
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
-        before = _flat(tomli.loads(self.config.read_text(encoding="utf-8")))
+        try:
+            before = _flat(tomli.loads(read_text(self.config) or ""))
+        except tomli.TOMLDecodeError as error:
+            raise UserError(f"{self.config}: not valid TOML: {error}") from None
         now = _flat(resolved(config))
         changed = [
             f"{key} was {before.get(key, 'unset')!r}, now {now.get(key, 'unset')!r}"
@@ -61,17 +72,28 @@ class RunDirectory:
         if changed:
             raise UserError(f"{self.path} holds a run of another config: {'; '.join(changed)}")
 
+    def check_classes(self, found: Sequence[str], where: str) -> None:
+        """Raises UserError where the run began with other classes than were `found` in the data."""
+        text = read_text(self.classes)
+        if text is not None:
+            try:
+                began_with = json.loads(text)
+            except ValueError as error:
+                raise UserError(f"{self.classes}: not valid JSON: {error}") from None
+            require_same_classes(began_with, str(self.path), found, where)
+
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Inside, no other process can train into this directory.  Raises UserError where one does, and says which."""
-        with writing_to(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+        make_folder(self.path)
         lock, owner = FileLock(self.path / ".lock", blocking=False), self.path / ".lock_owner"
         try:
             lock.acquire()
         except Timeout:
-            by = f" by {owner.read_text(encoding='utf-8')}" if owner.exists() else ""
-            raise UserError(f"{self.path} is in use{by}; wait for it to end, or name another --run-dir") from None
+            by = read_text(owner)
+            raise UserError(
+                f"{self.path} is in use{f' by {by}' if by else ''}; wait for it to end, or name another --run-dir"
+            ) from None
         except OSError as error:
             raise UserError(f"{self.path}: cannot be locked: {error}") from error
         try:
@@ -79,18 +101,42 @@ class RunDirectory:
             described = f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}"
             replace_text(owner, described)
             yield
-            owner.unlink(missing_ok=True)
+            with suppress(OSError):  # the lock alone decides; who has it is only told
+                owner.unlink()
         finally:
             lock.release()
 
-    def create(self, config: RunConfig, environment: Mapping[str, Any]) -> None:
-        """Makes the folders, writes config.toml and adds this launch to environment.json."""
-        with writing_to(self.path):
-            for folder in (self.path, self.checkpoints, self.logs):
-                folder.mkdir(parents=True, exist_ok=True)
+    def create(self, config: RunConfig, classes: Sequence[str], environment: Mapping[str, Any]) -> None:
+        """Makes the folders, writes config.toml and classes.json, and adds this launch to environment.json."""
+        for folder in (self.path, self.checkpoints, self.logs):
+            make_folder(folder)
         replace_text(self.config, tomli_w.dumps(resolved(config)))
-        launches = json.loads(self.environment.read_text(encoding="utf-8")) if self.environment.exists() else []
-        replace_text(self.environment, json.dumps([*launches, environment], indent=2) + "\n")
+        replace_text(self.classes, json.dumps(list(classes)) + "\n")
+        replace_text(self.environment, json.dumps([*self._launches(), environment], indent=2) + "\n")
+
+    def _launches(self) -> list[Any]:
+        """Entries of environment.json; a file that holds none is set aside."""
+        text = read_text(self.environment)
+        if text is None:
+            return []
+        with suppress(ValueError):
+            launches = json.loads(text)
+            if isinstance(launches, list):
+                return launches
+        logger.warning("{} cannot be understood; it is kept as {}", self.environment, set_aside(self.environment))
+        return []
+
+
+def require_same_classes(trained: Sequence[str], by: str, found: Sequence[str], where: str) -> None:
+    """Raises UserError where classes differ by name: those that `by` learnt from those that were found in `where`."""
+    if list(trained) != list(found):
+        missing, new = (sorted({*some} - {*others}) for some, others in ((trained, found), (found, trained)))
+        told = [
+            f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("not known to it", new))
+            if names
+        ]
+        raise UserError(f"{where}: other classes than {by} learnt: {'; '.join(told) or 'the same in another order'}")
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

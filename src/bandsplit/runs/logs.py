@@ -1,24 +1,110 @@
-"""Log files, one a rank, and the terminal."""
+"""Log files, one per rank, and the terminal."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from io import FileIO
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from loguru import logger
 from tqdm import tqdm
 
-from bandsplit.runs.directory import RunDirectory
+from bandsplit.errors import Interrupted, ToldElsewhere, UserError
+
+if TYPE_CHECKING:
+    from loguru import Message, Record
 
 
-def start_logging(directory: RunDirectory, rank: int) -> None:
-    """A file a rank; rank 0 also to the terminal, above the progress bar, or with its figures where there is none."""
+class LogFile:
+    """The log file of a rank.
+
+    Lines are held back until `open`, since a run that is refused writes nothing.  A traceback opens the file by itself,
+    and goes to the terminal where the file cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._held: list[Message] = []
+        self._file: FileIO | None = None
+        self._failed = False
+
+    @property
+    def is_open(self) -> bool:
+        return self._file is not None or self._failed
+
+    def open(self) -> None:
+        """Writes what was held back; from now on every line is written at once."""
+        held, self._held = self._held, []
+        if not self._failed:
+            try:
+                if self._file is None:
+                    self._path.parent.mkdir(parents=True, exist_ok=True)
+                    self._file = self._path.open("ab", buffering=0)
+                self._file.write("".join(held).encode(errors="backslashreplace"))
+            except OSError as error:
+                self._failed = True
+                sys.stderr.write(f"{self._path}: cannot be written: {error}\n")
+        if self._failed:
+            sys.stderr.writelines(message for message in held if message.record["exception"] is not None)
+
+    def write(self, message: Message) -> None:
+        """Called by loguru for every line."""
+        self._held.append(message)
+        if self.is_open or message.record["exception"] is not None:
+            self.open()
+
+    def stop(self) -> None:
+        """Called by loguru when the log ends."""
+        if self._file is not None:
+            self._file.close()
+
+
+@contextmanager
+def logged(folder: Path, rank: int) -> Iterator[LogFile]:
+    """Inside, a rank logs to ``folder/rankN.log``, and to the terminal what concerns the user.
+
+    An error that ends the block is in the file with its traceback.  The terminal has none: the entry point tells what
+    the user can mend, and Python prints the traceback of everything else.
+    """
+    file = LogFile(folder / f"rank{rank}.log")
     logger.remove()
-    path = str(directory.logs / f"rank{rank}.log").replace("{", "{{").replace("}", "}}")  # loguru fills in braces
-    logger.add(path, format="{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}")
-    if rank == 0:
-        level = "INFO" if sys.stderr.isatty() else "DEBUG"
-        logger.add(
-            lambda text: tqdm.write(text, end="", file=sys.stderr), format="{time:HH:mm:ss} {message}", level=level
-        )
-    else:
-        logger.add(sys.stderr, format=f"{{time:HH:mm:ss}} rank {rank}: {{message}}", level="ERROR")
+    written = logger.add(
+        file, format="{time:YYYY-MM-DD HH:mm:ss} {level: <7} {message}", backtrace=False, diagnose=False
+    )
+    _log_to_terminal(rank)
+    try:
+        yield file
+    except Interrupted:
+        raise
+    except (UserError, ToldElsewhere) as ended:
+        if file.is_open:
+            logger.opt(exception=ended).debug("this rank ends: {}", str(ended) or "another one tells why")
+        raise
+    except Exception as error:
+        logger.opt(exception=error).error("this rank ends of an error: {}", error)
+        raise
+    finally:
+        logger.remove(written)
+
+
+def _log_to_terminal(rank: int) -> None:
+    """Rank 0 above its progress bar, or with its figures where there is none; the others only errors."""
+    form, level = "{time:HH:mm:ss} {message}", "INFO" if sys.stderr.isatty() else "DEBUG"
+    if rank > 0:
+        form, level = f"{{time:HH:mm:ss}} rank {rank}: {{message}}", "ERROR"
+    logger.add(_write_to_terminal, format=form, level=level, filter=_has_no_traceback)
+
+
+def _write_to_terminal(message: Message) -> None:
+    try:
+        tqdm.write(message, end="", file=sys.stderr)
+    except OSError:  # gone, as after SIGHUP or with the other end of a pipe: a checkpoint may still be to be written
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+
+
+def _has_no_traceback(record: Record) -> bool:
+    return record["exception"] is None

@@ -9,34 +9,65 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from bandsplit.runs.files import replace_text, writing_to
+from loguru import logger
+
+from bandsplit.runs.files import read_text, replace_text, writing_to
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object a line, each on disk as soon as it is written."""
+    """metrics.jsonl: one JSON object per line, each on disk as soon as it is written."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
+        self._forgotten = path.with_name(f"{path.stem}_set_aside{path.suffix}")
+        """Lines that a killed run wrote after its last checkpoint."""
 
     def write(self, event: str, **values: Any) -> None:
         line = json.dumps({"event": event, **values})
         with writing_to(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
+    @property
+    def ended(self) -> bool:
+        """Whether the last line tells the end of the run."""
+        lines = _lines(read_text(self._path) or "")
+        return bool(lines) and (_values(lines[-1]) or {}).get("event") == "end"
+
     def forget_after(self, step: int) -> None:
-        """Drops what a killed run wrote after its last checkpoint: those steps are done again."""
-        if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-            replace_text(self._path, "".join(line for line in lines if _is_up_to(line, step)))
+        """Moves lines of later steps, which come again, and lines that are not whole to metrics_set_aside.jsonl."""
+        text = read_text(self._path) or ""
+        lines = _lines(text)
+        kept = [line for line in lines if _is_up_to(line, step)]
+        forgotten = [line for line in lines if not _is_up_to(line, step)]
+        if forgotten:
+            with (
+                writing_to(self._forgotten),
+                self._forgotten.open("a", encoding="utf-8", errors="surrogateescape") as file,
+            ):
+                file.writelines(f"{line}\n" for line in forgotten)
+            logger.info("{}: {} lines after step {} moved to {}", self._path, len(forgotten), step, self._forgotten)
+        whole = "".join(f"{line}\n" for line in kept)
+        if whole != text:  # also where only the end of the last line is missing
+            replace_text(self._path, whole)
+
+
+def _lines(text: str) -> list[str]:
+    return [line for line in text.split("\n") if line]
+
+
+def _values(line: str) -> dict[str, Any] | None:
+    """Values of a line of metrics; None: it is not whole."""
+    try:
+        values = json.loads(line)
+    except ValueError:
+        return None
+    return values if isinstance(values, dict) and isinstance(values.get("step"), int) else None
 
 
 def _is_up_to(line: str, step: int) -> bool:
-    """Whether a line of metrics is complete, not later than a step, and not the end that comes again."""
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError:  # the process was killed while it wrote this line
-        return False
-    return bool(values["step"] <= step and values["event"] != "end")
+    """Whether a line of metrics is whole, not later than a step, and not the end, which comes again."""
+    values = _values(line)
+    return values is not None and values["step"] <= step and values.get("event") != "end"
 
 
 class Stopwatch:

@@ -16,8 +16,11 @@ from bandsplit.errors import UserError
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
 from bandsplit.runs import checkpoint
-from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.directory import RunDirectory, _flat, require_same_classes, resolved
 from bandsplit.spectral.view import View
+
+TRAINED = ("model.", "branch", "split.", "data.classes", "data.mean", "data.std")
+"""Keys that say what the weights of a run mean."""
 
 
 @dataclass(frozen=True)
@@ -28,25 +31,35 @@ class Restored:
     config: RunConfig
     ensemble: Ensemble
     step: int
+    classes: list[str]
+    """Names of the classes that it tells apart, in the order of its logits."""
 
     @classmethod
     def of(cls, run_dir: Path, which: str, overrides: Sequence[str] = ()) -> Restored:
         """A run at a checkpoint ("best", "last" or a step), as it was validated.
 
-        Raises UserError where there is no such run or checkpoint, or the checkpoint is damaged.
+        Raises UserError where there is no such run or checkpoint, where the checkpoint is damaged, and where
+        `overrides` change what the weights were trained for.
         """
         directory = RunDirectory(run_dir)
-        if not directory.config.exists():
+        if not directory.holds_run:
             raise UserError(f"{run_dir}: not a run directory: it has no {directory.config.name}")
         config = loading.load(directory.config, overrides)
-        folder = directory.checkpoints / (f"step_{int(which):08d}" if which.isdigit() else which)
-        run = checkpoint.read(folder, checkpoint.RUN)
-        wrong = checkpoint.damage(folder)
-        if wrong:
-            raise UserError(f"{folder}: this checkpoint is damaged: {wrong}")
-        ensemble = Ensemble.of(config)
-        ensemble.load_state_dict(checkpoint.read_ensemble(folder, run["branches"]))
-        return cls(run_dir, config, ensemble, run["progress"]["step"])
+        if overrides:
+            _require_same_networks(loading.load(directory.config), config, run_dir)
+        folder = checkpoint.find(directory.checkpoints, which)
+        run = checkpoint.read_run(folder)
+        ensemble, state = Ensemble.of(config), checkpoint.read_ensemble(folder, run["branches"])
+        try:
+            ensemble.load_state_dict(state)
+        except RuntimeError as error:  # tells each tensor in a line of its own
+            reason = str(error).strip().splitlines()[-1].strip()
+            raise UserError(f"{folder}: these weights do not fit the networks of the config: {reason}") from error
+        return cls(run_dir, config, ensemble, run["progress"]["step"], run["classes"])
+
+    def require_classes(self, found: Sequence[str], where: str) -> None:
+        """Raises UserError where its classes are not, by name, those that were found in `where`."""
+        require_same_classes(self.classes, str(self.run_dir), found, where)
 
 
 class Teacher:
@@ -56,13 +69,13 @@ class Teacher:
         self._precision = precision
         self.name = f"{restored.config.name}, step {restored.step}, {restored.run_dir}"
         self.view = View.of(restored.config)
-        """What it reads of a image."""
+        """What it reads of an image."""
         ensemble = restored.ensemble.to(precision.device).to(memory_format=torch.channels_last)
         self._ensemble = ensemble.eval().requires_grad_(False)
 
     @classmethod
-    def of(cls, config: RunConfig, precision: Precision) -> Teacher | None:
-        """The teacher that a config names; None: it names none.
+    def of(cls, config: RunConfig, classes: Sequence[str], precision: Precision) -> Teacher | None:
+        """The teacher that a config names, for data of these classes; None: it names none.
 
         Raises UserError where there is no such run, or it cannot read this config's images or tell its classes.
         """
@@ -70,9 +83,10 @@ class Teacher:
             return None
         try:
             restored = Restored.of(teachers_directory(config.distillation), str(config.distillation.checkpoint))
+            _require_fit(restored.config, config)
+            restored.require_classes(classes, "the data of this run")
         except UserError as error:
             raise UserError(f"distillation.teacher: {error}") from error
-        _require_fit(restored.config, config)
         return cls(restored, precision)
 
     @torch.no_grad()
@@ -86,17 +100,26 @@ def teachers_directory(distillation: Distillation) -> Path:
     return Path(os.path.expandvars(distillation.teacher)).expanduser()
 
 
+def _require_same_networks(own: RunConfig, config: RunConfig, run_dir: Path) -> None:
+    """Overrides may change where images come from and how they are cut, not what the weights mean."""
+    was, now = (_flat(resolved(each)) for each in (own, config))
+    for key in sorted({*was, *now}):
+        if key.startswith(TRAINED) and was.get(key) != now.get(key):
+            raise UserError(
+                f"--set {key}: {now.get(key)!r} given, but the networks of {run_dir} were trained with {was.get(key)!r}"
+            )
+
+
 def _require_fit(teacher: RunConfig, config: RunConfig) -> None:
     if teacher.data.classes != config.data.classes:
         raise UserError(
-            f"distillation.teacher: {teacher.name} tells {teacher.data.classes} classes apart, but data.classes is "
-            f"{config.data.classes}"
+            f"{teacher.name} tells {teacher.data.classes} classes apart, but data.classes is {config.data.classes}"
         )
     sizes = {config.image_size_at(epoch) for epoch in range(config.train.epochs)}
     for size in sorted(sizes):
         if size % teacher.split.block:
             raise UserError(
-                f"distillation.teacher: {teacher.name} splits into blocks of {teacher.split.block} pixels, which do "
+                f"{teacher.name} splits into blocks of {teacher.split.block} pixels, which do "
                 f"not divide training images of {size} x {size}"
             )
         models = [teacher.model_of(number) for number in teacher.split.numbers]

@@ -7,6 +7,7 @@ import shutil
 import threading
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -15,21 +16,25 @@ from loguru import logger
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import ToldElsewhere, UserError
-from bandsplit.runs.checkpoint import State, _damage_of_file, files_of
+from bandsplit.runs import checkpoint
+from bandsplit.runs.checkpoint import State, damage_of_file, files_of
+from bandsplit.runs.files import sync_folder
 
 
 class Writer:
     """Writes this rank's files of one checkpoint after the other, in a thread.
 
-    The first rank's thread waits until the files of all ranks are there, then gives the folder its name, points
-    ``last`` (and ``best``) to it and removes checkpoints that are not kept.  A kill at any moment leaves the previous
-    links and what they point to.
+    The first rank's thread waits until the files of all ranks are there, then names the folder, points the links
+    ``last`` and ``best`` and removes checkpoints that are not kept.  A kill at any moment leaves the previous
+    checkpoints.  A checkpoint with a value that is infinite or not a number is not written.
     """
 
     def __init__(self, folder: Path, leads: bool, keep: int) -> None:
         self._folder, self._leads, self._keep = folder, leads, keep
         self._thread: threading.Thread | None = None
-        self._given_up = threading.Event()
+        self._written, self._given_up = threading.Event(), threading.Event()
+        self._own: list[Path] = []
+        """This rank's files of the checkpoint that is being written."""
         self.error: UserError | None = None
         """Why the last checkpoint could not be written."""
 
@@ -37,103 +42,151 @@ class Writer:
     def busy(self) -> bool:
         return self._thread is not None and self._thread.is_alive()
 
-    def start(self, step: int, files: Mapping[str, State], everybodys: Sequence[str], best: bool) -> None:
+    def start(self, step: int, files: Mapping[str, State], everybodys: Sequence[str]) -> None:
         """Begins to write `files` of a checkpoint that consists of `everybodys`; not while `busy`.
 
         Nothing may change the states from here on.
         """
         assert not self.busy
-        self._thread = threading.Thread(target=self._run, args=(step, files, everybodys, best), daemon=True)
+        self._written.clear()
+        temporary = self._folder / f".{checkpoint.folder_name(step)}"
+        self._own = [temporary / name for name in files]
+        self._thread = threading.Thread(target=self._run, args=(temporary, files, everybodys), daemon=True)
         self._thread.start()
 
-    def give_up(self) -> None:
-        """Ends the wait for ranks that could not write, and removes what is half written."""
+    def finish(self, seconds: float = 5.0) -> None:
+        """Waits for this rank's files, and then so long for those of the other ranks, which may have ended."""
+        if self._thread is not None:
+            self._written.wait()
+            self._thread.join(seconds)
+
+    def give_up(self, seconds: float = 10.0) -> None:
+        """Stops waiting for ranks that could not write, and removes this rank's files of the unfinished checkpoint."""
         self._given_up.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(seconds)
+        if self.busy:  # the file system does not answer
+            return
+        with suppress(OSError):  # what stays is set aside on resuming; the folder goes with the last rank's files
+            for path in self._own:
+                path.unlink(missing_ok=True)
+                _unfinished(path).unlink(missing_ok=True)
+            if self._own:
+                self._own[0].parent.rmdir()
 
-    def _run(self, step: int, files: Mapping[str, State], everybodys: Sequence[str], best: bool) -> None:
-        began = time.perf_counter()
-        temporary = self._folder / f".step_{step:08d}"
+    def _run(self, temporary: Path, files: Mapping[str, State], everybodys: Sequence[str]) -> None:
+        began, step = time.perf_counter(), checkpoint.step_of(Path(temporary.name[1:]))
         try:
+            self._require_finite(step, files)
             temporary.mkdir(exist_ok=True)
             for name, state in files.items():
                 _write_file(temporary / name, state)
+            self._written.set()
             if self._leads and self._all_there(temporary, everybodys):
                 size = sum(path.stat().st_size for path in temporary.iterdir()) / 2**20
-                self._name(temporary, best)
+                self._name(temporary, files[checkpoint.RUN]["progress"]["best_step"])
                 seconds = time.perf_counter() - began
                 logger.debug(f"checkpoint of step {step}: {size:,.1f} MiB in {seconds:.1f} s beside the training")
+        except UserError as error:
+            self.error = error
         except Exception as error:  # whatever it is, the run has to hear of it
-            good = self._folder / "last"
-            left = f"the last good one is {good.resolve().name}" if good.exists() else "there is none before it"
+            logger.opt(exception=error).debug("the checkpoint of step {} cannot be written", step)
             self.error = UserError(
-                f"{self._folder}: the checkpoint of step {step} cannot be written: {_cause(error)}; {left}. "
-                "Once that is mended, --resume goes on from there"
+                f"{self._folder}: the checkpoint of step {step} cannot be written: {_cause(error)}; "
+                f"{self._last_good()}. Once that is mended, --resume continues from there"
             )
+        if self.error is not None:
             self.error.one_rank = True
-            shutil.rmtree(temporary, ignore_errors=True)
+        self._written.set()
+
+    def _require_finite(self, step: int, files: Mapping[str, State]) -> None:
+        for name, state in files.items():
+            tensor = checkpoint.nonfinite(state) if name != checkpoint.RUN else None
+            if tensor is not None:
+                raise UserError(
+                    f"{self._folder}: the checkpoint of step {step} is not written: {name}: {tensor} holds values that "
+                    f"are infinite or not a number; {self._last_good()}. A lower optim.lr or a longer "
+                    "schedule.warmup_epochs may help"
+                )
+
+    def _last_good(self) -> str:
+        try:
+            good = checkpoint.saved(self._folder)
+        except UserError as error:
+            return str(error)
+        return f"the last good one is {good[-1].name}" if good else "there is none before it"
 
     def _all_there(self, temporary: Path, names: Sequence[str]) -> bool:
         while not all((temporary / name).exists() for name in names):
             if self._given_up.wait(0.02):
-                shutil.rmtree(temporary, ignore_errors=True)
                 return False
         return True
 
-    def _name(self, temporary: Path, best: bool) -> None:
-        _sync_folder(temporary)
-        path = self._folder / temporary.name.removeprefix(".")
+    def _name(self, temporary: Path, best_step: int) -> None:
+        sync_folder(temporary)
+        path = self._folder / temporary.name[1:]
         temporary.rename(path)
-        for name in ("last", *(("best",) if best else ())):
-            link = self._folder / f".{name}"
-            link.unlink(missing_ok=True)
-            link.symlink_to(path.name)
-            link.replace(self._folder / name)
-        _sync_folder(self._folder)
-        found = sorted(self._folder.glob("step_*"))
-        best_path = (self._folder / "best").resolve()
-        for old in found[: -self._keep]:
-            if old.resolve() != best_path:
-                shutil.rmtree(old)
+        sync_folder(self._folder)
+        checkpoint.link(self._folder, path, best_step)
+        try:
+            self._remove_old()
+        except (OSError, UserError) as error:  # the new one is good all the same
+            logger.warning("{}: checkpoints that are not kept cannot be removed: {}", self._folder, error)
+
+    def _remove_old(self) -> None:
+        """Keeps the newest ones, and of each of them the one that it remembers as the best."""
+        found = checkpoint.saved(self._folder)
+        newest = found[-self._keep :]
+        kept = {checkpoint.step_of(path) for path in newest}
+        kept |= {checkpoint.read_run(path)["progress"]["best_step"] for path in newest}
+        for path in found:
+            if checkpoint.step_of(path) not in kept:
+                shutil.rmtree(path)
 
 
 def _cause(error: BaseException) -> BaseException:
     """The system's error behind torch's: when a disk is full, torch.save tells of an unexpected position."""
-    while not isinstance(error, OSError) and error.__context__ is not None:
-        error = error.__context__
-    return error
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__cause__ or cause.__context__
+    return error if cause is None else cause
+
+
+def _unfinished(path: Path) -> Path:
+    """The name of a file while it is written."""
+    return path.with_name(f".{path.name}")
 
 
 def _write_file(path: Path, state: State) -> None:
     """The file has its name only when it is complete on disk and was read back without an error."""
-    temporary = path.with_name(f".{path.name}")
+    temporary = _unfinished(path)
     with temporary.open("wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
-    wrong = _damage_of_file(temporary)
+    wrong = damage_of_file(temporary)
     if wrong:
         raise OSError(f"read back after writing, it is not what was written: {wrong}")
     temporary.replace(path)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 class Saver:
-    """When checkpoints are written, and whether they were: what the ranks have to agree on."""
+    """When checkpoints are written, and whether they were: what the ranks have to agree on.
+
+    As a context it lets a checkpoint that is being written become complete before an error ends the run.
+    """
 
     def __init__(self, folder: Path, config: RunConfig, ranks: Ranks) -> None:
         self._folder, self._config, self._ranks = folder, config, ranks
         self._writer = Writer(folder, ranks.is_first, config.checkpoint.keep)
         self._last = time.monotonic()
+
+    def __enter__(self) -> Saver:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):  # not where Ctrl-C wants the end at once
+            self._writer.finish()
 
     def agree(self, signal_here: int) -> tuple[int, bool]:
         """A signal that any rank has received (0: none), and whether `checkpoint.every_minutes` are over.
@@ -158,9 +211,9 @@ class Saver:
                 raise UserError(f"{self._folder}: a checkpoint is still not written; does the file system answer?")
             time.sleep(0.01)
 
-    def save(self, step: int, files: Mapping[str, State], streams: int, best: bool) -> None:
-        names = files_of(self._config.split.numbers, streams)
-        self._writer.start(step, files, names, best)
+    def save(self, step: int, files: Mapping[str, State], streams: int) -> None:
+        """Begins to write a checkpoint; `settle` comes first."""
+        self._writer.start(step, files, files_of(self._config.split.numbers, streams))
         self._last = time.monotonic()
 
     @property

@@ -12,7 +12,7 @@ from tqdm import tqdm
 from bandsplit.distributed.traffic import step_traffic
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.training.session import Session
-from bandsplit.training.state import device_name
+from bandsplit.training.state import ResumePoint, device_name
 
 
 class Console:
@@ -59,6 +59,15 @@ def log_stop(number: int, step: int) -> None:
     """Says which signal stopped the run, and where."""
     name = signal.Signals(number).name
     logger.info(f"stopped by {name} after step {step}; the same command with --resume continues")
+
+
+def log_finished(point: ResumePoint, directory: RunDirectory) -> None:
+    """Says that there is nothing left to resume."""
+    progress = point.run["progress"]
+    logger.info(
+        f"{directory.path} is finished: {progress['step']} steps, best top-1 {progress['best_top1']:.2f} % at step "
+        f"{progress['best_step']}; nothing was written"
+    )
 
 
 def log_start(session: Session, directory: RunDirectory) -> None:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import os
 import signal
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
-"""Preemption or `scancel`, and the end of a Slurm job's time (``--signal=B:USR1@120``)."""
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+"""Preemption or `scancel`, the end of a Slurm job's time (``--signal=B:USR1@120``), Ctrl-C, a terminal that is gone."""
+
+SAME_PRESS = 1.0
+"""Seconds within which a second SIGINT is the same Ctrl-C: Slurm and torchrun may both pass one on."""
 
 
 class Interruption:
@@ -16,16 +22,27 @@ class Interruption:
 
     def __init__(self) -> None:
         self.signal = 0
+        self._pressed: float | None = None
 
     def note(self, number: int, _: FrameType | None) -> None:
+        """Raises KeyboardInterrupt for the second Ctrl-C."""
+        if number == signal.SIGINT:
+            now = time.monotonic()
+            if self._pressed is None:
+                self._pressed = now
+                if sys.stderr.isatty() and os.environ.get("RANK", "0") == "0":  # no print in a signal handler
+                    os.write(2, b"\nstopping after this step, with a checkpoint; Ctrl-C again ends at once\n")
+            elif now - self._pressed > SAME_PRESS:
+                raise KeyboardInterrupt
         self.signal = number
 
 
 @contextmanager
 def noticed() -> Iterator[Interruption]:
-    """Inside, SIGNALS are noted and do nothing else."""
+    """Inside, SIGNALS are noted and do nothing else; SIGHUP stays ignored where `nohup` wants it so."""
     interruption = Interruption()
-    before = {number: signal.signal(number, interruption.note) for number in SIGNALS}
+    noted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
+    before = {number: signal.signal(number, interruption.note) for number in noted}
     try:
         yield interruption
     finally:

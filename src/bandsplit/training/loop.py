@@ -8,17 +8,17 @@ from functools import partial
 from pathlib import Path
 
 from bandsplit.config.schema import RunConfig
-from bandsplit.distributed.ranks import joined
+from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import Interrupted
 from bandsplit.evaluation.evaluate import evaluate
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.events import Events
-from bandsplit.runs.logs import start_logging
+from bandsplit.runs.logs import logged
 from bandsplit.runs.metrics import Metrics, Stopwatch
 from bandsplit.runs.saver import Saver
 from bandsplit.training import interruption, schedules, state
-from bandsplit.training.console import Console, log_start, log_stop
+from bandsplit.training.console import Console, log_finished, log_start, log_stop
 from bandsplit.training.meter import Meter, Progress
 from bandsplit.training.session import Plan, Session
 
@@ -29,13 +29,22 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
     Raises UserError for what the user can fix, before anything is written where that is possible, and Interrupted
     where a signal has stopped the run.
     """
-    with interruption.noticed() as interrupted, joined(config.parallel.timeout_seconds) as ranks, ExitStack() as stack:
+    directory = RunDirectory(run_dir)
+    with (
+        logged(directory.logs, rank()) as log_file,
+        interruption.noticed() as interrupted,
+        joined(config.parallel.timeout_seconds) as ranks,
+        ExitStack() as stack,
+    ):
         # ------------------------------------------------------------------ run directory, networks, data
-        plan, directory = Plan.of(config, ranks), RunDirectory(run_dir)
+        plan = Plan.of(config, ranks)
         point = ranks.from_first(partial(state.open_run, directory, plan, resume, stack))
-        start_logging(directory, ranks.rank)
+        if point and point.finished:
+            log_finished(point, directory)
+            return
+        log_file.open()
         streams = plan.streams(point.run["streams"] if point else None)
-        session = Session(plan, streams, point.stream_states(streams) if point else None)
+        session = Session(plan, streams, point.stream_states(streams, ranks) if point else None)
         validation_loader = session.validation_loader()
         log_start(session, directory)
 
@@ -43,9 +52,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         meter = Meter(session.mesh, config.split.numbers)
         progress = state.restore(point, session, meter) if point else Progress()
         watch, metrics = Stopwatch(progress.seconds), Metrics(directory.metrics)
-        if point and ranks.is_first:
-            metrics.forget_after(progress.step)
-        saver = Saver(directory.checkpoints, config, ranks)
+        saver = stack.enter_context(Saver(directory.checkpoints, config, ranks))
         console = Console(session, directory, progress.step) if ranks.is_first else None
         events = Events(metrics.write, console) if console else Events()
 
@@ -79,14 +86,13 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             if logs:
                 events.emit("train", **meter.line(progress, watch), lr=lr, image_size=session.loader.size)
 
-            best = False
             if ends_epoch and (round(progress.epoch) % config.validation.every == 0 or step == plan.total_steps):
                 validated = Ensemble(learner.validated for learner in session.learners)
                 with watch.paused(), session.mesh.mean_buffers(validated):
                     began = time.perf_counter()
                     accuracy = evaluate(validated, validation_loader, len(plan.val_files), session.mesh, plan.precision)
                     session.ensemble.train()
-                best = progress.note_validation(accuracy.as_dict(), watch.seconds)
+                progress.note_validation(accuracy.as_dict(), watch.seconds)
                 spent = time.perf_counter() - began
                 events.emit("validation", **progress.validation, validation_seconds=round(spent, 3))
 
@@ -94,11 +100,11 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                 with watch.paused():
                     progress.seconds = watch.seconds
                     saver.settle()
-                    saver.save(step, state.capture(session, progress, meter), streams.count, best)
+                    saver.save(step, state.capture(session, progress, meter), streams.count)
         saver.settle()
 
         # ------------------------------------------------------------------ end
-        if stopped_by:
+        if stopped_by and progress.step < plan.total_steps:
             if console:
                 console.close()
                 log_stop(stopped_by, progress.step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 import matplotlib as mpl
@@ -17,7 +18,8 @@ from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
 from bandsplit.reporting.figures import HEIGHT, STYLE, WIDTH
-from bandsplit.runs.directory import replace_text
+from bandsplit.runs.files import make_folder, replace_text, writing_to
+from bandsplit.runs.logs import logged
 from bandsplit.training.session import Plan, Session
 
 Floats = npt.NDArray[np.float64]
@@ -33,7 +35,7 @@ def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path
     diverge stop; nothing is validated or kept.  Raises UserError where there is no suggestion in this range.
     """
     lrs = np.geomspace(low, high, steps)
-    losses = _range_test(config, lrs)
+    losses = _range_test(config, lrs, output)
     curves = [smoothed(branch) for branch in losses]
     every = [suggestion(lrs, curve) for curve in curves]
     together = smoothed(losses.mean(axis=0))  # as far as all of them went
@@ -41,8 +43,8 @@ def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path
     if best is None:
         raise UserError(f"no learning rate between {low:g} and {high:g} lowers the loss; try another --from and --to")
     if rank() == 0:
-        output.mkdir(parents=True, exist_ok=True)
-        _draw(lrs, curves, together, best, config.split.numbers, output)
+        with writing_to(output):
+            _draw(lrs, curves, together, best, config.split.numbers, output)
         table = {
             "suggested": best,
             "suggested_branch": every,
@@ -57,10 +59,12 @@ def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path
     return best
 
 
-def _range_test(config: RunConfig, lrs: Floats) -> Floats:
+def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
     """Losses (branches, steps); NaN from where a branch has diverged."""
-    with joined(config.parallel.timeout_seconds) as ranks:
-        session = Session(Plan.of(config, ranks))
+    with logged(output / "logs", rank()), joined(config.parallel.timeout_seconds) as ranks:
+        plan = Plan.of(config, ranks)
+        ranks.from_first(partial(make_folder, output))  # tells now what would lose the result later
+        session = Session(plan)
         mesh, branches = session.mesh, len(session.plan.parameters)
         losses = np.full((branches, len(lrs)), np.nan)
         alive = np.ones(branches, dtype=bool)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import time
 from collections.abc import Iterator, Sequence
@@ -42,15 +43,13 @@ class Progress:
         self.epoch = self.step / steps_per_epoch
         self.images += images
 
-    def note_validation(self, accuracy: dict[str, Any], seconds: float) -> bool:
-        """Keeps the accuracy of this step; returns whether its top-1 is the best so far."""
+    def note_validation(self, accuracy: dict[str, Any], seconds: float) -> None:
+        """Keeps the accuracy of this step, also as the best where its top-1 is, unless its loss is not finite."""
         self.validation = {
             "step": self.step, "epoch": self.epoch, "seconds": round(seconds, 3), "images": self.images, **accuracy
         }  # fmt: skip
-        best: bool = accuracy["top1"] > self.best_top1
-        if best:
+        if accuracy["top1"] > self.best_top1 and math.isfinite(accuracy["loss"]):
             self.best_step, self.best_top1 = self.step, accuracy["top1"]
-        return best
 
 
 class Meter:

@@ -45,7 +45,7 @@ class Plan:
         config.steps_per_epoch(len(train_files))
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
-        teacher = ranks.each(partial(Teacher.of, config, precision))
+        teacher = ranks.each(partial(Teacher.of, config, train_files.classes, precision))
         parameters = parameters_of_branches(config)
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)

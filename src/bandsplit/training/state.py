@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,9 +13,9 @@ from loguru import logger
 from bandsplit.data.loader import Streams, StreamState
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
-from bandsplit.errors import UserError
 from bandsplit.runs import checkpoint
-from bandsplit.runs.directory import RunDirectory, environment, resolved
+from bandsplit.runs.directory import RunDirectory, environment, require_same_classes, resolved
+from bandsplit.runs.metrics import Metrics
 from bandsplit.training.meter import Meter, Progress
 from bandsplit.training.session import Plan, Session
 
@@ -25,12 +26,14 @@ class ResumePoint:
 
     path: Path
     run: checkpoint.State
+    finished: bool
+    """Whether nothing is left to do."""
 
-    def stream_states(self, streams: Streams) -> list[StreamState]:
-        states = [checkpoint.read(self.path, checkpoint.stream_file(s))["loader"] for s in streams.own]
-        if not all(isinstance(state, dict) for state in states):
-            raise UserError(f"{self.path}: written by an earlier version, which this one cannot resume")
-        return states
+    def stream_states(self, streams: Streams, ranks: Ranks) -> list[StreamState]:
+        """Every rank calls it."""
+        return ranks.each(
+            lambda: [checkpoint.read(self.path, checkpoint.stream_file(s))["loader"] for s in streams.own]
+        )
 
     def fits(self, mesh: Mesh) -> bool:
         """Whether as many ranks wrote it as resume it, with the same branches each."""
@@ -38,17 +41,30 @@ class ResumePoint:
 
 
 def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack) -> ResumePoint | None:
-    """On the first rank: checks and locks the run directory, and finds the checkpoint to resume from."""
-    directory.check(plan.config, resume)
+    """On the first rank: checks and locks the run directory, and finds the checkpoint to resume from.
+
+    Nothing on disk has changed where it raises UserError, nor where the run is finished.
+    """
+    config, classes = plan.config, plan.train_files.classes
+    directory.check(config, resume)
+    directory.check_classes(classes, config.data.root)
     stack.enter_context(directory.locked())
+    metrics = Metrics(directory.metrics)
     path = checkpoint.latest(directory.checkpoints)
-    point = None if path is None else ResumePoint(path, checkpoint.read(path, checkpoint.RUN))
+    point = None
+    if path is not None:
+        run = checkpoint.read_run(path)
+        require_same_classes(run["classes"], str(directory.path), classes, config.data.root)
+        point = ResumePoint(path, run, run["progress"]["step"] >= plan.total_steps and metrics.ended)
+        if point.finished:
+            return point
     streams = plan.streams(point.run["streams"] if point else None)
     bn_batch_size = plan.bn_batch_size(streams)
-    checkpoint.clean_up(directory.checkpoints, path)
+    checkpoint.set_aside_unused(directory.checkpoints, path)
+    metrics.forget_after(point.run["progress"]["step"] if point else 0)
     launch = environment(plan.ranks.world_size, device_name(plan.ranks))
     groups = plan.mesh.branch_groups
-    directory.create(plan.config, {**launch, "branch_groups": groups, "bn_batch_size": bn_batch_size})
+    directory.create(config, classes, {**launch, "branch_groups": groups, "bn_batch_size": bn_batch_size})
     return point
 
 
@@ -71,7 +87,9 @@ def capture(session: Session, progress: Progress, meter: Meter) -> dict[str, che
     losses = meter.state()
     if mesh.ranks.is_first:
         files[checkpoint.RUN] = {
+            "format": checkpoint.FORMAT,
             "config": resolved(config),
+            "classes": session.plan.train_files.classes,
             "progress": asdict(progress),
             "branches": list(config.split.numbers),
             "streams": streams.count,
@@ -89,10 +107,10 @@ def capture(session: Session, progress: Progress, meter: Meter) -> dict[str, che
 
 def restore(point: ResumePoint, session: Session, meter: Meter) -> Progress:
     """Loads a checkpoint into this rank's networks, optimizers and meter; returns how far the run was."""
-    for number, learner in zip(session.numbers, session.learners, strict=True):
-        learner.load_state_dict(checkpoint.read(point.path, checkpoint.branch_file(number)))
-    meter.load(point.run["losses"])
     progress, mesh, ranks = Progress(**point.run["progress"]), session.mesh, session.mesh.ranks
+    for number, learner in zip(session.numbers, session.learners, strict=True):
+        learner.load_state_dict(ranks.each(partial(checkpoint.read, point.path, checkpoint.branch_file(number))))
+    meter.load(point.run["losses"])
     logger.info(f"resuming after step {progress.step} (epoch {progress.epoch:.2f})")
     if not point.fits(mesh):  # no rank's own statistics are this rank's: continue from the means
         logger.info(
@@ -102,7 +120,8 @@ def restore(point: ResumePoint, session: Session, meter: Meter) -> Progress:
             "batch-norm batch differ"
         )
         return progress
-    own = checkpoint.read(point.path, checkpoint.stream_file(ranks.rank * point.run["streams"] // ranks.world_size))
+    stream = checkpoint.stream_file(ranks.rank * point.run["streams"] // ranks.world_size)
+    own = ranks.each(partial(checkpoint.read, point.path, stream))
     for buffer, value in zip(session.networks.buffers(), own["buffers"], strict=True):
         buffer.copy_(value)
     return progress
