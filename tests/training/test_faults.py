@@ -7,11 +7,15 @@ from __future__ import annotations
 
 import contextlib
 import os
+import pty
 import random
 import re
+import select
 import shutil
 import signal
 import subprocess
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,7 +24,7 @@ import pytest
 
 from bandsplit.runs import checkpoint
 from tests.compare import assert_same_run, metrics, wait_for
-from tests.conftest import Done, Launch, command, run
+from tests.conftest import REPOSITORY, Done, Launch, command, run
 
 LONGER = "train.epochs=4"  # 52 steps, a checkpoint every 3
 SEEDS = [pytest.param(0), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
@@ -107,6 +111,122 @@ def test_sigterm_loses_nothing(victim: Victim, chance: random.Random) -> None:
     victim.finish(at_least=int(stopped))
 
 
+def stopped_run(config: Path, run_dir: Path, number: int, *rank: int, ranks: int = 1) -> tuple[Launch, Done]:
+    """A run that a signal stops after its first checkpoint."""
+    launch = Launch("train.py", config, "--run-dir", run_dir, "--set", LONGER, ranks=ranks)
+    wait_for(run_dir / "checkpoints/step_00000003", launch)
+    launch.signal(number, *rank)
+    return launch, launch.wait(60)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+def test_other_signals_lose_nothing_either(config_file: Path, tmp_path: Path, number: signal.Signals) -> None:
+    """Ctrl-C, a terminal that is closed, the end of a Slurm job."""
+    run_dir = tmp_path / "run"
+    _, done = stopped_run(config_file, run_dir, number)
+    assert done.returncode == 128 + number
+    (stopped,) = re.findall(rf"stopped by {number.name} after step (\d+); the same command with --resume", done.stderr)
+    good = checkpoint.latest(run_dir / "checkpoints")
+    assert good is not None
+    assert checkpoint.step_of(good) == int(stopped)
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_is_closed_loses_nothing(config_file: Path, tmp_path: Path) -> None:
+    """The run has it for its progress bar, and cannot write there any more when SIGHUP comes."""
+    run_dir = tmp_path / "run"
+    line = [sys.executable, str(REPOSITORY / "src/train.py"), str(config_file), "--run-dir", str(run_dir)]
+    child, terminal = pty.fork()
+    if child == 0:
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        os.environ["OMP_NUM_THREADS"] = "1"
+        os.execv(sys.executable, [*line, "--set", LONGER])
+    reader = threading.Thread(target=read_until_closed, args=(terminal, run_dir / "checkpoints/step_00000003"))
+    reader.start()
+    _, status = os.waitpid(child, 0)
+    reader.join()
+    assert os.waitstatus_to_exitcode(status) == 128 + signal.SIGHUP
+    (stopped,) = re.findall(r"stopped by SIGHUP after step (\d+)", (run_dir / "logs/rank0.log").read_text())
+    good = checkpoint.latest(run_dir / "checkpoints")
+    assert good is not None
+    assert checkpoint.step_of(good) == int(stopped)
+
+
+def read_until_closed(terminal: int, path: Path) -> None:
+    """Reads what a terminal shows until a file or folder is there, then closes it."""
+    deadline = time.monotonic() + 120
+    while not path.exists() and time.monotonic() < deadline:
+        with contextlib.suppress(OSError):
+            if select.select([terminal], [], [], 0.01)[0]:
+                os.read(terminal, 4096)
+    os.close(terminal)
+
+
+def test_killed_before_the_first_checkpoint(config_file: Path, tmp_path: Path, finished: Callable[..., Path]) -> None:
+    """With the last line of metrics.jsonl half written: it is the undisturbed run in the end, each step once."""
+    sets = ("train.log_every=1", "checkpoint.every_steps=1000")
+    run_dir = tmp_path / "run"
+    arguments = (config_file, "--run-dir", run_dir, *(part for key in sets for part in ("--set", key)))
+    launch = Launch("train.py", *arguments)
+    wait_for(run_dir / "metrics.jsonl", launch)
+    while len((run_dir / "metrics.jsonl").read_text().splitlines()) < 3:
+        assert launch.running
+    launch.signal(signal.SIGKILL)
+    launch.wait()
+    assert not checkpoint.saved(run_dir / "checkpoints")
+    path = run_dir / "metrics.jsonl"
+    half = path.read_text()[:-60]
+    path.write_text(half)
+    done = run("train.py", *arguments, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert_same_run(run_dir, finished(1, *sets))
+    assert (run_dir / "metrics_set_aside.jsonl").read_text() == half + "\n"
+
+
+@pytest.mark.parametrize("links", ["as folders", "not at all"])
+def test_a_copy_without_links_goes_on(
+    config_file: Path, tmp_path: Path, finished: Callable[..., Path], links: str
+) -> None:
+    run_dir, copy = tmp_path / "run", tmp_path / "copy"
+    stopped_run(config_file, run_dir, signal.SIGTERM)
+    shutil.copytree(run_dir, copy)
+    if links == "not at all":
+        for path in (copy / "checkpoints/last", copy / "checkpoints/best"):
+            shutil.rmtree(path, ignore_errors=True)
+    done = run("train.py", config_file, "--run-dir", copy, "--set", LONGER, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stderr
+    assert_same_run(copy, finished(1, LONGER))
+
+
+def test_a_disk_that_cannot_be_read_costs_no_checkpoint(
+    config_file: Path, tmp_path: Path, finished: Callable[..., Path]
+) -> None:
+    """A name that leads nowhere stands for the stale handle of a network disk."""
+    run_dir = tmp_path / "run"
+    stopped_run(config_file, run_dir, signal.SIGTERM)
+    newest = checkpoint.saved(run_dir / "checkpoints")[-1]
+    good, file = newest / "kept.pt", newest / "branch_02.pt"
+    file.rename(good)
+    file.symlink_to(file)
+    arguments = (config_file, "--run-dir", run_dir, "--set", LONGER, "--resume")
+
+    def times() -> dict[Path, int]:
+        """When each file was written, but for the lock."""
+        return {path: path.lstat().st_mtime_ns for path in run_dir.rglob("*") if not path.name.startswith(".lock")}
+
+    before = times()
+    done = run("train.py", *arguments)
+    assert done.returncode == 2
+    assert f"error: {newest}: cannot be read: [Errno 40] Too many levels of symbolic links: '{file}'" in done.stderr
+    assert times() == before
+    file.unlink()
+    good.rename(file)
+    done = run("train.py", *arguments)
+    assert f"resuming after step {checkpoint.step_of(newest)} " in done.stderr
+    assert_same_run(run_dir, finished(1, LONGER))
+
+
 def test_the_last_checkpoint_is_damaged(victim: Victim, chance: random.Random) -> None:
     launch = victim.start()
     victim.reach(launch, chance)
@@ -115,9 +235,13 @@ def test_the_last_checkpoint_is_damaged(victim: Victim, chance: random.Random) -
     before, last = victim.steps()[-2:]
     damaged = chance.choice(sorted((victim.run_dir / f"checkpoints/step_{last:08d}").glob("*.pt")))
     damaged.write_bytes(damaged.read_bytes()[: chance.randrange(damaged.stat().st_size)])
+    kept = damaged.read_bytes()
     done = victim.finish(at_least=before)
     assert f"step_{last:08d} is damaged ({damaged.name}: " in done.stderr
     assert f"resuming after step {before} " in done.stderr
+    aside = victim.run_dir / f"checkpoints/set_aside/step_{last:08d}"
+    assert f"step_{last:08d} is not used; it is kept as {aside}" in done.stderr
+    assert (aside / damaged.name).read_bytes() == kept
 
 
 @pytest.fixture
@@ -324,3 +448,18 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file: Path, tmp_path: Pa
         assert int(good.name[-8:]) < int(told[1])
         for path in good.glob("branch_*.pt"):
             assert all(w.isfinite().all() for w in checkpoint.read(good, path.name)["network"].values())
+
+
+def test_weights_that_overflow_in_the_last_step_do_not_end_well(config_file: Path, tmp_path: Path) -> None:
+    """Loss and gradients of that step are finite: only what it makes of the weights is not."""
+    keys = ["optim.type=rmsprop", "optim.momentum=0", "optim.lr=3e38", "train.batch_size=160", "train.epochs=1"]
+    keys += ["schedule.warmup_epochs=0", "checkpoint.every_steps=1000", "train.grad_accum_steps=10"]
+    arguments = [part for key in keys for part in ("--set", key)]
+    run_dir = tmp_path / "run"
+    done = run("train.py", config_file, "--run-dir", run_dir, *arguments, ranks=2)
+    assert done.returncode == 2, done.stderr
+    assert "done after" not in done.stderr
+    assert done.stderr.count("error: ") == 1
+    assert re.search(r"checkpoint of step 1 is not written: branch_0\d.pt: .* holds values that are inf", done.stderr)
+    assert not list((run_dir / "checkpoints").iterdir())
+    assert all(line["event"] != "end" for line in metrics(run_dir))

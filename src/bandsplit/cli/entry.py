@@ -34,19 +34,19 @@ def run(main: Callable[[], None]) -> None:
         if ended.one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {ended}", file=sys.stderr)
         elif under_torchrun:
-            _let_another_speak()
+            _let_another_speak(20)
         sys.exit(2)
     if isinstance(ended, Interrupted):
         sys.exit(0 if under_torchrun else 128 + ended.signal)
     if isinstance(ended, ToldElsewhere):
         if under_torchrun:
-            _let_another_speak()
+            _let_another_speak(5)
         sys.exit(1)
 
 
-def _let_another_speak() -> None:
+def _let_another_speak(seconds: float) -> None:
     """torchrun ends all ranks when the first one has ended: that has to be the one that tells why."""
-    time.sleep(20)
+    time.sleep(seconds)
 
 
 def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ToldElsewhere | None:

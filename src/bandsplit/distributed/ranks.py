@@ -153,7 +153,7 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
     except Exception as error:
         if _comes_from_others(error):
             logger.opt(exception=error).error("a collective failed: {}", error)
-            raise _who_tells(error, store, rank()) from error
+            raise _who_tells(error, store, rank()) from None
         with suppress(RuntimeError):  # the store may have ended with another rank
             store.set(f"ended/{rank()}", _OWN)
         raise

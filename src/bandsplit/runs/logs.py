@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class LogFile:
     """The log file of a rank.
 
-    Lines are held back until `open`, since a run that is refused writes nothing.  A traceback opens the file by itself,
-    and goes to the terminal where the file cannot be written.
+    Lines are held back until `open`, since a run that is refused writes nothing.  An error with its traceback opens the
+    file by itself, and goes to the terminal where the file cannot be written.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,12 +49,12 @@ class LogFile:
                 self._failed = True
                 sys.stderr.write(f"{self._path}: cannot be written: {error}\n")
         if self._failed:
-            sys.stderr.writelines(message for message in held if message.record["exception"] is not None)
+            sys.stderr.writelines(message for message in held if _is_unexpected(message.record))
 
     def write(self, message: Message) -> None:
         """Called by loguru for every line."""
         self._held.append(message)
-        if self.is_open or message.record["exception"] is not None:
+        if self.is_open or _is_unexpected(message.record):
             self.open()
 
     def stop(self) -> None:
@@ -78,11 +78,11 @@ def logged(folder: Path, rank: int) -> Iterator[LogFile]:
     _log_to_terminal(rank)
     try:
         yield file
-    except Interrupted:
+    except (Interrupted, ToldElsewhere):
         raise
-    except (UserError, ToldElsewhere) as ended:
+    except UserError as error:
         if file.is_open:
-            logger.opt(exception=ended).debug("this rank ends: {}", str(ended) or "another one tells why")
+            logger.opt(exception=error).debug("this rank ends: {}", error)
         raise
     except Exception as error:
         logger.opt(exception=error).error("this rank ends of an error: {}", error)
@@ -104,6 +104,10 @@ def _write_to_terminal(message: Message) -> None:
         tqdm.write(message, end="", file=sys.stderr)
     except OSError:  # gone, as after SIGHUP or with the other end of a pipe: a checkpoint may still be to be written
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+
+
+def _is_unexpected(record: Record) -> bool:
+    return record["exception"] is not None and record["level"].name == "ERROR"
 
 
 def _has_no_traceback(record: Record) -> bool:

@@ -1,0 +1,84 @@
+"""Ranks that fail: one of them tells the user why, once, and the log of each has the traceback."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from bandsplit.distributed.ranks import joined
+from bandsplit.errors import ToldElsewhere, UserError
+from tests.conftest import Launch, on_ranks
+
+
+def test_a_collective_that_fails_on_every_rank_is_told_once(config_file: Path, tmp_path: Path) -> None:
+    """For want of an interface here; on GPUs for a full /dev/shm, for example."""
+    run_dir = tmp_path / "run"
+    launch = Launch("train.py", config_file, "--run-dir", run_dir, ranks=3, env={"GLOO_SOCKET_IFNAME": "eth99"})
+    done = launch.wait(60)
+    assert done.returncode == 2
+    assert done.stderr.count("error: ") == 1, done.stderr
+    assert "error: a collective failed on every rank: " in done.stderr
+    assert "eth99" in done.stderr
+    assert "Traceback" not in done.stderr
+    for rank in range(3):
+        text = (run_dir / f"logs/rank{rank}.log").read_text()
+        assert "a collective failed: " in text
+        assert "Traceback" in text
+        assert "init_process_group" in text
+
+
+def end_of(errors: list[str]) -> str:
+    """What leaving the group ends with on a rank whose block ended with an error of this name."""
+    rank = 0
+    try:
+        with joined(60) as ranks:
+            rank = ranks.rank
+            if errors[rank] == "hangs":
+                ranks.wait()
+            raise {"broken": RuntimeError("Connection closed by peer"), "own": KeyError("own")}[errors[rank]]
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+@pytest.mark.parametrize(
+    ("errors", "ends"),
+    [
+        (["broken"] * 3, ["UserError: a collective failed on every rank: Connection closed by peer", *["Told"] * 2]),
+        (["broken", "own", "broken"], ["Told", "KeyError: 'own'", "Told"]),
+        (["own", "own", "own"], ["KeyError: 'own'"] * 3),
+    ],
+)
+def test_who_tells(errors: list[str], ends: list[str]) -> None:
+    for told, wanted in zip(on_ranks(3, end_of, errors), ends, strict=True):
+        assert told.startswith(wanted)
+
+
+def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for local_rank in (0, 3):
+        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
+        with pytest.raises(UserError, match=r"4 ranks on .*, which has 2 GPUs: .*--nproc-per-node 2") as told, joined():
+            pass
+        assert told.value.one_rank == (local_rank == 0)
+
+
+def test_ranks_that_torchrun_did_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cluster that sets WORLD_SIZE for its jobs."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
+        monkeypatch.delenv(name, raising=False)
+    with (
+        pytest.raises(UserError, match="rank 0 of 2 cannot find the others: .*MASTER_ADDR expected.*torchrun"),
+        joined(),
+    ):
+        pass
+
+
+def test_told_elsewhere_is_no_error_of_its_own() -> None:
+    """What another rank tells is raised as it is, with one rank as with several."""
+    with pytest.raises(ToldElsewhere), joined():
+        raise ToldElsewhere()
