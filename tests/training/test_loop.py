@@ -132,13 +132,118 @@ def test_killed_and_resumed_equals_undisturbed(
     assert sizes == ([16] * 4 + [32] * 4 if keys else [32] * 8)
 
 
-def test_resuming_a_finished_run_changes_nothing(
-    finished: Callable[..., Path], config_file: Path, tmp_path: Path
-) -> None:
-    copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
-    done = run("train.py", config_file, "--run-dir", copy, "--resume")
+def contents(run_dir: Path) -> dict[Path, bytes]:
+    """All files of a run but for its lock."""
+    files = (path for path in run_dir.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
+    return {path.relative_to(run_dir): path.read_bytes() for path in files}
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_finished_run_says_so_and_writes_nothing(finished: Callable[..., Path], tmp_path: Path, ranks: int) -> None:
+    copy = Path(shutil.copytree(finished(ranks), tmp_path / "copy", symlinks=True))
+    done = run("train.py", "--run-dir", copy, "--resume", ranks=ranks)
     assert done.returncode == 0, done.stderr
+    assert f"{copy} is finished: 26 steps, best top-1 " in done.stderr
+    assert contents(copy) == contents(finished(ranks))
+
+
+def test_the_end_is_told_where_a_run_was_killed_before_it(finished: Callable[..., Path], tmp_path: Path) -> None:
+    """All steps are done, only the last line is missing."""
+    copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
+    lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (copy / "metrics.jsonl").write_text("".join(lines[:-1]))
+    done = run("train.py", "--run-dir", copy, "--resume")
+    assert done.returncode == 0, done.stderr
+    assert "is finished" not in done.stderr
     assert_same_run(copy, finished(1))
+
+
+def test_a_run_resumes_with_its_own_config(
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    run_dir = tmp_path / "run"
+    launch = Launch("train.py", config_file, "--run-dir", run_dir, "--set", "train.log_every=1")
+    wait_for(run_dir / "checkpoints/step_00000003", launch)
+    launch.signal(signal.SIGTERM)
+    launch.wait()
+    for option, message in (
+        (("--set", "optim.lr=0.01"), "optim.lr was 0.05, now 0.01"),
+        (("--data", Path(__file__).parents[2] / "config/data/demo.toml"), "data.image_size was 32, now 64"),
+        (("--set", "optim.lrr=1"), "did you mean optim.lr?"),
+    ):
+        done = run_here("train.py", "--resume", "--run-dir", run_dir, *option)
+        assert done.returncode == 2
+        assert message in done.stderr
+    done = run_here("train.py", "--resume", "--run-dir", run_dir, "--dry-run")
+    assert done.stdout.startswith("tiny: 4 x resnet18, data at 32 pixels\n"), done
+    done = run_here("train.py", "--resume", "--run-dir", run_dir, "--print-run-dir")
+    assert done.stdout == f"{run_dir}\n"
+    done = run("train.py", "--resume", "--run-dir", run_dir, "--set", "train.log_every=4")
+    assert done.returncode == 0, done.stderr
+    assert "resuming after step" in done.stderr
+    assert loading.load(run_dir / "config.toml").train.log_every == 4
+    for name in ("last", "best"):
+        mine, theirs = (checkpoint.find(each / "checkpoints", name) for each in (run_dir, finished(1)))
+        for k in range(4):
+            assert_equal(*(checkpoint.read(folder, f"branch_{k:02d}.pt") for folder in (mine, theirs)))
+
+
+def test_what_config_is_resumed_where_there_is_no_run(tmp_path: Path, run_here: Callable[..., Done]) -> None:
+    for folder in (tmp_path / "none", tmp_path):
+        done = run_here("train.py", "--resume", "--run-dir", folder)
+        assert done.returncode == 2
+        message = "there is no run in it, and no CONFIG is given to begin one with"
+        assert done.stderr == f"error: --resume --run-dir {folder}: {message}\n"
+    done = run_here("train.py", "--resume", "--print-run-dir")
+    assert (done.returncode, done.stdout) == (0, "runs/demo-seed0\n")
+    assert not list(tmp_path.iterdir())
+
+
+def test_classes_are_compared_by_name(
+    finished: Callable[..., Path], config_file: Path, image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    """A class folder that has another name, and so another place in the alphabet, is another class to everybody."""
+    root = Path(shutil.copytree(image_root, tmp_path / "renamed"))
+    first = sorted(path.name for path in (root / "train").iterdir())[0]
+    for part in ("train", "val"):
+        (root / part / first).rename(root / part / "zulu")
+    moved = ("--set", f"data.root={root}")
+    copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
+    other = tmp_path / "other"
+    assert run("train.py", config_file, "--run-dir", other, *moved, "--set", "train.epochs=1").returncode == 0
+    assert checkpoint.read_run(checkpoint.find(other / "checkpoints", "last"))["classes"][-1] == "zulu"
+    before = contents(copy)
+    teacher = f"distillation.teacher={copy}"
+    for command, told in (
+        (("evaluate.py", copy, *moved), f"{root}: other classes than {copy} learnt"),
+        (("train.py", "--resume", "--run-dir", copy, *moved), f"{root}: other classes than {copy} learnt"),
+        (("train.py", config_file, "--run-dir", tmp_path / "new", *moved, "--set", teacher), f"than {copy} learnt"),
+        (("evaluate.py", copy, other), f"{copy}: other classes than {other} learnt"),
+    ):
+        done = run_here(*command)
+        assert done.returncode == 2
+        assert told in done.stderr
+        assert f"missing {'zulu' if command[-1] == other else first};" in done.stderr
+        assert "Traceback" not in done.stderr
+    assert contents(copy) == before
+    (copy / "classes.json").unlink()  # the checkpoint knows them as well
+    assert run_here("train.py", "--resume", "--run-dir", copy, *moved).returncode == 2
+
+
+def test_an_evaluation_that_cannot_be_is_refused_before_it_begins(
+    finished: Callable[..., Path], run_here: Callable[..., Done], tmp_path: Path
+) -> None:
+    for arguments, message in (
+        (("--checkpoint", "7"), "no checkpoint of step 7; there are those of steps 13, 24, 26"),
+        (("--checkpoint", "newest"), "'newest' given; allowed: best, last or a step"),
+        (("--set", "model.width=0.5"), "--set model.width: 0.5 given, but the networks of"),
+        (("--output", tmp_path / "no/folder.json"), f"there is no folder {tmp_path}/no"),
+    ):
+        done = run_here("evaluate.py", finished(1), *arguments)
+        assert done.returncode == 2
+        assert message in done.stderr
+        assert "Traceback" not in done.stderr
+        assert not done.stdout
 
 
 def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path], tmp_path: Path) -> None:
@@ -251,7 +356,7 @@ def test_a_run_directory_in_use_is_left_alone(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:
     copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
-    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    before = contents(copy)
     for extra, message in (
         ([], "already holds a run; --resume continues it"),
         (["--resume", "--set", "optim.lr=0.01"], "optim.lr was 0.05, now 0.01"),
@@ -260,13 +365,14 @@ def test_a_run_directory_in_use_is_left_alone(
         assert done.returncode == 2
         assert message in done.stderr
         assert "Traceback" not in done.stderr
-    assert {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()} == before
+    assert contents(copy) == before
 
 
 def test_another_number_of_ranks_has_to_divide(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path
 ) -> None:
     copy = Path(shutil.copytree(finished(2), tmp_path / "copy", symlinks=True))
+    (copy / "metrics.jsonl").unlink()  # not known to be finished
     done = run("train.py", config_file, "--run-dir", copy, "--resume", ranks=3)
     assert done.returncode == 2
     assert "this run started on 2 ranks; it can be resumed on 2 or 1, not on 3" in done.stderr
