@@ -54,11 +54,10 @@ class Writer:
         self._thread = threading.Thread(target=self._run, args=(temporary, files, everybodys), daemon=True)
         self._thread.start()
 
-    def finish(self, seconds: float = 5.0) -> None:
-        """Waits for this rank's files, and then so long for those of the other ranks, which may have ended."""
-        if self._thread is not None:
-            self._written.wait()
-            self._thread.join(seconds)
+    def finish(self, own: float = 60.0, others: float = 5.0) -> None:
+        """Waits so many seconds for this rank's files, and then for those of the other ranks, which may have ended."""
+        if self._thread is not None and self._written.wait(own):
+            self._thread.join(others)
 
     def give_up(self, seconds: float = 10.0) -> None:
         """Stops waiting for ranks that could not write, and removes this rank's files of the unfinished checkpoint."""

@@ -99,7 +99,7 @@ def _show_teacher(config: RunConfig) -> None:
     if config.distillation is None:
         return
     directory = RunDirectory(teachers_directory(config.distillation))
-    if not directory.config.exists():
+    if not directory.holds_run:
         print(f"teacher   unknown: {directory.path} is not a run directory")
         return
     teacher = loading.load(directory.config)
