@@ -40,6 +40,17 @@ def test_where_a_run_is_computed_may_change(tmp_path: Path, config_file: Path) -
     assert loading.load(directory.config).data.root == "/elsewhere"
 
 
+def test_a_run_that_began_before_a_key_was_known_has_its_default(tmp_path: Path, config_file: Path) -> None:
+    config, directory = loading.load(config_file), RunDirectory(tmp_path / "run")
+    directory.create(config, CLASSES, {})
+    text = directory.config.read_text()
+    assert "hflip = 0.5\n" in text
+    directory.config.write_text(text.replace("hflip = 0.5\n", ""))
+    directory.check(config, resume=True)
+    with pytest.raises(UserError, match=r"data.hflip was 0.5, now 0.1"):
+        directory.check(loading.load(config_file, ["data.hflip=0.1"]), resume=True)
+
+
 def test_every_launch_is_noted_and_the_config_is_complete(tmp_path: Path, config_file: Path) -> None:
     config, directory = loading.load(config_file), RunDirectory(tmp_path / "run")
     for ranks in (1, 2):

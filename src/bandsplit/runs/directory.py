@@ -15,11 +15,11 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import tomli
 import tomli_w
 from filelock import FileLock, Timeout
 from loguru import logger
 
+from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.errors import UserError
 from bandsplit.runs.files import make_folder, read_text, reading, replace_text, set_aside
@@ -59,11 +59,8 @@ class RunDirectory:
             return
         if not resume:
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
-        try:
-            before = _flat(tomli.loads(read_text(self.config) or ""))
-        except tomli.TOMLDecodeError as error:
-            raise UserError(f"{self.config}: not valid TOML: {error}") from None
-        now = _flat(resolved(config))
+        # keys that are newer than the run have their defaults, which are what it was computed with
+        before, now = (_flat(resolved(each)) for each in (loading.load(self.config), config))
         changed = [
             f"{key} was {before.get(key, 'unset')!r}, now {now.get(key, 'unset')!r}"
             for key in sorted({*before, *now})
