@@ -87,6 +87,57 @@ def test_schedules_are_torchs(config_file: Path, name: str) -> None:
         assert schedules.momentum_at(3, STEPS, config) is None
 
 
+SHORT = {
+    "cosine": [],
+    "cosine, periods": ["schedule.period_epochs=0.4"],
+    "cosine, periods of less than a step": ["schedule.period_epochs=1e-320"],
+    "cosine, restarts": ["schedule.period_epochs=0.7", "schedule.after=restart"],
+    "cosine, restarts within a step": ["schedule.period_epochs=0.01", "schedule.after=restart"],
+    "step": ["schedule.type=step", "schedule.every_epochs=0.3"],
+    "step, many in one step": ["schedule.type=step", "schedule.every_epochs=1e-320"],
+    "milestones": ["schedule.type=step", "schedule.milestones=[0, 0.01, 0.5, 1]"],
+    "one cycle": ["schedule.type=one_cycle"],
+    "linear": ["schedule.type=linear", "schedule.lr_min=0.01"],
+    "constant": ["schedule.type=constant"],
+}
+
+
+@pytest.mark.parametrize("name", SHORT)
+@pytest.mark.parametrize("warmup", [0, 0.3, 0.5, 0.99])
+def test_every_schedule_takes_runs_of_a_few_steps(config_file: Path, name: str, warmup: float) -> None:
+    """Whatever the number of steps, also where warm-up leaves one step or none, and a period is less than a step."""
+    keys = ["optim.lr=0.3", "train.epochs=1", f"schedule.warmup_epochs={warmup}", *SHORT[name]]
+    peaks = [n / 20 for n in range(1, 20)] + [1 / 3, 1 / 7] if name.startswith("one cycle") else [None]
+    for peak in peaks:
+        config = loading.load(config_file, [*keys, *([f"schedule.peak_at={peak}"] if peak else [])])
+        for total in range(1, 25):
+            lrs = [schedules.lr_at(step, total, config) for step in range(total)]
+            assert all(0 <= lr <= 0.3 * (1 + 1e-12) for lr in lrs), (total, peak, lrs)  # nan is refused too
+            for step in range(total):
+                momentum = schedules.momentum_at(step, total, config)
+                assert momentum is None or 0.85 - 1e-12 <= momentum <= 0.95 + 1e-12, (total, peak, step)
+
+
+@pytest.mark.parametrize("peak_at", [0.04, 0.1, 0.2, 0.25, 0.3, 1 / 3, 0.5, 0.9])
+def test_short_one_cycles_are_torchs(config_file: Path, peak_at: float) -> None:
+    """Except that torch divides by zero where the peak is the first step."""
+    keys = ["schedule.type=one_cycle", f"schedule.peak_at={peak_at}", "optim.lr=0.3", "schedule.warmup_epochs=0"]
+    config = loading.load(config_file, [*keys, "train.epochs=1"])
+    for total in range(1, 30):
+        if peak_at * total == 1:
+            assert schedules.lr_at(0, total, config) == pytest.approx(0.3)
+            assert schedules.momentum_at(0, total, config) == pytest.approx(0.85)
+            continue
+        steps = total - 1  # torch's scheduler raises in its last step
+        lrs, momenta = torchs(
+            lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.3, total_steps=total, pct_start=peak_at),  # noqa: B023
+            steps, 0.3,
+        )  # fmt: skip
+        assert [schedules.lr_at(step, total, config) for step in range(steps)] == pytest.approx(lrs)
+        assert [schedules.momentum_at(step, total, config) for step in range(steps)] == pytest.approx(momenta)
+        assert schedules.lr_at(steps, total, config) == pytest.approx(0.3 * 1e-4 / 25)
+
+
 def test_warm_up_starts_low_and_its_absence_at_the_peak(config_file: Path) -> None:
     without, with_it = (loading.load(config_file, [f"schedule.warmup_epochs={n}", "optim.lr=0.3"]) for n in (0, 1))
     assert schedules.lr_at(0, 10, without) == 0.3
