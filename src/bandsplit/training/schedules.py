@@ -19,7 +19,7 @@ def lr_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> float:
             at = done % period if cosine.after == "restart" else done
             return _between(cosine.lr_min, peak, at / period)
         case schema.Step() as steps:
-            return peak * steps.gamma ** _steps_down(step, steps_per_epoch, steps)
+            return peak * math.pow(steps.gamma, _steps_down(step, steps_per_epoch, steps))
         case schema.OneCycle() as cycle:
             start, end = peak * cycle.start_factor, peak * cycle.end_factor
             return _one_cycle(done, total, cycle.peak_at, start, peak, end)
