@@ -72,8 +72,8 @@ def _range_test(config: RunConfig, lrs: Floats) -> Floats:
                 if alive[k]:
                     session.seed_branch(i, step)
                     inputs = [part.inputs[i] for part in parts]
-                    loss = learner.step(inputs, labels, lr, teacher_logits=teacher_logits)
-                    found[k] = torch.inf if loss is None else loss
+                    outcome = learner.step(inputs, labels, lr, teacher_logits=teacher_logits)
+                    found[k] = torch.where(outcome.failed, torch.inf, outcome.loss)
             together = (ranks.sum(found) / mesh.replicas).cpu().numpy()
             losses[alive, step] = together[alive]
             for k in np.flatnonzero(alive).tolist():
