@@ -138,12 +138,12 @@ def exchange_and_give_back(groups: tuple[tuple[int, ...], ...], half: bool) -> l
         right = []
         feed = BatchFeed(iter(sent), mesh)
         for n, batch in enumerate(feed):
-            row = [batches(groups, 2 * mesh.replica + i)[n] for i in range(2)]
+            replica = [batches(groups, 2 * mesh.replica + i)[n] for i in range(2)]
             for x, k in zip(batch.inputs, mesh.own, strict=True):
-                wanted = torch.cat([each.inputs[k] for each in row])
+                wanted = torch.cat([each.inputs[k] for each in replica])
                 right.append(torch.equal(x, wanted.half() if half else wanted))
                 right.append(x.is_contiguous(memory_format=torch.channels_last))
-            right.append(torch.equal(batch.labels, torch.cat([each.labels for each in row])))
+            right.append(torch.equal(batch.labels, torch.cat([each.labels for each in replica])))
             pooled = torch.stack([x.float().sum(dim=(1, 2, 3))[:, None] for x in batch.inputs])
             logits, labels = feed.of_own_images(pooled, batch.labels)
             right.append(torch.equal(labels, sent[n].labels))
@@ -258,6 +258,6 @@ def test_groups_that_do_not_divide_are_refused(groups: int, world_size: int) -> 
 def test_a_norm_batch_that_cannot_be_had_is_refused(config_file: Path) -> None:
     config = loading.load(config_file, ["model.bn_batch_size=5"])
     with pytest.raises(UserError, match="5 given, but a rank takes 12 images .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"):
-        batch_norm.bn_batch_size(config, at_once=12, rows=1)
+        batch_norm.bn_batch_size(config, at_once=12, replicas=1)
     with pytest.raises(UserError, match="model.bn_batch_size: 'some' given; allowed: 'rank', 'all' or a number from 1"):
         loading.load(config_file, ["model.bn_batch_size=some"])

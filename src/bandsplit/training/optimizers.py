@@ -1,4 +1,4 @@
-"""Optimizers and the EMA of weights."""
+"""Optimizers, their steps on condition, and the EMA of weights."""
 
 from __future__ import annotations
 

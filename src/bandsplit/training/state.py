@@ -40,6 +40,8 @@ class ResumePoint:
 def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack) -> ResumePoint | None:
     """On the first rank: checks and locks the run directory, and finds the checkpoint to resume from."""
     directory.check(plan.config, resume)
+    if not directory.config.exists():  # before a new run writes anything
+        plan.bn_batch_size(plan.streams())
     stack.enter_context(directory.locked())
     path = checkpoint.latest(directory.checkpoints)
     point = None if path is None else ResumePoint(path, checkpoint.read(path, checkpoint.RUN))
