@@ -158,7 +158,7 @@ def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) -> None:
-    """Without batch normalisation, whose statistics are those of a part."""
+    """Without batch norm, whose statistics are those of a part."""
     config = loading.load(config_file)
     x, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
     weights = []
