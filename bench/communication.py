@@ -2,9 +2,9 @@
 
     python bench/communication.py [CONFIG] [--set KEY=VALUE …] [--world-size 8] [--processes 2,4]
 
-The first table is computed from the config alone.  For the second, the config's own branches are trained for a few
-steps on random bands, on that many processes of this machine, at a smaller batch; what the loopback interface has
-carried meanwhile, headers included, is set beside the formula.  Run it on a machine that does nothing else.
+The first table is computed from the config alone, for GPUs.  For the second, the config is trained for a few steps on
+plain images, on that many processes of this machine, at a smaller batch; the bytes that the loopback interface carried
+meanwhile, headers included, are compared with the formula.  Run it on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -13,23 +13,22 @@ import argparse
 import multiprocessing
 import os
 import socket
+import tempfile
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import common
 import torch
+from PIL import Image
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
-from bandsplit.data.loader import Batch, BatchFeed
-from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import joined
 from bandsplit.distributed.traffic import Traffic, possible_groups, step_traffic
-from bandsplit.models import batch_norm
-from bandsplit.models.ensemble import Ensemble, parameters_of_branches
+from bandsplit.models.ensemble import parameters_of_branches
 from bandsplit.models.precision import Precision
-from bandsplit.training.learner import Learner
+from bandsplit.training.session import Plan, Session
 
 DEFAULT = ["train.batch_size=2048"]
 
@@ -47,14 +46,16 @@ def main() -> None:
 
     config = loading.load(arguments.config, [*DEFAULT, *arguments.set])
     parameters = parameters_of_branches(config)
+    half = Precision(config.train.precision, torch.device("cuda")).half_bands
     print(
         f"\n{config.name}: {len(parameters)} branches, {sum(parameters) / 1e6:.1f} M parameters, "
-        f"{config.train.batch_size} images of {config.data.image_size}², float16 bands, {arguments.world_size} ranks"
+        f"{config.train.batch_size} images of {config.data.image_size}², float{16 if half else 32} bands, "
+        f"{arguments.world_size} ranks"
     )
     print("| branch groups | branches a rank | gradients MB | bands MB |  all MB | less than plain DDP by |")
     print("|--------------:|----------------:|-------------:|---------:|--------:|-----------------------:|")
     computed = [
-        step_traffic(config, arguments.world_size, g, parameters, half=True)
+        step_traffic(config, arguments.world_size, g, parameters, half)
         for g in possible_groups(config, arguments.world_size)
     ]
     for sent in computed:
@@ -63,23 +64,27 @@ def main() -> None:
             f"{sent.bands / 1e6:>8,.1f} | {sent.bytes / 1e6:>7,.1f} | {computed[0].bytes / sent.bytes:>22.1f} |"
         )
 
-    small = loading.load(
-        arguments.config, [*DEFAULT, *arguments.set, f"train.batch_size={arguments.images}", "optim.momentum=0"]
-    )
-    print(f"\nmeasured: {arguments.images} images a step, {arguments.steps} steps")
+    print(f"\nmeasured: {arguments.images} images a step, {arguments.steps} steps, float32 bands")
     print("| processes | branch groups | computed MB | measured MB | measured / computed |")
     print("|----------:|--------------:|------------:|------------:|--------------------:|")
     measured = []
-    for processes in map(int, arguments.processes.split(",")):
-        for groups in possible_groups(small, processes):
-            sent = step_traffic(small, processes, groups, parameters, half=True)
-            found = _measure(small, processes, groups, arguments.steps)
-            measured.append({"processes": processes, "computed": _as_dict(sent), "measured": found})
-            print(
-                f"| {processes:>9} | {groups:>13} | {sent.bytes / 1e6:>11,.2f} | {found / 1e6:>11,.2f} | "
-                f"{found / sent.bytes:>19.3f} |",
-                flush=True,
-            )
+    with tempfile.TemporaryDirectory() as folder:
+        _write_images(Path(folder), config, arguments.images)
+        for processes in map(int, arguments.processes.split(",")):
+            for groups in possible_groups(config, processes):
+                small = loading.load(
+                    arguments.config,
+                    [*DEFAULT, *arguments.set, f"data.root={folder}", f"train.batch_size={arguments.images}",
+                     "optim.momentum=0", "train.precision=fp32", f"parallel.branch_groups={groups}"],
+                )  # fmt: skip
+                sent = step_traffic(small, processes, groups, parameters, half=False)
+                found = _measure(small, processes, arguments.steps)
+                measured.append({"processes": processes, "computed": _as_dict(sent), "measured": found})
+                print(
+                    f"| {processes:>9} | {groups:>13} | {sent.bytes / 1e6:>11,.2f} | {found / 1e6:>11,.2f} | "
+                    f"{found / sent.bytes:>19.3f} |",
+                    flush=True,
+                )
     settings = {"config": str(arguments.config), "set": arguments.set, "images": arguments.images}
     common.write(arguments.output, settings, {"computed": list(map(_as_dict, computed)), "measured": measured})
 
@@ -88,15 +93,27 @@ def _as_dict(sent: Traffic) -> dict[str, Any]:
     return {**vars(sent), "bytes": sent.bytes}
 
 
-def _measure(config: RunConfig, processes: int, groups: int, steps: int) -> float:
+def _write_images(root: Path, config: RunConfig, batch_size: int) -> None:
+    """At least a batch of grey images, as many in every class of the config, for training and validation."""
+    file, side = root / "grey.jpg", config.data.image_size
+    Image.new("RGB", (side, side), (128, 128, 128)).save(file)
+    for part in ("train", "val"):
+        for k in range(config.data.classes):
+            folder = root / part / f"{k:05d}"
+            folder.mkdir(parents=True)
+            for n in range(-(-batch_size // config.data.classes)):
+                (folder / f"{n}.jpg").hardlink_to(file)
+
+
+def _measure(config: RunConfig, processes: int, steps: int) -> float:
     """Bytes that one of the processes sends in a step, on average."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bandsplit.training.loop"])
+    context.set_forkserver_preload(["bandsplit.training.session"])
     results = context.SimpleQueue()
-    work = partial(_train, config, processes, groups, steps, port, results)
+    work = partial(_train, config, processes, steps, port, results)
     ranks = [context.Process(target=work, args=(rank,)) for rank in range(processes)]
     for process in ranks:
         process.start()
@@ -108,27 +125,21 @@ def _measure(config: RunConfig, processes: int, groups: int, steps: int) -> floa
     return found / processes / steps
 
 
-def _train(config: RunConfig, processes: int, groups: int, steps: int, port: int, results: Any, rank: int) -> None:
-    place = {"RANK": rank, "WORLD_SIZE": processes, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+def _train(config: RunConfig, processes: int, steps: int, port: int, results: Any, rank: int) -> None:
+    place = {"RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes, "LOCAL_RANK": rank}
+    place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()}, GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
     with joined() as ranks:
-        mesh = Mesh(ranks, len(config.split.groups), groups)
-        ensemble = Ensemble.of(config, mesh.own).to(memory_format=torch.channels_last)
-        at_once = config.rank_batch_size(processes) * groups
-        bn_batch_size = batch_norm.bn_batch_size(config, at_once, mesh.replicas)
-        for branch in ensemble.branches:
-            batch_norm.fit(branch, bn_batch_size, at_once, mesh)
-        precision = Precision("fp32", ranks.device)
-        learners = [Learner(branch, config, precision, mesh) for branch in ensemble.branches]
-        feed = BatchFeed(_random_batches(config, processes), mesh)
+        session = Session(Plan.of(config, ranks))
 
         def step(ahead: bool) -> None:
-            (batch,) = feed.take(1, ahead)
-            for x, learner in zip(batch.inputs, learners, strict=True):
-                learner.step([x.float()], [batch.labels], lr=1e-3)
+            parts = session.feed.take(session.streams.parts, ahead)
+            labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
+            for i, learner in enumerate(session.learners):
+                learner.step([part.inputs[i] for part in parts], labels, lr=1e-3, teacher_logits=teacher_logits)
 
-        step(ahead=False)  # DDP tells the ranks its buckets in the first step
+        step(ahead=False)  # in the first step DDP tells the ranks its buckets
         ranks.wait()
         before = _loopback_bytes()
         for n in range(steps):
@@ -137,17 +148,6 @@ def _train(config: RunConfig, processes: int, groups: int, steps: int, port: int
         if ranks.is_first:
             results.put(_loopback_bytes() - before)
         ranks.wait()
-
-
-def _random_batches(config: RunConfig, processes: int) -> Any:
-    size = config.data.image_size // config.split.block
-    count = config.rank_batch_size(processes)
-    inputs = [
-        torch.randn(count, 3 * len(group), size, size).half().to(memory_format=torch.channels_last)
-        for group in config.split.groups
-    ]
-    while True:
-        yield Batch(inputs, torch.zeros(count, dtype=torch.int64))
 
 
 def _loopback_bytes() -> int:

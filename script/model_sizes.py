@@ -1,6 +1,6 @@
 """Prints how large networks are, in MiB of float32, beside published figures: ``python script/model_sizes.py``.
 
-Once weights alone, once with the running mean and variance of batch normalisation.  Nothing is allocated.
+Once weights alone, once with the running statistics of batch norm.  Nothing is allocated.
 """
 
 from __future__ import annotations

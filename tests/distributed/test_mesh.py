@@ -81,7 +81,7 @@ def step_on_mesh(config: RunConfig, branch_groups: int, norms: bool) -> tuple[Gr
 
 
 def step_alone(config: RunConfig, bn_batch_size: int | None) -> tuple[Gradients, Gradients]:
-    """The same with plain autograd: torch's batch normalisation over `bn_batch_size` images at a time."""
+    """The same with plain autograd: torch's batch norm over `bn_batch_size` images at a time."""
     ensemble = Ensemble.of(config).double()
     of_rank = [batches(config.split.groups, rank) for rank in range(RANKS)]
     gradients, buffers = {}, {}
@@ -109,8 +109,8 @@ def step_alone(config: RunConfig, bn_batch_size: int | None) -> tuple[Gradients,
 
 @pytest.mark.parametrize("norms", ["all", 8, 2, "absent"])
 def test_gradients_do_not_depend_on_the_number_of_branch_groups(config_file: Path, norms: str | int) -> None:
-    """Batch normalisation over all 16 images; over 8, which joins ranks, is a rank's own batch, or parts it, for 1,
-    2 and 4 groups; over 2; and no normalisation at all.  In float64: what differs is the order of additions."""
+    """Batch norm over all 16 images; over 8, which for 1, 2 and 4 groups joins ranks, is a rank's batch, or part of it;
+    over 2; and no batch norm.  In float64: only the order of additions differs."""
     keys = [f"train.batch_size={RANKS * BATCH * PARTS}", f"train.grad_accum_steps={PARTS}", "model.stem=small"]
     config = loading.load(config_file, [*keys, f"model.bn_batch_size={'all' if norms == 'absent' else norms}"])
     alone, alone_buffers = step_alone(config, {"all": 16, "absent": None}.get(norms, norms))  # type: ignore[call-overload]
@@ -138,12 +138,12 @@ def exchange_and_give_back(groups: tuple[tuple[int, ...], ...], half: bool) -> l
         right = []
         feed = BatchFeed(iter(sent), mesh)
         for n, batch in enumerate(feed):
-            row = [batches(groups, 2 * mesh.replica + i)[n] for i in range(2)]
+            replica = [batches(groups, 2 * mesh.replica + i)[n] for i in range(2)]
             for x, k in zip(batch.inputs, mesh.own, strict=True):
-                wanted = torch.cat([each.inputs[k] for each in row])
+                wanted = torch.cat([each.inputs[k] for each in replica])
                 right.append(torch.equal(x, wanted.half() if half else wanted))
                 right.append(x.is_contiguous(memory_format=torch.channels_last))
-            right.append(torch.equal(batch.labels, torch.cat([each.labels for each in row])))
+            right.append(torch.equal(batch.labels, torch.cat([each.labels for each in replica])))
             pooled = torch.stack([x.float().sum(dim=(1, 2, 3))[:, None] for x in batch.inputs])
             logits, labels = feed.of_own_images(pooled, batch.labels)
             right.append(torch.equal(labels, sent[n].labels))
@@ -255,9 +255,9 @@ def test_groups_that_do_not_divide_are_refused(groups: int, world_size: int) -> 
         branch_groups(config, world_size, [1] * 16, half=True)
 
 
-def test_a_norm_batch_that_cannot_be_had_is_refused(config_file: Path) -> None:
+def test_a_bn_batch_size_that_does_not_fit_is_refused(config_file: Path) -> None:
     config = loading.load(config_file, ["model.bn_batch_size=5"])
     with pytest.raises(UserError, match="5 given, but a rank takes 12 images .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"):
-        batch_norm.bn_batch_size(config, at_once=12, rows=1)
+        batch_norm.bn_batch_size(config, at_once=12, replicas=1)
     with pytest.raises(UserError, match="model.bn_batch_size: 'some' given; allowed: 'rank', 'all' or a number from 1"):
         loading.load(config_file, ["model.bn_batch_size=some"])

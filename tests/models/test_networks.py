@@ -187,15 +187,15 @@ def test_the_smallest_input_is_what_torchvisions_network_takes(arch: str) -> Non
         assert not forwards(theirs, smallest - 1)
         with pytest.raises(
             UserError,
-            match=f"{arch} takes inputs from {smallest} x {smallest} pixels on, and a branch sees "
-            f"{smallest - 1} x {smallest - 1}, data.image_size over split.block; allowed: a larger data.image_size",
+            match=f"model.arch: '{arch}' needs inputs of at least {smallest} x {smallest}, but a branch gets "
+            f"{smallest - 1} x {smallest - 1}; allowed: larger images",
         ):
             built(arch, size=smallest - 1)
 
 
 def test_bands_that_are_too_small_are_found_before_a_run_begins(config_file: Path) -> None:
     config = loading.load(config_file, ["model.arch=vgg16", "model.width=1"])
-    with pytest.raises(UserError, match="vgg16 takes inputs from 32 x 32 pixels on, and a branch sees 16 x 16"):
+    with pytest.raises(UserError, match="'vgg16' needs inputs of at least 32 x 32, but a branch gets 16 x 16"):
         parameters_of_branches(config)
 
 
@@ -415,7 +415,7 @@ def test_timm_is_asked_for_channels_and_classes(calls: list[dict[str, Any]]) -> 
 def test_what_timm_refuses_is_one_message() -> None:
     with pytest.raises(UserError, match=r"model.arch: timm refuses 'resnet35' for 3 channels, .*: Unknown model"):
         built("resnet35", source="timm")
-    with pytest.raises(UserError, match="averaging takes inputs from 5 x 5 pixels on, and a branch sees 4 x 4"):
+    with pytest.raises(UserError, match="'averaging' needs inputs of at least 5 x 5, but a branch gets 4 x 4"):
         built("averaging", size=4, source="timm")
     with pytest.raises(UserError, match="timm refuses 'positions' for 3 channels, 4 x 4 pixels and 10 .*Kernel size"):
         built("positions", size=4, source="timm")
@@ -433,7 +433,7 @@ def test_timms_own_refusals() -> None:
     pytest.importorskip("timm")
     with pytest.raises(UserError, match=r"timm refuses 'resnet35' .*: RuntimeError: Unknown model \(resnet35\)"):
         built("resnet35", source="timm")
-    with pytest.raises(UserError, match="inception_v3 takes inputs from 75 x 75 pixels on, and a branch sees 56 x 56"):
+    with pytest.raises(UserError, match="'inception_v3' needs inputs of at least 75 x 75, but a branch gets 56 x 56"):
         on_meta("inception_v3", size=56, source="timm")
 
 

@@ -200,7 +200,7 @@ def test_the_dry_run_counts_the_teacher_and_names_the_sizes(
     assert done.returncode == 0, done.stderr
     parameters = sum(p.numel() for p in Restored.of(teacher, "last").ensemble.parameters())
     assert "teacher   tiny, 4 x resnet18 with block 2: " in done.stdout
-    assert f"a image forward, {parameters * 4 / 2**20:.2f} MiB" in done.stdout
+    assert f"per image forward, {parameters * 4 / 2**20:.2f} MiB" in done.stdout
     assert "sizes     16 from epoch 0, 32 from epoch 1; costs are of the largest" in done.stdout
     done = run_here("train.py", config_file, "--dry-run", "--set", "distillation.teacher=/nowhere")
     assert "teacher   unknown: /nowhere is not a run directory" in done.stdout

@@ -263,7 +263,7 @@ def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) -> None:
-    """Without batch normalisation, whose statistics are those of a part."""
+    """Without batch norm, whose statistics are those of a part."""
     config = loading.load(config_file)
     x, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
     weights = []
@@ -271,7 +271,7 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) 
         torch.manual_seed(0)
         network = torch.nn.Linear(5, 3)
         learner = Learner(network, config, Precision("fp32", ALONE.ranks.device), ALONE)
-        losses = [learner.step(x.chunk(parts), y.chunk(parts), lr=0.1) for _ in range(3)]
+        losses = [learner.step(x.chunk(parts), y.chunk(parts), lr=0.1).loss for _ in range(3)]
         weights.append((network.weight.detach().clone(), torch.stack(losses)))
         assert network.weight.grad is None  # nothing of this branch stays behind
     for a, b in zip(*weights, strict=True):
@@ -291,8 +291,8 @@ def test_a_step_with_gradients_that_are_not_finite_is_left_out(config_file: Path
         factor = 0.5 if policy == "lower_lr" else 1.0
         for n, x in enumerate(batches):
             lr = 0.1 if len(batches) == 3 or n == 0 else 0.1 * factor
-            loss = learner.step([x], [labels], lr)
-            assert (loss is None) == (x is bad)
+            outcome = learner.step([x], [labels], lr)
+            assert bool(outcome.taken) == (not outcome.failed) == (x is good)
             assert network[2].weight.grad is None
         networks.append((network.state_dict(), learner.optimizer.state_dict()["state"]))
         if len(batches) == 3:

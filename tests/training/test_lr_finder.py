@@ -1,4 +1,4 @@
-"""The range test's suggestion on curves whose answer is known, and on real files."""
+"""The LR finder's suggestion on curves whose answer is known, and on real files."""
 
 from __future__ import annotations
 

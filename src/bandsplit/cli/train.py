@@ -32,7 +32,7 @@ def main() -> None:
     )
     parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
     parser.add_argument("--print-run-dir", action="store_true", help="print the run directory and stop")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: number of ranks to check for")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: number of ranks, on GPUs, to check for")
     arguments = parser.parse_args()
     if arguments.world_size and not arguments.dry_run:
         parser.error("--world-size goes with --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")
@@ -45,10 +45,9 @@ def main() -> None:
         print(run_dir)
         return
     if arguments.dry_run:
-        from bandsplit.distributed.ranks import world_size
         from bandsplit.training import dry_run
 
-        dry_run.show(config, arguments.world_size or world_size())
+        dry_run.show(config, arguments.world_size)
         return
     from bandsplit.training import loop
 

@@ -1,4 +1,4 @@
-"""Mixup and CutMix on bands."""
+"""Mixup and CutMix of bands."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from bandsplit.config import schema
 def mix(
     inputs: Sequence[Tensor], labels: Tensor, config: schema.RunConfig, batch: int, stream: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Mixup or CutMix of one batch, alike in all inputs, (B, channels, h, w) each, where h = w may differ; labels (B,).
+    """Mixup or CutMix of a batch: inputs (B, channels, h, w), mixed alike, whose h = w may differ; labels (B,).
 
-    The split is linear and acts on each block alone, so mixing bands is mixing images, with boxes in whole blocks.
-    Chance comes from the seed, the stream of images and the number of the batch in it.
-    Returns inputs and labels (B, classes), float32, or all as it was where the config mixes nothing.
+    The split is linear and acts on each block by itself, so mixing bands is mixing images, with CutMix boxes in whole
+    blocks.  Random numbers depend on the seed, the stream of images and the number of the batch in it.
+    Returns inputs and labels (B, classes), float32; unchanged where the config mixes nothing.
     """
     alphas = config.mix.mixup, config.mix.cutmix
     if not any(alphas):
@@ -32,7 +32,7 @@ def mix(
             return list(inputs), one_hot(labels, config.data.classes).float()
         cut = alphas[1] > 0 and (not alphas[0] or bool(torch.rand(()) < 0.5))
         transform = (v2.CutMix if cut else v2.MixUp)(alpha=alphas[cut], num_classes=config.data.classes)
-        grid = math.gcd(*(x.shape[-1] for x in inputs))  # a box in this grid is a box in each of them
+        grid = math.gcd(*(x.shape[-1] for x in inputs))  # the coarsest of them: a box of whole cells is one in each
         drawn = transform.make_params([torch.empty(1, 1, grid, grid)])
     drawn |= {"labels": labels, "batch_size": len(labels)}
     mixed = []

@@ -1,4 +1,4 @@
-"""Bands to the ranks that train them, and logits back."""
+"""Exchange of bands and logits between the branch groups of a replica."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from bandsplit.distributed.mesh import Mesh
 
 
 class Exchange:
-    """Bands to the ranks that train them, and their logits back, within a row of the mesh.
+    """Sends bands to the ranks that train them and logits back, within a replica.
 
-    One `all_to_all_single` a batch, on a stream of its own where there is a GPU.
+    One `all_to_all_single` per batch, on a CUDA stream of its own.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -27,11 +27,11 @@ class Exchange:
         self._stream = torch.cuda.Stream(mesh.ranks.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def on_side_stream(self) -> Any:
-        """A context in which a batch is made and sent beside what the device computes."""
+        """Context in which a batch is made and sent while the device computes."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def send(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Transfer:
-        """Starts to send inputs of all branches, (B, channels, h, w) each, and what is to be learnt, (B, …) each."""
+        """Starts to send inputs of all branches, (B, channels, h, w) each, and targets, (B, …) each."""
         g, group = self._mesh.branch_groups, self._mesh.exchange_group
         flat = [rearrange(x, "b c h w -> (b h w c)") for x in inputs]
         count = len(inputs) // g
@@ -40,18 +40,18 @@ class Exchange:
         sent = torch.cat(flat)
         received = sent.new_empty(g * sum(x.numel() for x in own))
         targets = [target.contiguous() for target in targets]
-        of_row = [target.new_empty(g * len(target), *target.shape[1:]) for target in targets]
+        gathered = [target.new_empty(g * len(target), *target.shape[1:]) for target in targets]
         works = [
             dist.all_to_all_single(received, sent, [len(received) // g] * g, sizes, group=group, async_op=True),
             *(
-                dist.all_gather_into_tensor(all_of_it, target, group=group, async_op=True)
-                for all_of_it, target in zip(of_row, targets, strict=True)
+                dist.all_gather_into_tensor(output, target, group=group, async_op=True)
+                for output, target in zip(gathered, targets, strict=True)
             ),
         ]
-        return Transfer(works, [sent, *targets], received, of_row, [tuple(x.shape) for x in own], g, self._stream)
+        return Transfer(works, [sent, *targets], received, gathered, [tuple(x.shape) for x in own], g, self._stream)
 
     def give_back(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (own branches, B of the whole row, classes) -> (all branches, B of this rank, classes), and labels."""
+        """Logits (own branches, B of the replica, classes) -> (all branches, B of this rank, classes); labels too."""
         g = self._mesh.branch_groups
         sent = rearrange(logits, "k (g b) c -> g k b c", g=g).contiguous()
         received = torch.empty_like(sent)
@@ -61,20 +61,20 @@ class Exchange:
 
 @dataclass
 class Transfer:
-    """A batch on its way."""
+    """A batch being sent."""
 
     works: list[Any]
     sent: list[Tensor]
     received: Tensor
     targets: list[Tensor]
-    """Of the whole row."""
+    """Those of the whole replica."""
     shapes: list[tuple[int, ...]]
-    """Of the own branches' inputs, for one rank's images."""
+    """Shapes of the inputs of this rank's branches, for the images of one rank."""
     sources: int
     stream: torch.cuda.Stream | None
 
     def wait(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs of this rank's branches, (B of the whole row, channels, h, w) in channels_last each, and targets."""
+        """Inputs of this rank's branches, (B of the replica, channels, h, w) in channels_last each, and targets."""
         for work in self.works:
             work.wait()
         if self.stream is not None:
@@ -86,7 +86,7 @@ class Transfer:
         by_source = self.received.view(self.sources, -1)
         for b, c, h, w in self.shapes:
             x = by_source[:, start : start + b * c * h * w]
-            x = rearrange(x, "g (b h w c) -> (g b) h w c", b=b, c=c, h=h, w=w)  # a copy where a rank has several
+            x = rearrange(x, "g (b h w c) -> (g b) h w c", b=b, c=c, h=h, w=w)  # a copy with several branches
             inputs.append(rearrange(x, "b h w c -> b c h w"))
             start += b * c * h * w
         return inputs, self.targets

@@ -15,9 +15,11 @@ from bandsplit.distributed.ranks import Ranks
 
 
 class Mesh:
-    """Ranks as a table: a row shares its images, a column its branches.
+    """Branch groups x data-parallel replicas.
 
-    Rank r stands in row r // branch_groups, so that a row is a machine's neighbouring ranks.
+    Ranks of one replica hold different branches and exchange bands of their images; ranks of one branch group hold the
+    same branches and average their gradients.  Rank r is in replica r // branch_groups and group r % branch_groups, so
+    that neighbouring ranks, often on one machine, exchange bands.
     """
 
     def __init__(self, ranks: Ranks, branches: int, branch_groups: int = 1) -> None:
@@ -29,7 +31,9 @@ class Mesh:
         self.own = range(first, first + count)
         """Branches that this rank trains, counted within the run."""
         self.exchange_group: Any = None
+        """Process group of this rank's replica, which exchanges bands; None: one rank."""
         self.data_group: Any = None
+        """Process group of the ranks that train the same branches; None: one rank."""
         self._neighbours: dict[int, Any] = {}
         if ranks.world_size > 1:
             names = ("data", "branch")
@@ -40,10 +44,11 @@ class Mesh:
 
     @property
     def replica(self) -> int:
+        """Which of the replicas of its branches this rank is."""
         return self.ranks.rank // self.branch_groups
 
     def neighbours(self, count: int) -> Any:
-        """Process group of `count` ranks that follow each other in a column; every rank has to ask for it."""
+        """Process group of this rank and its neighbours, `count` replicas of its branches; every rank calls it."""
         if count not in self._neighbours:
             first = range(0, self.replicas, count)
             sets = [
@@ -55,10 +60,10 @@ class Mesh:
         return self._neighbours[count]
 
     def replicate(self, branch: nn.Module) -> nn.Module:
-        """Wraps one branch so that its gradients are averaged over its column while backward runs.
+        """Wraps a branch so that backward averages its gradients over the replicas.
 
-        Buffers are not exchanged: training never reads the running statistics of batch normalisation, and
-        `mean_buffers` averages them before anything is validated or saved.
+        Buffers are not synchronized: training does not read the running statistics of batch norm, and `mean_buffers`
+        averages them for validation and checkpoints.
         """
         if self.replicas == 1:
             return branch
@@ -73,9 +78,9 @@ class Mesh:
 
     @contextmanager
     def mean_buffers(self, module: nn.Module) -> Iterator[None]:
-        """Inside, buffers are their mean over the column; afterwards each rank has its own again.
+        """Context in which floating-point buffers are their mean over the replicas; afterwards each rank's own again.
 
-        A running mean of means is the mean of running means, so that statistics count the images of all ranks.
+        The average of the replicas' running means is the running mean over the images of all of them.
         """
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         if self.replicas == 1 or not buffers:

@@ -13,15 +13,15 @@ GRADIENT_BYTES = 4  # gradients are float32 whatever the precision
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in one optimizer step with so many groups of branches.
+    """Bytes that a rank sends in one optimizer step with `branch_groups` groups of branches.
 
-    Gradients: a ring all-reduce over D ranks sends each number 2 (D - 1) / D times (Patarasuk and Yuan, 2009).  Bands:
-    of its own images a rank sends what the other g - 1 groups read.
+    Gradients: a ring all-reduce over D ranks sends each number 2 (D - 1) / D times (Patarasuk and Yuan, 2009).
+    Bands: a rank sends those of its own images that the other groups read.
     """
 
     branch_groups: int
     branches: int
-    """Restored by one rank."""
+    """Number trained by each rank."""
     gradients: float
     bands: float
 
@@ -33,9 +33,9 @@ class Traffic:
 def step_traffic(config: RunConfig, world_size: int, groups: int, parameters: Sequence[int], half: bool) -> Traffic:
     """Traffic of the busiest rank.
 
-    `parameters`: their number in each branch; `half`: bands travel as float16, otherwise float32.
+    `parameters`: their number in each branch; `half`: bands are sent as float16, otherwise float32.
     """
-    columns = world_size // groups
+    replicas = world_size // groups
     of_group = [range(b * len(parameters) // groups, (b + 1) * len(parameters) // groups) for b in range(groups)]
     pixels = (config.data.image_size // config.split.block) ** 2
     values = [3 * pixels * len(group) for group in config.split.groups]
@@ -44,7 +44,7 @@ def step_traffic(config: RunConfig, world_size: int, groups: int, parameters: Se
     return Traffic(
         groups,
         len(parameters) // groups,
-        2 * (columns - 1) / columns * most * GRADIENT_BYTES,
+        2 * (replicas - 1) / replicas * most * GRADIENT_BYTES,
         config.train.batch_size / world_size * (sum(values) - own) * (2 if half else 4) if groups > 1 else 0,
     )
 
@@ -56,7 +56,7 @@ def possible_groups(config: RunConfig, world_size: int) -> list[int]:
 
 
 def branch_groups(config: RunConfig, world_size: int, parameters: Sequence[int], half: bool) -> int:
-    """`parallel.branch_groups`, where "auto" is the number with the least traffic, the smaller of two that are equal.
+    """`parallel.branch_groups`; "auto" is the number with the least traffic, the smaller of two that are equal.
 
     Raises UserError where it does not divide the ranks and the branches.
     """

@@ -1,4 +1,4 @@
-"""Batch normalisation over a stated number of images, whatever a rank's batch is."""
+"""Batch norm over a stated number of images, whatever a rank's batch is."""
 
 from __future__ import annotations
 
@@ -8,36 +8,93 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.traffic import possible_groups
 from bandsplit.errors import UserError
+from bandsplit.models.ensemble import Ensemble
 
 
-def bn_batch_size(config: RunConfig, at_once: int, rows: int) -> int:
-    """Images over which batch normalisation takes its statistics in training.
+def bn_batch_size(config: RunConfig, at_once: int, replicas: int) -> int:
+    """Images over which batch norm takes its statistics in training.
 
-    `at_once`: images that a rank takes through a branch at once; `rows`: ranks that train the same branch.
-    Raises UserError where `model.bn_batch_size` can be had neither by parting a rank's images nor by joining ranks'.
+    `at_once`: images that a rank takes through a branch at once; `replicas`: ranks that train the same branch.
+    Raises UserError where `model.bn_batch_size` is neither a part of `at_once` nor that of several ranks, and where a
+    batch norm would have one value per channel, of which there is no variance.
     """
     wanted = config.model.bn_batch_size
-    if wanted == "rank":
-        return at_once
-    if wanted == "all":
-        return at_once * rows
     possible = [n for n in range(1, at_once) if at_once % n == 0]
-    possible += [at_once * n for n in range(1, rows + 1) if rows % n == 0]
-    if wanted not in possible:
+    possible += [at_once * n for n in range(1, replicas + 1) if replicas % n == 0]
+    if wanted not in ("rank", "all", *possible):
         raise UserError(
             f"model.bn_batch_size: {wanted} given, but a rank takes {at_once} images through a branch at once and "
-            f"{rows} rank{'s train' if rows > 1 else ' trains'} each branch; allowed: "
+            f"{replicas} rank{'s train' if replicas > 1 else ' trains'} each branch; allowed: "
             f"{', '.join(map(str, possible))}, 'rank' or 'all'"
         )
-    return wanted
+    images = at_once if wanted == "rank" else at_once * replicas if wanted == "all" else wanted
+    if images == 1:
+        _require_larger_maps(config, replicas)
+    return images
+
+
+def _require_larger_maps(config: RunConfig, replicas: int) -> None:
+    """Raises UserError where a map of 1 x 1 meets a batch norm over one image; networks are on the meta device."""
+    size = min(config.image_size_at(epoch) for epoch in range(config.train.epochs)) // config.split.block
+    with torch.device("meta"):
+        branches = list(Ensemble.of(config).branches)
+    for number, branch, group in zip(config.split.numbers, branches, config.split.groups, strict=True):
+        norm = _norm_of_one_value(branch, torch.empty(1, 3 * len(group), size, size, device="meta"))
+        if norm is not None:
+            raise UserError(
+                f"{_key_of_one_image(config, replicas)}; with inputs of {size} x {size} its map in {norm} of branch "
+                f"{number} is 1 x 1, and one value per channel has no variance; allowed: "
+                f"{', '.join(_ways_to_more_values(config, replicas))}"
+            )
+
+
+def _norm_of_one_value(branch: nn.Module, image: Tensor) -> str | None:
+    """Name of a batch norm that has one value per channel of an image (1, C, h, w), both on the meta device."""
+    found: list[str] = []
+    for name, module in branch.named_modules():
+        if isinstance(module, _BatchNorm):
+
+            def look(_: nn.Module, inputs: tuple[Tensor, ...], name: str = name) -> None:
+                if inputs[0].numel() == inputs[0].shape[1]:
+                    found.append(name)
+
+            module.register_forward_pre_hook(look)
+    with torch.no_grad():
+        branch.eval()(image)
+    return found[0] if found else None
+
+
+def _key_of_one_image(config: RunConfig, replicas: int) -> str:
+    if config.model.bn_batch_size == 1:
+        return "model.bn_batch_size: 1 given: batch norm over one image"
+    shares = [f"{replicas} ranks"] * (replicas > 1)
+    shares += [f"train.grad_accum_steps = {config.train.grad_accum_steps}"] * (config.train.grad_accum_steps > 1)
+    of = f" with {' and '.join(shares)}" if shares else ""
+    return f"train.batch_size: {config.train.batch_size} given{of}: batch norm over one image"
+
+
+def _ways_to_more_values(config: RunConfig, replicas: int) -> list[str]:
+    ways = []
+    if config.model.bn_batch_size == 1:
+        ways += ["a larger model.bn_batch_size, 'rank' or 'all'"]
+    else:
+        ways += ["a larger train.batch_size"]
+        ways += ["a smaller train.grad_accum_steps"] * (config.train.grad_accum_steps > 1)
+        ways += ["fewer ranks"] * (replicas > 1)
+        ways += ["model.bn_batch_size = 'all'"] * (replicas > 1 and config.model.source == "torchvision")
+        ways += ["a larger parallel.branch_groups"] * (len(possible_groups(config, replicas)) > 1)
+    ways += ["a larger augment.progressive.min_size" if config.augment.progressive else "a larger data.image_size"]
+    return [*ways, *["a smaller split.block"] * (config.split.block > 1)]
 
 
 def fit(branch: nn.Module, images: int, at_once: int, mesh: Mesh) -> nn.Module:
-    """The branch with batch normalisation over `images`, where a rank takes `at_once` through it in training."""
+    """The branch with batch norm over `images` in training, where a rank takes `at_once` through it at once."""
     if images < at_once:
         return _converted(branch, lambda norm: GhostBatchNorm2d(images, norm.num_features))
     if images == at_once:
@@ -50,7 +107,7 @@ def fit(branch: nn.Module, images: int, at_once: int, mesh: Mesh) -> nn.Module:
 
 
 def _converted(module: nn.Module, make: Any) -> nn.Module:
-    """The module with every BatchNorm2d in it exchanged for what `make` gives; parameters and buffers stay."""
+    """The module with every BatchNorm2d in it replaced by what `make` gives, with the same parameters and buffers."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             norm = make(child)
@@ -63,10 +120,10 @@ def _converted(module: nn.Module, make: Any) -> nn.Module:
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation in which every `images` images of a batch are normalised by themselves.
+    """Batch norm over every `images` images of a batch by themselves (ghost batch norm).
 
-    Hoffer, Hubara, Soudry, *Train longer, generalize better* (NIPS 2017), algorithm 1.  Running statistics move once a
-    batch, to the mean over its parts.
+    Hoffer, Hubara, Soudry, *Train longer, generalize better* (NIPS 2017), algorithm 1.  Running statistics are updated
+    once a batch, with the mean over its parts.
     """
 
     def __init__(self, images: int, num_features: int) -> None:
@@ -94,7 +151,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 class HostSyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch normalisation over the images of several ranks on a CPU; torch's SyncBatchNorm needs a GPU."""
+    """Batch norm over the images of several ranks on a CPU; torch's SyncBatchNorm needs a GPU."""
 
     def __init__(self, group: Any, num_features: int) -> None:
         super().__init__(num_features)
@@ -123,7 +180,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over ranks, whose gradient is the sum of the ranks' gradients."""
+    """Sum over ranks; its gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:

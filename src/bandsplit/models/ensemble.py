@@ -1,4 +1,4 @@
-"""Branches and the fusion of their logits."""
+"""The ensemble of branches, and the fusion of their logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bandsplit.models import networks
 
 
 class Ensemble(nn.Module):
-    """Independent networks, one a group of bands, which it reads as 3·len(group) channels."""
+    """Independent networks, one per group of bands, which are its 3·len(group) input channels."""
 
     def __init__(self, branches: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -21,18 +21,18 @@ class Ensemble(nn.Module):
 
     @classmethod
     def of(cls, config: schema.RunConfig, own: range | None = None) -> Ensemble:
-        """The branches of a run, freshly initialised; with `own` those alone, counted within the run."""
+        """The branches of a run, freshly initialized; with `own` only these, counted within the run."""
         numbers, groups = config.split.numbers, config.split.groups
         chosen = own if own is not None else range(len(groups))
         return cls(_build_branch(config, numbers[i], 3 * len(groups[i])) for i in chosen)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Inputs: one (B, 3·bands, h, w) a branch.  Returns the branches' logits (branches, B, classes), float32."""
+        """Inputs (B, 3·bands, h, w), one per branch -> logits of the branches (branches, B, classes), float32."""
         return torch.stack([branch(x).float() for branch, x in zip(self.branches, inputs, strict=True)])
 
 
 def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Module:
-    """Branch k, its weights drawn from the run's seed and k alone, whichever other branches there are."""
+    """Branch k; its initial weights depend on the run's seed and k, not on the other branches."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derived(config.seed, "weights", k))
         model, block = config.model_of(k), config.split.block
@@ -41,7 +41,7 @@ def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Modu
 
 
 def parameters_of_branches(config: schema.RunConfig) -> list[int]:
-    """Number of parameters of every branch of a run; no weights are allocated."""
+    """Number of parameters of each branch of a run; allocates no weights."""
     with torch.device("meta"):
         return [networks.count_parameters(branch) for branch in Ensemble.of(config).branches]
 

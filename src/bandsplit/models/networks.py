@@ -1,4 +1,4 @@
-"""An architecture fitted to a branch: its input channels, its width and a stem that suits the size of a band."""
+"""Network architectures adapted to a branch: input channels, width, and a stem for small inputs."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from bandsplit.config import schema
 from bandsplit.errors import UserError
 
 SMALLEST = {"alexnet": 63, "vgg16": 32, "vgg16_bn": 32, "inception_v3": 75}
-"""Smallest side of an input; the others of torchvision's take any."""
+"""Smallest input size; torchvision's other architectures take any."""
 
 
 def build(config: schema.Model, in_channels: int, classes: int, size: int) -> nn.Module:
-    """A network (B, in_channels, size, size) -> logits (B, classes), freshly initialised from torch's random state.
+    """A network (B, in_channels, size, size) -> logits (B, classes), initialized from torch's random state.
 
-    Raises UserError where the architecture needs larger inputs or timm refuses.
+    Raises UserError where the architecture needs larger inputs, and where timm refuses.
     """
     if config.source == "timm":
         network = _of_timm(config.arch, in_channels, classes, size)
@@ -47,8 +47,8 @@ def count_parameters(module: nn.Module) -> int:
 
 def _too_small(arch: str, smallest: int, size: int) -> UserError:
     return UserError(
-        f"{arch} takes inputs from {smallest} x {smallest} pixels on, and a branch sees {size} x {size}, "
-        "data.image_size over split.block; allowed: a larger data.image_size, a smaller split.block, another model.arch"
+        f"model.arch: {arch!r} needs inputs of at least {smallest} x {smallest}, but a branch gets {size} x {size}; "
+        "allowed: larger images (data.image_size, augment.progressive.min_size), a smaller split.block, another arch"
     )
 
 
@@ -56,7 +56,7 @@ def _too_small(arch: str, smallest: int, size: int) -> UserError:
 
 
 class _Basic(BasicBlock):
-    """torchvision's block, whose residual branch may be dropped."""
+    """torchvision's block with stochastic depth on its residual branch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,7 +77,7 @@ class _Basic(BasicBlock):
 
 
 class _Bottleneck(Bottleneck):
-    """torchvision's block, whose residual branch may be dropped."""
+    """torchvision's block with stochastic depth on its residual branch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,10 +108,10 @@ _RESNETS: dict[str, tuple[type[_Basic | _Bottleneck], list[int]]] = {
 
 
 class _ResNet(ResNet):
-    """torchvision's ResNet with any number of input channels, every width multiplied, a choice of stem, and tweaks.
+    """torchvision's ResNet with any number of input channels, a width factor, three stems, and tweaks.
 
-    With 3 channels, width 1, the standard stem and tweak b it is torchvision's own network, key by key; with b, c and d
-    it is timm's resnet50d.  The tweaks are those of He et al., *Bag of Tricks* (CVPR 2019), section 4.
+    With 3 channels, width 1, the standard stem and tweak b its state dict is that of torchvision's; resnet50 with b, c
+    and d is timm's resnet50d.  Tweaks: He et al., *Bag of Tricks* (CVPR 2019), section 4.
     """
 
     def __init__(self, config: schema.Model, in_channels: int, classes: int) -> None:
@@ -147,7 +147,7 @@ class _ResNet(ResNet):
         return max(8, round(channels * self.width / 8) * 8)
 
     def _deep_stem(self, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-        """Tweak c: three 3x3 in place of the first convolution, (B, in, h, w) -> (B, out, h/stride, w/stride)."""
+        """Tweak c: three 3x3 convolutions as the first, (B, in, h, w) -> (B, out, h/stride, w/stride)."""
         middle = self._scaled(32)
         return nn.Sequential(
             nn.Conv2d(in_channels, middle, kernel_size=3, stride=stride, padding=1, bias=False),
@@ -177,11 +177,11 @@ class _ResNet(ResNet):
         return layer
 
 
-# ---------------------------------------------------------------------------------------------------- the others
+# -------------------------------------------------------------------------------------- others of torchvision
 
 
 def _of_torchvision(config: schema.Model, in_channels: int, classes: int, size: int) -> nn.Module:
-    """AlexNet, VGG, MobileNet or Inception, fitted on the meta device before any weight is drawn."""
+    """AlexNet, VGG, MobileNet or Inception, adapted on the meta device before weights are initialized."""
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     if config.arch.startswith("mobilenet"):
         options["width_mult"] = config.width
@@ -205,7 +205,7 @@ def _with_in_channels(old: nn.Conv2d, in_channels: int) -> nn.Conv2d:
 
 
 def _fit_classifier(network: Any, in_channels: int, size: int) -> None:
-    """Shrinks the first fully connected layer with the map, in place of blowing a small map up to 6x6 or 7x7."""
+    """Fits the first fully connected layer to a small map, which torchvision would upsample to 6x6 or 7x7."""
     features = network.features(torch.empty(1, in_channels, size, size))
     if features.shape[-1] < network.avgpool.output_size[0]:
         network.avgpool = nn.Identity()
@@ -214,7 +214,7 @@ def _fit_classifier(network: Any, in_channels: int, size: int) -> None:
 
 
 def _start_like_torchvision(network: nn.Module, arch: str) -> None:
-    """Draws the weights as torchvision's constructor does; AlexNet's are torch's own."""
+    """Initializes weights as torchvision's constructor does; AlexNet keeps torch's defaults."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
             module.reset_parameters()
@@ -232,7 +232,7 @@ def _start_like_torchvision(network: nn.Module, arch: str) -> None:
 
 
 def _of_timm(arch: str, in_channels: int, classes: int, size: int) -> nn.Module:
-    """A network of timm's; its own errors are passed on in one message."""
+    """A network from timm.  Raises UserError with timm's own error where it refuses."""
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
@@ -261,7 +261,7 @@ def _of_timm(arch: str, in_channels: int, classes: int, size: int) -> nn.Module:
 
 
 def _refusal(network: nn.Module, in_channels: int, size: int) -> Exception | None:
-    """What a network on the meta device raises for an input of this size."""
+    """The error of a network on the meta device for an input of this size; None: it takes it."""
     try:
         with torch.no_grad():
             network(torch.empty(1, in_channels, size, size, device="meta"))
@@ -270,11 +270,11 @@ def _refusal(network: nn.Module, in_channels: int, size: int) -> Exception | Non
     return None
 
 
-# ---------------------------------------------------------------------------------------------------- first weights
+# ---------------------------------------------------------------------------------------------------- initialization
 
 
 def _initialise(network: nn.Module, config: schema.Model) -> None:
-    """What differs from the architecture's own first weights."""
+    """Applies `init` and `zero_gamma` where they differ from the architecture's own initialization."""
     if config.init != "default":
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

@@ -22,11 +22,11 @@ class Precision:
 
     @property
     def half_bands(self) -> bool:
-        """Whether bands leave DALI as float16: where a GPU computes in 16 bits anyway."""
+        """Whether bands are float16 from DALI on, also between ranks: where a GPU computes in 16 bits."""
         return self.device.type == "cuda" and self.dtype != torch.float32
 
     def apply(self) -> None:
-        """Lets a GPU round the factors of float32 products to TF32, or not; torch would do so in convolutions."""
+        """Allows or forbids TF32 in a GPU's float32 products; torch's default is to allow it in convolutions."""
         torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = self.name != "fp32"
 
     def autocast(self) -> torch.autocast:

@@ -1,4 +1,4 @@
-"""What a config would run, found on torch's meta device: no weights are allocated, nothing is written."""
+"""What a config would run, computed on torch's meta device: no weights are allocated, nothing is written."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.data.images import open_data
+from bandsplit.distributed import ranks
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
 from bandsplit.errors import UserError
 from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.networks import count_parameters
+from bandsplit.models.precision import Precision
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.restored import teachers_directory
 
@@ -25,18 +27,18 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class BranchCost:
-    """One branch at one rank's batch."""
+    """Cost of one branch at the batch of one rank."""
 
     channels: int
     parameters: int
     macs: int
     """Multiply-accumulates of a forward pass over one image."""
     activation_bytes: int
-    """What the forward pass keeps for the backward pass, at the batch of one rank in float32."""
+    """Saved by the forward pass for the backward pass, at the batch of one rank in float32."""
 
 
 def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) -> BranchCost:
-    """Cost of a branch on the meta device for inputs (batch_size, channels, size, size)."""
+    """Cost of a branch, on the meta device, for inputs (batch_size, channels, size, size)."""
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage()._cdata for parameter in branch.parameters()}
 
@@ -46,28 +48,34 @@ def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) ->
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    x = torch.empty(batch_size, channels, size, size, device="meta")
-    labels = torch.empty(batch_size, dtype=torch.int64, device="meta")
+    images = max(2, batch_size)  # one alone may be too few for a batch norm that in training joins several ranks
+    x = torch.empty(images, channels, size, size, device="meta")
+    labels = torch.empty(images, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         logits = branch(x)
         cross_entropy(logits, labels)
-    macs = counter.get_total_flops() // 2 // batch_size
-    return BranchCost(channels, count_parameters(branch), macs, sum(kept.values()))
+    macs = counter.get_total_flops() // 2 // images
+    return BranchCost(channels, count_parameters(branch), macs, sum(kept.values()) * batch_size // images)
 
 
-def show(config: RunConfig, world_size: int) -> None:
-    """Prints branches, cost, memory and steps of a config on `world_size` ranks.
+def show(config: RunConfig, planned_ranks: int | None = None) -> None:
+    """Prints branches, cost, memory and steps of a config on the ranks that torchrun started here.
 
-    Raises UserError where the batch does not fit the ranks or the data.
+    With `planned_ranks`, on so many elsewhere: on GPUs, also where this machine has none.
+    Raises UserError where the batch does not fit the ranks, the networks or the data.
     """
+    world_size = planned_ranks or ranks.world_size()
+    on_gpu = torch.cuda.is_available() or planned_ranks is not None
+    precision, other = (Precision(config.train.precision, torch.device(name)) for name in _devices(on_gpu))
+    half = precision.half_bands
     batch_size = config.rank_batch_size(world_size)
     size = config.data.image_size // config.split.block
-    half = config.train.precision != "fp32"
     with torch.device("meta"):
         branches = list(Ensemble.of(config).branches)
     parameters = [count_parameters(branch) for branch in branches]
     groups = branch_groups(config, world_size, parameters, half)
     at_once = batch_size * groups
+    bn_batch_size = batch_norm.bn_batch_size(config, at_once, world_size // groups)
     costs = [
         branch_cost(branch, 3 * len(group), size, at_once)
         for branch, group in zip(branches, config.split.groups, strict=True)
@@ -77,10 +85,12 @@ def show(config: RunConfig, world_size: int) -> None:
         f"split     block {config.split.block}, {config.split.transform}: "
         f"{config.split.bands} bands of {size} x {size}, {len(costs)} branch{'es' * (len(costs) > 1)}"
     )
+    device = ("GPU" if torch.cuda.is_available() else "GPU (assumed with --world-size)") if on_gpu else "CPU"
+    print(f"device    {device}, train.precision = {config.train.precision!r}: {_name(precision.dtype)}, {_bands(half)}")
     parts = f"{world_size} rank{'s' * (world_size > 1)} x {config.train.grad_accum_steps} x {batch_size}"
     print(f"batch     {config.train.batch_size} images = {parts} (ranks x accumulation x images at once)")
     print(f"weights   {sum(parameters):,} parameters, {sum(parameters) * 4 / MIB:,.2f} MiB in float32")
-    print(f"compute   {sum(cost.macs for cost in costs) / 1e9:.3f} GMACs a image forward, all branches")
+    print(f"compute   {sum(cost.macs for cost in costs) / 1e9:.3f} GMACs per image forward, all branches")
     for cost, number in _alike(costs):
         print(
             f"          {number} x {cost.channels} channels: {cost.parameters:,} parameters, "
@@ -89,10 +99,28 @@ def show(config: RunConfig, world_size: int) -> None:
         )
     _show_teacher(config)
     own = costs[: len(costs) // groups]
-    print(f"memory    {_memory_bytes(config, own, size, at_once) / MIB:,.0f} MiB a rank in float32 (estimate)")
+    print(f"memory    {_memory_bytes(config, own, size, at_once) / MIB:,.0f} MiB per rank in float32 (estimate)")
     _show_ranks(config, world_size, groups, parameters, half)
+    otherwise = branch_groups(config, world_size, parameters, other.half_bands)
+    if otherwise != groups:
+        print(f"          on {'CPUs' if on_gpu else 'GPUs'}, with {_bands(other.half_bands)}: {otherwise} groups")
+    images = f"{bn_batch_size} image{'s' * (bn_batch_size > 1)}"
+    print(f"norm      batch norm over {images} (model.bn_batch_size = {config.model.bn_batch_size!r})")
     _show_sizes(config)
     _show_steps(config)
+
+
+def _devices(on_gpu: bool) -> tuple[str, str]:
+    """The type of device to show, and the other one."""
+    return ("cuda", "cpu") if on_gpu else ("cpu", "cuda")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _bands(half: bool) -> str:
+    return f"bands in {'float16' if half else 'float32'}"
 
 
 def _show_teacher(config: RunConfig) -> None:
@@ -112,7 +140,7 @@ def _show_teacher(config: RunConfig) -> None:
     )
     weights = 4 * sum(count_parameters(branch) for branch in branches) / MIB
     print(
-        f"teacher   {teacher.name}, {teacher.networks} with block {teacher.split.block}: {macs / 1e9:.3f} GMACs a "
+        f"teacher   {teacher.name}, {teacher.networks} with block {teacher.split.block}: {macs / 1e9:.3f} GMACs per "
         f"image forward, {weights:,.2f} MiB"
     )
 
@@ -120,19 +148,18 @@ def _show_teacher(config: RunConfig) -> None:
 def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: list[int], half: bool) -> None:
     """What each number of branch groups costs, the chosen one marked."""
     possible = possible_groups(config, world_size)
-    if len(possible) > 1:
-        bands = f"bands MB, float{16 if half else 32}"
-        print(f"ranks     what a rank sends in a step, by branch_groups = {config.parallel.branch_groups!r}:")
-        print(f"           groups  branches a rank  gradients MB  {bands}  images through a branch at once")
-        for groups in possible:
-            sent = step_traffic(config, world_size, groups, parameters, half)
-            mark = "*" if groups == chosen else ""
-            print(
-                f"{mark:>11}{groups:>6}  {sent.branches:>15}  {sent.gradients / 1e6:>12,.1f}  "
-                f"{sent.bands / 1e6:>{len(bands)},.1f}  {config.rank_batch_size(world_size) * groups:>33}"
-            )
-    bn_batch_size = batch_norm.bn_batch_size(config, config.rank_batch_size(world_size) * chosen, world_size // chosen)
-    print(f"norm      batch norm over {bn_batch_size} images (model.bn_batch_size = {config.model.bn_batch_size!r})")
+    if len(possible) == 1:
+        return
+    bands = f"bands MB, {'float16' if half else 'float32'}"
+    print(f"ranks     bytes that a rank sends per step, by parallel.branch_groups = {config.parallel.branch_groups!r}:")
+    print(f"           groups  branches per rank  gradients MB  {bands}  images through a branch at once")
+    for groups in possible:
+        sent = step_traffic(config, world_size, groups, parameters, half)
+        mark = "*" if groups == chosen else ""
+        print(
+            f"{mark:>11}{groups:>6}  {sent.branches:>17}  {sent.gradients / 1e6:>12,.1f}  "
+            f"{sent.bands / 1e6:>{len(bands)},.1f}  {config.rank_batch_size(world_size) * groups:>33}"
+        )
 
 
 def _alike(costs: list[BranchCost]) -> list[tuple[BranchCost, int]]:
@@ -140,7 +167,7 @@ def _alike(costs: list[BranchCost]) -> list[tuple[BranchCost, int]]:
 
 
 def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_size: int) -> int:
-    """Weights and momentum of all branches, gradients and activations of the largest one, and all bands."""
+    """Weights and optimizer state of all branches, gradients and activations of the largest one, and all bands."""
     weights = 4 * sum(cost.parameters for cost in costs)
     largest = max(4 * cost.parameters + cost.activation_bytes for cost in costs)
     bands = 4 * batch_size * config.train.grad_accum_steps * size * size * sum(cost.channels for cost in costs)
@@ -150,7 +177,7 @@ def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_s
 
 
 def _show_sizes(config: RunConfig) -> None:
-    """From which epoch on images have which size, where that changes."""
+    """The training image size by epoch, where it changes."""
     if config.augment.progressive is None:
         return
     sizes = [config.image_size_at(epoch) for epoch in range(config.train.epochs)]
@@ -161,7 +188,7 @@ def _show_sizes(config: RunConfig) -> None:
 
 
 def _show_steps(config: RunConfig) -> None:
-    """Steps, where the data is at hand to be counted."""
+    """Images and steps, where the data can be read."""
     try:
         train_files, val_files = open_data(config.data, generate=False)
     except UserError as error:

@@ -1,50 +1,57 @@
-"""What one branch does in a step, by itself."""
+"""One branch and what trains it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim.swa_utils import AveragedModel
+from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.models import batch_norm
+from bandsplit.models.ema import EMA
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
 from bandsplit.training import losses, optimizers
 
 
+class Outcome(NamedTuple):
+    """What came of a step: scalars on the device, for which the host has not waited."""
+
+    loss: Tensor
+    """Mean over the batch, float32."""
+    taken: Tensor
+    """bool: gradients were finite; otherwise weights, optimizer state and EMA are as before.  The same on all ranks
+    that train the branch."""
+    failed: Tensor
+    """bool: gradients were not finite, and the loss scale of fp16, whose search meets such steps, is not why."""
+
+
 class Learner:
-    """One branch, its optimizer and its loss scale; independent of all others."""
+    """One branch with its optimizer and loss scale, independent of all others."""
 
     def __init__(
-        self,
-        branch: nn.Module,
-        config: RunConfig,
-        precision: Precision,
-        mesh: Mesh,
-        ema: AveragedModel | None = None,
+        self, branch: nn.Module, config: RunConfig, precision: Precision, mesh: Mesh, ema: EMA | None = None
     ) -> None:
         self.optimizer = optimizers.optimizer(branch, config)
         self.ema = ema
-        """Running mean of the weights and buffers, or None: `optimizers.running_mean`."""
+        """`optimizers.make_ema` of the branch, or None."""
         self.lr_factor = 1.0
         """Below 1 where `train.on_nonfinite = "lower_lr"` has lowered the learning rate."""
         self._module, self._branch = branch, mesh.replicate(branch)
         self._precision = precision
         self._scaler = precision.scaler()
-        self._config, self._clip_norm = config, config.train.clip_norm
-        self._on_nonfinite = config.train.on_nonfinite
+        self._config, self._on_nonfinite = config, config.train.on_nonfinite
 
     @property
     def validated(self) -> nn.Module:
-        """The network that is validated: the running mean where there is one."""
+        """The network to validate: the EMA where there is one."""
         return self._module if self.ema is None else self.ema.module
 
     def step(
@@ -54,20 +61,42 @@ class Learner:
         lr: float,
         momentum: float | None = None,
         teacher_logits: Sequence[Tensor | None] | None = None,
-    ) -> Tensor | None:
-        """One optimizer step over the parts of a batch, (B, channels, h, w) each; returns the mean loss, a scalar.
+    ) -> Outcome:
+        """One optimizer step over the parts of a batch, (B, channels, h, w) each.
 
-        Labels are classes (B,) or shares of them (B, classes); momentum None: as the optimizer has it; `taught`: a
-        teacher's logits (B, classes).  Activations and gradients of this branch are gone when it returns.  None:
-        gradients were not finite and nothing has changed, as `train.on_nonfinite` wants it.
+        Labels are classes (B,) or shares of classes (B, classes); teacher_logits (B, classes); momentum None: that of
+        the optimizer.  Frees this branch's activations and gradients.  Where gradients are not finite, nothing but
+        running statistics changes, and with `train.on_nonfinite` "skip" or "lower_lr" these do not either.
         """
-        buffers = [buffer.clone() for buffer in self._module.buffers()] if self._on_nonfinite != "stop" else []
+        self._set(lr * self.lr_factor, momentum)
+        statistics = None if self._on_nonfinite == "stop" else _Buffers(self._module)
+        loss = self._backward(inputs, labels, teacher_logits or [None] * len(inputs))
+        self._scaler.unscale_(self.optimizer)
+        taken = self._gradient_norm().isfinite()
+        optimizers.step_if(self.optimizer, taken)
+        if statistics is not None:
+            statistics.restore_unless(taken)
+        if self.ema is not None:
+            self.ema.update(self._module, taken)
+        failed = ~taken & (self._scaler.scale(torch.ones_like(loss)) <= 1)
+        self._scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self._on_nonfinite == "lower_lr" and not bool(taken):
+            self.lr_factor /= 2
+        return Outcome(loss, taken, failed)
+
+    def _set(self, lr: float, momentum: float | None) -> None:
         for group in self.optimizer.param_groups:
-            group["lr"] = lr * self.lr_factor
+            group["lr"] = lr
             if momentum is not None:
                 group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
+
+    def _backward(
+        self, inputs: Sequence[Tensor], labels: Sequence[Tensor], teacher_logits: Sequence[Tensor | None]
+    ) -> Tensor:
+        """Gradients of the mean loss over the parts of a batch, averaged over ranks; returns that loss of this rank."""
         mean_loss = torch.zeros((), device=inputs[0].device)
-        for i, (x, y, t) in enumerate(zip(inputs, labels, teacher_logits or [None] * len(inputs), strict=True)):
+        for i, (x, y, t) in enumerate(zip(inputs, labels, teacher_logits, strict=True)):
             with self._reducing_gradients(i == len(inputs) - 1):
                 with self._precision.autocast():
                     logits = self._branch(x)
@@ -77,38 +106,34 @@ class Learner:
                     loss = loss / len(inputs)
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             mean_loss += loss.detach()
-        norm = self._gradient_norm() if self._on_nonfinite != "stop" or self._clip_norm is not None else None
-        left_out = self._on_nonfinite != "stop" and norm is not None and not bool(norm.isfinite())
-        if left_out:
-            for buffer, before in zip(self._module.buffers(), buffers, strict=True):
-                buffer.copy_(before)
-            if self._on_nonfinite == "lower_lr":
-                self.lr_factor /= 2
-        else:
-            self._scaler.step(self.optimizer)
-            if self.ema is not None:
-                self.ema.update_parameters(self._module)
-        self._scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        return None if left_out else mean_loss
+        return mean_loss
 
     def _gradient_norm(self) -> Tensor:
-        """Norm of the averaged gradients, a scalar, the same on every rank; clips them to `train.clip_norm`."""
-        self._scaler.unscale_(self.optimizer)
-        most = math.inf if self._clip_norm is None else self._clip_norm
-        return torch.nn.utils.clip_grad_norm_(self._module.parameters(), most)
+        """2-norm of the gradients, which it clips, where `train.clip_norm` is set, else the largest absolute value."""
+        parameters, clip_norm = list(self._module.parameters()), self._config.train.clip_norm
+        if clip_norm is not None:
+            return clip_grad_norm_(parameters, clip_norm)
+        return get_total_norm([p.grad for p in parameters if p.grad is not None], math.inf)
+
+    @torch.no_grad()
+    def finite(self) -> Tensor:
+        """Whether weights, buffers, optimizer state and EMA are finite: a bool scalar on the device."""
+        modules = [self._module, *([self.ema] if self.ema is not None else [])]
+        tensors = [x for module in modules for x in (*module.parameters(), *module.buffers())]
+        tensors += optimizers.state_of(self.optimizer).values()
+        return get_total_norm([x for x in tensors if x.is_floating_point()], math.inf).isfinite()
 
     def _reducing_gradients(self, last: bool) -> AbstractContextManager[None]:
-        """Gradients travel between ranks once a step: with the last part."""
+        """Ranks reduce their gradients once a step, with the last part."""
         branch = self._branch
         return nullcontext() if last or not isinstance(branch, DistributedDataParallel) else branch.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors are those in use, not copies; `ema` is a network like `network`."""
-        mean = {} if self.ema is None else {"ema": self.ema.module.state_dict(), "ema_steps": self.ema.n_averaged}
+        """Tensors in use, not copies."""
+        ema = {} if self.ema is None else {"ema": self.ema.module.state_dict(), "ema_updates": self.ema.updates}
         return {
             "network": self._module.state_dict(),
-            **mean,
+            **ema,
             "optimizer": self.optimizer.state_dict(),
             "scaler": self._scaler.state_dict(),
             "lr_factor": self.lr_factor,
@@ -121,16 +146,38 @@ class Learner:
         self.lr_factor = state["lr_factor"]
         if self.ema is not None:
             self.ema.module.load_state_dict(state["ema"])
-            self.ema.n_averaged.copy_(state["ema_steps"])
+            self.ema.updates.copy_(state["ema_updates"])
+
+
+class _Buffers:
+    """A copy of a network's buffers, one tensor for each type."""
+
+    def __init__(self, network: nn.Module) -> None:
+        buffers = list(network.buffers())
+        self._buffers = [[b for b in buffers if b.dtype == dtype] for dtype in dict.fromkeys(b.dtype for b in buffers)]
+        self._copies = [_flat(same) for same in self._buffers]
+
+    def restore_unless(self, condition: Tensor) -> None:
+        """Writes them back unless a bool scalar on the device is true; the host does not wait for it."""
+        for same, copy in zip(self._buffers, self._copies, strict=True):
+            kept = torch.split(torch.where(condition, _flat(same), copy), [b.numel() for b in same])
+            torch._foreach_copy_(same, [x.view_as(b) for x, b in zip(kept, same, strict=True)])
+
+
+def _flat(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.cat([x.flatten() for x in tensors])
 
 
 def learners_of(config: RunConfig, at_once: int, precision: Precision, mesh: Mesh) -> tuple[Ensemble, list[Learner]]:
-    """This rank's branches, freshly initialised, and what trains them; `at_once` images go through one at a time."""
+    """This rank's branches, freshly initialised, and a learner for each.
+
+    `at_once`: images that a rank takes through a branch at once.
+    """
     ensemble = Ensemble.of(config, mesh.own).to(mesh.ranks.device).to(memory_format=torch.channels_last)
     bn_batch_size = batch_norm.bn_batch_size(config, at_once, mesh.replicas)
-    means = [optimizers.running_mean(branch, config) for branch in ensemble.branches]  # before they know other ranks
+    emas = [optimizers.make_ema(branch, config) for branch in ensemble.branches]  # copies without process groups
     learners = [
-        Learner(batch_norm.fit(branch, bn_batch_size, at_once, mesh), config, precision, mesh, mean)
-        for branch, mean in zip(ensemble.branches, means, strict=True)
+        Learner(batch_norm.fit(branch, bn_batch_size, at_once, mesh), config, precision, mesh, ema)
+        for branch, ema in zip(ensemble.branches, emas, strict=True)
     ]
     return ensemble, learners

@@ -49,7 +49,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         log_start(session, directory)
 
         # ------------------------------------------------------------------ where the last checkpoint left them
-        meter = Meter(session.mesh, config.split.numbers)
+        meter = Meter(session.mesh, config)
         progress = state.restore(point, session, meter) if point else Progress()
         watch, metrics = Stopwatch(progress.seconds), Metrics(directory.metrics)
         saver = stack.enter_context(Saver(directory.checkpoints, config, ranks))
@@ -74,15 +74,15 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
             for i, learner in enumerate(session.learners):
                 session.seed_branch(i, step)
-                loss = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, teacher_logits)
-                meter.note(i, loss, step, lr)
+                outcome = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, teacher_logits)
+                meter.note(i, outcome, step)
             progress.advance(config.train.batch_size, plan.steps_per_epoch)
             if console:
                 console.step()
 
             logs = ends_epoch or step % config.train.log_every == 0
-            if (logs or saves) and config.train.on_nonfinite == "stop":
-                meter.require_finite(config, plan.steps_per_epoch)
+            if logs or saves:
+                meter.require_finite(step, plan.steps_per_epoch, session.learners if saves else ())
             if logs:
                 events.emit("train", **meter.line(progress, watch), lr=lr, image_size=session.loader.size)
 

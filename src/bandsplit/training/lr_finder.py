@@ -1,4 +1,4 @@
-"""Learning-rate range test (Smith, *Cyclical Learning Rates*, WACV 2017, section 3.3) on the real pipeline."""
+"""LR finder: the range test of Smith, *Cyclical Learning Rates* (WACV 2017), section 3.3, on the real pipeline."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ from bandsplit.training.session import Plan, Session
 Floats = npt.NDArray[np.float64]
 
 DIVERGED = 4.0
-"""A branch stops where its smoothed loss is so many times its best."""
+"""A branch stops when its smoothed loss is this many times its best."""
 
 
 def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path) -> float:
-    """Trains with rates that grow from `low` to `high` by a constant factor; every rank calls it.
+    """Trains with learning rates from `low` to `high`, a constant factor apart; every rank calls it.
 
-    Prints a suggestion for each branch and one for all, draws the curves, and returns the one for all.  Branches that
-    diverge stop; nothing is validated or kept.  Raises UserError where there is no suggestion in this range.
+    Prints a suggestion for each branch and for all together, plots the losses, and returns the suggestion for all.
+    Branches that diverge stop; nothing is validated or saved.  Raises UserError where nothing can be suggested.
     """
     lrs = np.geomspace(low, high, steps)
     losses = _range_test(config, lrs, output)
     curves = [smoothed(branch) for branch in losses]
     every = [suggestion(lrs, curve) for curve in curves]
-    together = smoothed(losses.mean(axis=0))  # as far as all of them went
+    together = smoothed(losses.mean(axis=0))  # as long as none has diverged
     best = suggestion(lrs, together)
     if best is None:
         raise UserError(f"no learning rate between {low:g} and {high:g} lowers the loss; try another --from and --to")
@@ -60,7 +60,7 @@ def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path
 
 
 def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
-    """Losses (branches, steps); NaN from where a branch has diverged."""
+    """Losses (branches, steps); NaN once a branch has diverged."""
     with logged(output / "logs", rank()), joined(config.parallel.timeout_seconds) as ranks:
         plan = Plan.of(config, ranks)
         ranks.from_first(partial(make_folder, output))  # tells now what would lose the result later
@@ -76,8 +76,8 @@ def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
                 if alive[k]:
                     session.seed_branch(i, step)
                     inputs = [part.inputs[i] for part in parts]
-                    loss = learner.step(inputs, labels, lr, teacher_logits=teacher_logits)
-                    found[k] = torch.inf if loss is None else loss
+                    outcome = learner.step(inputs, labels, lr, teacher_logits=teacher_logits)
+                    found[k] = torch.where(outcome.failed, torch.inf, outcome.loss)
             together = (ranks.sum(found) / mesh.replicas).cpu().numpy()
             losses[alive, step] = together[alive]
             for k in np.flatnonzero(alive).tolist():
@@ -91,7 +91,7 @@ def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
 
 
 def smoothed(losses: Floats, memory: float = 0.9) -> Floats:
-    """Exponential moving average without bias, (steps,) -> (steps,); NaN stays NaN."""
+    """Bias-corrected exponential moving average, (steps,) -> (steps,); NaN from the first NaN on."""
     mean, curve = 0.0, np.full_like(losses, np.nan)
     for n, loss in enumerate(losses):
         if np.isnan(loss):
@@ -102,10 +102,10 @@ def smoothed(losses: Floats, memory: float = 0.9) -> Floats:
 
 
 def suggestion(lrs: Floats, curve: Floats) -> float | None:
-    """Where the smoothed loss falls most steeply over the logarithm of the rate, before its lowest point.
+    """Learning rate at which the smoothed loss falls most steeply, over log lr, before its minimum.
 
-    The slope is taken over a tenth of the range; the first tenth is noise of the smoothing and does not count.  None:
-    the loss falls nowhere.
+    The slope is taken over a tenth of the range; the first tenth, where smoothing is noisy, is ignored.  None: the loss
+    does not fall.
     """
     tenth = max(1, len(lrs) // 10)
     known = np.flatnonzero(~np.isnan(curve))[tenth:]

@@ -1,4 +1,4 @@
-"""How far a run is, and what it measures of itself on the way."""
+"""Progress of a run, and what it measures of itself: losses, speed, and whether numbers are finite."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from bandsplit.distributed.mesh import Mesh
 from bandsplit.errors import UserError
 from bandsplit.runs.metrics import Stopwatch
 from bandsplit.training import schedules
+from bandsplit.training.learner import Learner, Outcome
 
 _NEVER = torch.iinfo(torch.int64).max
 
 
 @dataclass
 class Progress:
-    """How far a run is; part of every checkpoint."""
+    """Part of every checkpoint."""
 
     step: int = 0
     """Optimizer steps done."""
@@ -55,56 +56,67 @@ class Progress:
 class Meter:
     """Losses of all branches since the last line of metrics, on the device, and the speed."""
 
-    def __init__(self, mesh: Mesh, numbers: Sequence[int]) -> None:
-        self._numbers = numbers
+    def __init__(self, mesh: Mesh, config: RunConfig) -> None:
+        self._mesh, self._config, device = mesh, config, mesh.ranks.device
+        self._numbers = config.split.numbers
         """Which branch of the whole ensemble each branch of this run is."""
-        self._mesh, device = mesh, mesh.ranks.device
-        self._sums = torch.zeros(2, mesh.branches, dtype=torch.float64, device=device)
-        """Losses, and how many steps they are of."""
-        self._nonfinite = torch.full((mesh.branches,), _NEVER, dtype=torch.int64, device=device)
-        """First step of each branch with a loss that is not finite."""
+        self._sums = torch.zeros(3, mesh.branches, dtype=torch.float64, device=device)
+        """Losses, steps that they are of, and steps that were left out."""
+        self._nonfinite = torch.full((2, mesh.branches), _NEVER, dtype=torch.int64, device=device)
+        """First step with a loss, and with a gradient, that is not finite, where that ends the run."""
 
     def start(self, progress: Progress) -> None:
-        """Begins to measure the speed; on resuming, the losses go on from the checkpoint."""
+        """Starts to measure the speed."""
         self._images, self._seconds, self._waited = progress.images, progress.seconds, 0.0
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the host's time inside as waiting; on a CPU that includes mixing and what a teacher computes."""
+        """Counts the host's time inside as waiting; on a CPU that includes mixing and the teacher's forward pass."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
-    def note(self, i: int, loss: Tensor | None, step: int, lr: float) -> None:
-        """Loss of one of this rank's branches in a step; None: it was left out."""
-        k = self._mesh.own[i]
-        if loss is None:
-            if self._mesh.replica == 0:
-                logger.error(
-                    f"branch {self._numbers[k]}: gradients of step {step} are not finite (learning rate {lr:.3g}); "
-                    "the step was left out"
-                )
-            return
-        self._sums[0, k] += loss
-        self._sums[1, k] += 1
-        self._nonfinite[k].clamp_(max=torch.where(loss.isfinite(), _NEVER, step))
+    def note(self, i: int, outcome: Outcome, step: int) -> None:
+        """Outcome of a step of this rank's branch i; the host does not wait for it."""
+        k, (loss, taken, failed) = self._mesh.own[i], outcome
+        if self._config.train.on_nonfinite == "stop":
+            self._sums[0, k] += loss
+            self._sums[1, k] += 1
+            for first, wrong in zip(self._nonfinite[:, k], (~loss.isfinite(), failed), strict=True):
+                first.clamp_(max=torch.where(wrong, step, _NEVER))
+        else:
+            counts = taken & loss.isfinite()
+            self._sums[0, k] += torch.where(counts, loss, 0)
+            self._sums[1, k] += counts
+            self._sums[2, k] += failed
 
-    def require_finite(self, config: RunConfig, steps_per_epoch: int) -> None:
-        """Raises UserError where a loss was not finite on any rank since the run began; waits for the device."""
-        first = self._mesh.ranks.smallest(self._nonfinite.clone()).tolist()
-        k = min(range(len(first)), key=first.__getitem__)
-        if first[k] != _NEVER:
-            lr = schedules.lr_at(first[k] - 1, steps_per_epoch, config)
-            number = self._numbers[k]
-            raise UserError(
-                f"branch {number}: the loss of step {first[k]} is not finite (learning rate {lr:.3g}); the last good "
-                "checkpoint is kept. A lower optim.lr or a longer schedule.warmup_epochs may help, "
-                'or train.on_nonfinite = "skip" or "lower_lr"'
-            )
+    def require_finite(self, step: int, steps_per_epoch: int, learners: Sequence[Learner] = ()) -> None:
+        """Raises UserError on every rank where numbers of a branch are not finite on any rank; waits for the device.
+
+        Checks losses and gradients since the run began, with `train.on_nonfinite = "stop"`, and what a checkpoint of
+        `learners` would hold: this rank's, after `step`, or none.
+        """
+        state = torch.full_like(self._nonfinite[:1], _NEVER)
+        for i, learner in enumerate(learners):
+            state[0, self._mesh.own[i]] = torch.where(learner.finite(), _NEVER, step)
+        found = self._mesh.ranks.smallest(torch.cat([self._nonfinite, state])).tolist()
+        first, row, k = min((first, row, k) for row, steps in enumerate(found) for k, first in enumerate(steps))
+        if first == _NEVER:
+            return
+        what = ("the loss of", "the gradient of", "the state (weights, running statistics, optimizer) after")[row]
+        lr = schedules.lr_at(first - 1, steps_per_epoch, self._config)
+        skipping = ', or train.on_nonfinite = "skip" or "lower_lr"' if row < 2 else ""
+        raise UserError(
+            f"branch {self._numbers[k]}: {what} step {first} is not finite (learning rate {lr:.3g}); the last good "
+            f"checkpoint is kept. A lower optim.lr or a longer schedule.warmup_epochs may help{skipping}"
+        )
 
     def line(self, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
-        """Values of a "train" line; waits for the device."""
-        sums, counts = self._mesh.ranks.sum(self._sums).tolist()
+        """Values of a "train" line, and an error in the log for steps that were left out; waits for the device."""
+        sums, counts, left_out = self._mesh.ranks.sum(self._sums).tolist()
+        if self._mesh.ranks.is_first:
+            for k in filter(left_out.__getitem__, range(self._mesh.branches)):
+                logger.error(self._left_out(k, left_out[k], counts[k], progress.step))
         branch_loss = [total / count if count else None for total, count in zip(sums, counts, strict=True)]
         known = [loss for loss in branch_loss if loss is not None]
         seconds = watch.seconds
@@ -124,12 +136,20 @@ class Meter:
         self._images, self._seconds, self._waited = progress.images, seconds, 0.0
         return line
 
+    def _left_out(self, k: int, left_out: float, taken: float, step: int) -> str:
+        replicas = self._mesh.replicas
+        lowered = ", and each halved the learning rate" * (self._config.train.on_nonfinite == "lower_lr")
+        return (
+            f"branch {self._numbers[k]}: {left_out / replicas:.0f} of {(left_out + taken) / replicas:.0f} steps up to "
+            f"step {step} were left out, since their gradients were not finite{lowered}"
+        )
+
     def state(self) -> Tensor:
         """Sums over all ranks."""
         return self._mesh.ranks.sum(self._sums.clone())
 
     def load(self, state: Tensor) -> None:
-        if self._mesh.ranks.is_first:  # the others go on from nothing: only sums over ranks count
+        if self._mesh.ranks.is_first:  # the others start from zero: only sums over ranks matter
             self._sums.copy_(state)
 
 

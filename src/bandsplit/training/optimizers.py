@@ -1,22 +1,22 @@
-"""Optimizers and the EMA of weights."""
+"""Optimizers, their steps on condition, and the EMA of weights."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch import Tensor, nn
 
 from bandsplit.config import schema
 from bandsplit.errors import UserError
+from bandsplit.models.ema import EMA
 
 
 def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimizer:
-    """The optimizer of one branch, with torch's fused kernel where there is one.
+    """The optimizer of one branch; torch's fused kernel where there is one.
 
-    Without `optim.decay_norm_and_bias` there are two groups: weights, and what has one dimension at most, which is not
-    decayed.  Raises UserError where LAMB is asked for and timm is not installed.
+    Without `optim.decay_norm_and_bias`, parameters of at most one dimension (norms and biases) are in a group without
+    weight decay.  Raises UserError where LAMB is asked for and timm is not installed.
     """
     optim = config.optim
     parameters = [p for p in branch.parameters() if p.requires_grad]
@@ -28,8 +28,8 @@ def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimi
     match optim:
         case schema.SGD():
             sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, fused=True, **shared)
-            if optim.momentum:
-                # torch makes these in the first step, and leaves what was in memory there if loss scaling skips it
+            if optim.momentum or _schedule_sets_momentum(config):
+                # torch allocates these in the first step, and leaves them uninitialised where that step is skipped
                 for p in parameters:
                     sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
             return sgd
@@ -50,9 +50,34 @@ def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimi
             return lamb
 
 
-def running_mean(branch: nn.Module, config: schema.RunConfig) -> AveragedModel | None:
-    """A copy of a branch that becomes the running mean of its weights and buffers, where `train.ema_decay` is set."""
-    if config.train.ema_decay is None:
-        return None
-    average = get_ema_multi_avg_fn(config.train.ema_decay)  # type: ignore[no-untyped-call]
-    return AveragedModel(branch, multi_avg_fn=average, use_buffers=True)
+def _schedule_sets_momentum(config: schema.RunConfig) -> bool:
+    return isinstance(config.schedule, schema.OneCycle) and config.schedule.momentum is not None
+
+
+@torch.no_grad()
+def step_if(optimizer: Any, condition: Tensor) -> None:
+    """One optimizer step where `condition` holds, a bool scalar on the device; otherwise nothing changes.
+
+    The host does not wait for it.  LAMB still counts the step in its bias correction, since it counts on the host.
+    """
+    if optimizer.defaults.get("fused"):  # their kernels skip a step as torch.amp.GradScaler asks them to
+        optimizer.grad_scale, optimizer.found_inf = None, (~condition).float()
+        optimizer.step()
+        del optimizer.grad_scale, optimizer.found_inf
+        return
+    parameters = {(p, ""): p for group in optimizer.param_groups for p in group["params"]}
+    before = {key: x.clone() for key, x in (parameters | state_of(optimizer)).items()}
+    optimizer.step()
+    for key, x in (parameters | state_of(optimizer)).items():
+        if x.device == condition.device:  # not so counters that an optimizer keeps on the host
+            x.copy_(torch.where(condition, x, before.get(key, 0)))  # state that this step has made starts at zero
+
+
+def state_of(optimizer: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:
+    """Tensors of an optimizer's state, by parameter and name."""
+    return {(p, name): x for p, state in optimizer.state.items() for name, x in state.items() if isinstance(x, Tensor)}
+
+
+def make_ema(branch: nn.Module, config: schema.RunConfig) -> EMA | None:
+    """The EMA of a branch's weights and buffers where `train.ema_decay` is set."""
+    return None if config.train.ema_decay is None else EMA(branch, config.train.ema_decay)

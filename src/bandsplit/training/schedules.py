@@ -8,18 +8,18 @@ from bandsplit.config import schema
 
 
 def lr_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> float:
-    """Learning rate of step 0, 1, …: linear warm-up to the peak, then the schedule over the steps that are left."""
+    """Learning rate of step 0, 1, …, in [0, peak]: linear warm-up to the peak, then the schedule."""
     peak, warmup = config.peak_lr, _warmup_steps(steps_per_epoch, config)
     if step < warmup:
         return peak * (step + 1) / warmup
     done, total = step - warmup, config.train.epochs * steps_per_epoch - warmup
     match config.schedule:
         case schema.Cosine() as cosine:
-            period = total if cosine.period_epochs is None else cosine.period_epochs * steps_per_epoch
+            period = total if cosine.period_epochs is None else max(1, cosine.period_epochs * steps_per_epoch)
             at = done % period if cosine.after == "restart" else done
             return _between(cosine.lr_min, peak, at / period)
         case schema.Step() as steps:
-            return peak * steps.gamma ** _steps_down(step, steps_per_epoch, steps)
+            return peak * math.pow(steps.gamma, _steps_down(step, steps_per_epoch, steps))
         case schema.OneCycle() as cycle:
             start, end = peak * cycle.start_factor, peak * cycle.end_factor
             return _one_cycle(done, total, cycle.peak_at, start, peak, end)
@@ -30,7 +30,7 @@ def lr_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> float:
 
 
 def momentum_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> float | None:
-    """Momentum (Adam's first beta) of a step where the schedule moves it; None: as the optimizer has it."""
+    """Momentum (Adam's first beta) of step 0, 1, … where the schedule changes it; None: that of the optimizer."""
     cycle, warmup = config.schedule, _warmup_steps(steps_per_epoch, config)
     if not isinstance(cycle, schema.OneCycle) or cycle.momentum is None:
         return None
@@ -44,19 +44,20 @@ def _warmup_steps(steps_per_epoch: int, config: schema.RunConfig) -> int:
 
 
 def _between(low: float, high: float, progress: float) -> float:
-    """Half a cosine from `high` (progress 0) to `low` (1), and on: Loshchilov and Hutter, SGDR (2017), equation 5."""
+    """Half a cosine from `high` (progress 0) to `low` (1), periodic: Loshchilov and Hutter, SGDR (2017), equation 5."""
     return low + (high - low) * (1 + math.cos(math.pi * progress)) / 2
 
 
-def _steps_down(step: int, steps_per_epoch: int, steps: schema.Step) -> int:
+def _steps_down(step: int, steps_per_epoch: int, steps: schema.Step) -> float:
+    """How many times the learning rate has been multiplied by gamma."""
     if steps.every_epochs is not None:
-        return int(step // (steps.every_epochs * steps_per_epoch))
+        return step // (steps.every_epochs * steps_per_epoch)
     return sum(step >= milestone * steps_per_epoch for milestone in steps.milestones)
 
 
 def _one_cycle(step: int, total: int, peak_at: float, start: float, peak: float, end: float) -> float:
-    """Half a cosine up and half a cosine down, with the ends where torch's OneCycleLR has them."""
+    """Half a cosine up and half a cosine down, as torch's OneCycleLR; where that divides by zero, the peak."""
     top = peak_at * total - 1
     if step <= top:
-        return _between(peak, start, step / top)
+        return _between(peak, start, step / top) if top else peak
     return _between(end, peak, (step - top) / (total - 1 - top))

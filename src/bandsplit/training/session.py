@@ -64,7 +64,7 @@ class Plan:
         return Streams(self.config, count or self.ranks.world_size, self.ranks)
 
     def bn_batch_size(self, streams: Streams) -> int:
-        """Images over which batch normalization takes its statistics in training."""
+        """Images over which batch norm takes its statistics; raises UserError as `batch_norm.bn_batch_size` does."""
         return batch_norm.bn_batch_size(self.config, self.images_at_once(streams), self.mesh.replicas)
 
     def images_at_once(self, streams: Streams) -> int:

@@ -48,6 +48,8 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
     config, classes = plan.config, plan.train_files.classes
     directory.check(config, resume)
     directory.check_classes(classes, config.data.root)
+    if not directory.holds_run:  # before a new run writes anything
+        plan.bn_batch_size(plan.streams())
     stack.enter_context(directory.locked())
     metrics = Metrics(directory.metrics)
     path = checkpoint.latest(directory.checkpoints)

@@ -29,13 +29,13 @@ _ONLY_FOR = {
     "drop_path": _RESNETS,
     "dropout": _WITH_DROPOUT,
 }
-"""Keys of [model] that mean something for these architectures of torchvision's alone."""
+"""Keys of [model] that only these architectures of torchvision have."""
 
 Stem = Literal["standard", "no_stride", "small"]
 
 
 def _tweaks(value: object) -> object:
-    """Accepts letters, each once, with one message for everything else; keeps them in the order of the alphabet."""
+    """Accepts letters, each once, and sorts them; one message for everything else."""
     letters = value if isinstance(value, list | tuple) else ["none"]
     if all(letter in ("b", "c", "d") for letter in letters) and len(set(letters)) == len(letters):
         return tuple(sorted(letters))
@@ -46,35 +46,34 @@ class Model(Table):
     """The network of every branch."""
 
     source: Literal["torchvision", "timm"] = "torchvision"
-    """`torchvision`: fitted to the size of a band here; `timm`: any network of timm's (pip install bandsplit[timm])."""
+    """`torchvision`: adapted to the size of a band; `timm`: any network of timm (pip install bandsplit[timm])."""
     arch: str
     """A ResNet (resnet18 to resnet152), alexnet, vgg16, vgg16_bn, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large
-    or inception_v3 without its auxiliary head, from 75 x 75 on; or timm's name."""
+    or inception_v3 without its auxiliary head; or the name in timm."""
     width: float = Field(1.0, gt=0, le=4)
-    """Factor on the number of channels of every stage."""
+    """Factor on the channels of every stage."""
     stem: Stem = "standard"
-    """`standard`: 7x7 stride 2 and max-pooling; `no_stride`: 7x7 stride 1 and max-pooling, for bands as channels,
-    where the split has taken the stride already; `small`: 3x3 stride 1, no pooling, for small bands."""
+    """`standard`: 7x7 stride 2 and max pooling; `no_stride`: 7x7 stride 1 and max pooling, since the split has reduced
+    the size already; `small`: 3x3 stride 1, no pooling, for small bands."""
     tweaks: Annotated[tuple[Literal["b", "c", "d"], ...], BeforeValidator(_tweaks)] = ("b",)
-    """Changes to a ResNet (He et al., Bag of Tricks, CVPR 2019): `b` has the stride of a bottleneck in its 3x3, not in
-    its first 1x1; `c` has three 3x3 as the first convolution; `d` averages before the 1x1 of a strided shortcut."""
+    """ResNet variants (He et al., Bag of Tricks, CVPR 2019). `b`: a bottleneck's stride in its 3x3, not its first 1x1;
+    `c`: three 3x3 convolutions as the first; `d`: average pooling before the 1x1 of a strided shortcut."""
     zero_gamma: bool = False
-    """The last norm of every residual block starts at 0, and the block as its shortcut."""
+    """Initializes the scale of the last norm in every residual block to 0, so that the block starts as its shortcut."""
     drop_path: Fraction = 0.0
-    """Stochastic depth: probability that a image skips the last residual block; 0 for the first, linear between."""
+    """Stochastic depth: probability that an image skips the last residual block; 0 for the first, linear between."""
     dropout: Fraction | None = None
     """Dropout of the classifier; unset: the architecture's own."""
     init: Literal["default", "xavier_uniform", "kaiming_normal"] = "default"
-    """First weights of convolutions and fully connected layers, whose biases then start at 0; `default`: the
-    architecture's own."""
+    """Initialization of convolutions and fully connected layers, with biases 0; `default`: the architecture's own."""
     bn_batch_size: Annotated[Literal["rank", "all"] | int, count_or("model.bn_batch_size", "rank", "all")] = "rank"
-    """Images over which batch normalisation takes its statistics: "rank", those that a rank takes through a branch
-    at once, which depends on the number of ranks and on `parallel.branch_groups`; "all", those of all ranks together;
-    or a number, which makes accuracy independent of the launch."""
+    """Images over which batch norm takes its statistics: "rank", those that a rank takes through a branch at once,
+    which depends on the number of ranks and on `parallel.branch_groups`; "all", those of all ranks; or a number, which
+    makes accuracy independent of the launch."""
 
     @property
     def takes_one_size(self) -> bool:
-        """Whether the network may be bound to the size of the inputs that it was built for."""
+        """Whether the network may take no other input size than the one it was built for."""
         return self.source == "timm" or self.arch in ("alexnet", "vgg16", "vgg16_bn")
 
     @field_validator("arch")
@@ -109,7 +108,7 @@ def _bands(value: object) -> object:
 
 
 class Branch(Table):
-    """A branch of its own kind, a table [[branch]] each: what it reads and how it differs from [model]."""
+    """One branch, a table [[branch]] each: its bands, and how it differs from [model]."""
 
     bands: Annotated[tuple[int, ...], BeforeValidator(_bands)]
     arch: str | None = None

@@ -14,22 +14,22 @@ from bandsplit.config.schema.base import Fraction, Table, default_type, mistake
 
 class _Schedule(Table):
     warmup_epochs: float = Field(0.0, ge=0)
-    """Epochs in which the learning rate rises linearly to its peak, before the schedule begins."""
+    """Epochs of linear warm-up to the peak, before the schedule."""
 
 
 class Cosine(_Schedule):
-    """Half a cosine from the peak to `lr_min`."""
+    """Half a cosine from the peak to `lr_min` (Loshchilov and Hutter, SGDR, 2017)."""
 
     type: Literal["cosine"] = "cosine"
     lr_min: float = Field(0.0, ge=0)
     period_epochs: float | None = Field(None, gt=0)
-    """Epochs from peak to `lr_min`; unset: all that there are."""
+    """Epochs from the peak to `lr_min`, at least a step; unset: all after warm-up."""
     after: Literal["bounce", "restart"] = "bounce"
-    """After a period: back up along the cosine, as torch's CosineAnnealingLR does, or from the peak again."""
+    """After a period: back up along the cosine, as in torch's CosineAnnealingLR, or restart from the peak."""
 
 
 class Step(_Schedule):
-    """Multiplied by `gamma` every so many epochs, or at given ones; epochs count from the beginning of the run."""
+    """Multiplies by `gamma` every `every_epochs`, or at `milestones`; epochs are counted from the start of the run."""
 
     type: Literal["step"] = "step"
     every_epochs: float | None = Field(None, gt=0)
@@ -44,21 +44,21 @@ class Step(_Schedule):
 
 
 class OneCycle(_Schedule):
-    """Smith and Topin, Super-Convergence (2018): up and down once, momentum against it."""
+    """Up to the peak and down once, momentum the other way (Smith and Topin, Super-Convergence, 2018)."""
 
     type: Literal["one_cycle"] = "one_cycle"
     peak_at: float = Field(0.3, gt=0, lt=1)
-    """Share of all steps after which the peak is reached."""
+    """Position of the peak, as a share of the steps after warm-up."""
     start_factor: float = Field(1 / 25, gt=0, le=1)
-    """First learning rate, as a factor on the peak."""
+    """First learning rate, as a share of the peak."""
     end_factor: float = Field(1e-4 / 25, ge=0, le=1)
-    """Last learning rate, as a factor on the peak."""
+    """Last learning rate, as a share of the peak."""
     momentum: Annotated[tuple[Fraction, Fraction] | None, Field(strict=False)] = (0.85, 0.95)
-    """Momentum (Adam's first beta) at the peak and at both ends; unset: as the optimizer has it."""
+    """Momentum (Adam's first beta) at the peak and at both ends; unset: that of the optimizer."""
 
 
 class Linear(_Schedule):
-    """A line from the peak to `lr_min`."""
+    """Linear from the peak to `lr_min`."""
 
     type: Literal["linear"] = "linear"
     lr_min: float = Field(0.0, ge=0)
