@@ -9,9 +9,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,9 @@ import tomli
 import tomli_w
 from filelock import FileLock, Timeout
 
+from bandsplit import __version__
 from bandsplit.config.schema import RunConfig
+from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
 from bandsplit.runs.files import replace_text, writing_to
 
@@ -29,7 +30,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Keys that say where and how a run is computed, not what: they may change when it is resumed."""
 
-PACKAGES = ("bandsplit", "torch", "torchvision", "nvidia-dali-cuda120", "numpy")
+PACKAGES = ("torch", "torchvision", "nvidia.dali", "numpy")
+"""Packages, by the names under which Python imports them, whose versions environment.json records."""
 
 
 class RunDirectory:
@@ -112,12 +114,22 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
         "command": sys.argv,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed_files": _git("status", "--porcelain", "--untracked-files=no"),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), "bandsplit": __version__, **_versions(PACKAGES)},
         "host": socket.gethostname(),
         "cpu_count": os.cpu_count(),
+        "available_cpus": available_cpus(),
         "world_size": world_size,
         "device": device,
     }
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Versions of the packages that this process has imported; None: not imported, or without a version.
+
+    The modules are asked, since distributions of one package can have several names (nvidia-dali-cuda120, -cuda130),
+    and one that is only on PYTHONPATH has none.
+    """
+    return {name: getattr(sys.modules.get(name), "__version__", None) for name in packages}
 
 
 def _git(*arguments: str) -> str | None:

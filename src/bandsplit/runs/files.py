@@ -1,13 +1,11 @@
-"""Files that are written whole or not at all; what the file system refuses becomes a message."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from bandsplit.errors import UserError
+from bandsplit.paths import writing_to
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -19,14 +17,3 @@ def replace_text(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-
-
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses (full, read-only, gone) into a message for the user."""
-    try:
-        yield
-    except OSError as error:
-        told = UserError(f"{path}: cannot be written: {error}")
-        told.one_rank = True
-        raise told from error
