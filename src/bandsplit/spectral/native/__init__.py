@@ -96,10 +96,11 @@ def build(cuda: bool | None = None) -> Path:
     if cxx is None or (cuda and nvcc is None):
         prebuilt = _cached(_stem(cuda))
         if prebuilt is None:
+            missing = "a C++ compiler (g++, or set CXX)" if cxx is None else "nvcc (pip install bandsplit[nvcc])"
             raise BuildError(
-                f"the build of spectral_split needs {'a C++ compiler (g++, or set CXX)' if cxx is None else 'nvcc'}, "
-                f"which is not here; nor has the cache {_cache_folder()} a plugin for this machine: build one where "
-                "the compilers are, with `python -m bandsplit.spectral.native`"
+                f"the build of spectral_split needs {missing}, which is not here; nor has the cache {_cache_folder()} "
+                "a plugin for this machine: build one where the compilers are, with "
+                "`python -m bandsplit.spectral.native`"
             )
         return prebuilt
 
