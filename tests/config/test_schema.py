@@ -108,7 +108,7 @@ MISTAKES = {
     "optim.type=sdg": r"--set optim.type=sdg: optim.type: 'sdg' given; allowed: 'sgd', .*; did you mean 'sgd'\?",
     "optim.type=adam optim.momentum=1": r"optim.momentum: unknown key; allowed in \[optim\]: lr, .*, betas, eps",
     "optim.type=adam optim.betas=[0.9]": r"optim.betas: \[0.9\] given; expected 2 numbers",
-    "optim.type=adam optim.betas=[0.9,1.5]": r"optim.betas: \[0.9, 1.5\] given; expected 2 numbers",
+    "optim.type=adam optim.betas=[0.9,1.5]": r"optim.betas: \[0.9, 1.5\] given; 1.5 should be less than 1",
     "schedule.type=step": r"schedule.milestones: \[\] given; allowed: either milestones or schedule.every_epochs",
     "schedule.type=one_cycle schedule.peek_at=0.2": r"unknown key; did you mean schedule.peak_at\?",
     "loss.type=bce loss.target_threshold=2": r"loss.target_threshold: 2.* given; it should be less than 1",
