@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import tomli
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from bandsplit.config.keys import entry_types, field_at, table_at, tables_at
 from bandsplit.config.messages import explain
@@ -25,8 +25,7 @@ from bandsplit.paths import reading_from
 def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | None = None) -> RunConfig:
     """Reads a train config and the data config it names (relative to itself), or the file `data` instead.
 
-    `overrides` are ``a.b=value`` with a TOML value.  Also taken are a bare word for a string, ``30,60,80`` for a list,
-    and null for "none".  With ``a.type=value``, keys in the files that only another type has no longer count.
+    `overrides` are ``a.b=value`` with a TOML value, a bare word for a string, or ``30,60,80`` for a list.
     Raises UserError: file, key, what was given, what is allowed, the nearest valid key.
     """
     path = Path(path)
@@ -41,15 +40,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | Non
     if data is not None:
         table["data"] = {"name": Path(data).stem, **_read(Path(data))}
         sources.add(("data",), str(data))
-    assigned: set[tuple[str, ...]] = set()
-    for override in overrides:
-        keys, value = _parse_override(override, table)
-        before = table_at(keys[:-1], table) if keys[-1] == "type" and tables_at(keys[:-1]) else None
-        _assign(table, keys, value, override)
-        sources.add(keys, f"--set {override}")
-        assigned.add(keys)
-        if before is not None:
-            _leave_type(before, table, keys[:-1], assigned)
+    _apply(overrides, table, sources)
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
@@ -101,6 +92,31 @@ def _read(path: Path) -> Table:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
 
 
+def _apply(overrides: Sequence[str], table: Table, sources: Sources) -> None:
+    """Writes ``--set a.b=value`` into a table; ``a.type=value`` takes out of [a] what the files say for another type.
+
+    Keys that both types have stay, and so do all that are set by --set: a mistake there is told.
+    """
+    assigned: set[tuple[str, ...]] = set()
+    for override in overrides:
+        keys, value = _parse_override(override, table)
+        above = keys[:-1]
+        before = table_at(above, table) if keys[-1] == "type" and tables_at(above) else None
+        _assign(table, keys, value, override)
+        sources.add(keys, f"--set {override}")
+        assigned.add(keys)
+        if before is not None:
+            for key in before.model_fields.keys() - table_at(above, table).model_fields.keys():
+                if (*above, key) not in assigned:
+                    _table(table, above).pop(key, None)
+
+
+def _table(table: Table, keys: tuple[str, ...]) -> Table:
+    for key in keys:
+        table = table[key]
+    return table
+
+
 def _parse_override(override: str, table: Table) -> tuple[tuple[str, ...], object]:
     key, separator, text = override.partition("=")
     keys = tuple(key.strip().split("."))
@@ -133,13 +149,3 @@ def _assign(table: Table, keys: tuple[str, ...], value: object, override: str) -
         if not isinstance(table, dict):
             raise UserError(f"--set {override}: {'.'.join(keys[:depth])} is a value, not a table")
     table[keys[-1]] = value
-
-
-def _leave_type(before: type[BaseModel], table: Table, above: tuple[str, ...], assigned: set[tuple[str, ...]]) -> None:
-    """After ``--set a.type=…``: of what the files say of [a], takes out the keys that only the former type has."""
-    only_before = before.model_fields.keys() - table_at(above, table).model_fields.keys()
-    for key in above:
-        table = table[key]
-    for key in only_before & table.keys():
-        if (*above, key) not in assigned:
-            del table[key]

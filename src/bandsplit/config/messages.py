@@ -108,27 +108,27 @@ def _wrong_value(error: Mapping[str, Any], field: FieldInfo | None) -> str:
     """What is wrong with a single value, and how to write what was meant."""
     kind, given = error["type"], error["input"]
     if kind in ("bool_type", "bool_parsing"):
-        expected = "expected true or false"
+        expected = "expected true or false" + _or_none(field)
         if str(given).lower() in ("true", "false"):
             expected += ", in lower case and without quotes"
     else:
-        expected = (error["msg"][0].lower() + error["msg"][1:]).replace("input should", "it should")
+        expected = (error["msg"][0].lower() + error["msg"][1:]).replace("input should", "it should") + _or_none(field)
         if kind in ("float_type", "int_type") and (number := _number(given)) is not None:
-            expected += f": write {number}"
-    return f"{given!r} given; {expected}{_or_none(field)}"
+            expected += f"; write {number}"
+    return f"{given!r} given; {expected}"
 
 
 def _or_none(field: FieldInfo | None) -> str:
     return ' or "none"' if field and takes_none(field) else ""
 
 
-def _number(given: object) -> float | None:
-    """The number that is meant by a text such as ".1", as which TOML takes it."""
+def _number(given: object) -> str | None:
+    """How TOML writes a number that it took for a string, such as .1 or "64"; None: there is no number in it."""
     try:
         number = float(given) if isinstance(given, str) else math.nan
     except ValueError:
         return None
-    return number if math.isfinite(number) else None
+    return repr(number).removesuffix(".0") if math.isfinite(number) else None
 
 
 def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:

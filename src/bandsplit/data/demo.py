@@ -9,6 +9,7 @@ the image's middle. Colours are RGB, 0 to 255.
 """
 
 import colorsys
+import io
 import math
 import tempfile
 from collections.abc import Iterator
@@ -133,7 +134,9 @@ def _write(root: Path, spec: ImageSpec) -> None:
     if rng.random() < GREY:
         image = image.convert("L")
     subsampling = str(rng.choice(["4:4:4", "4:2:2", "4:2:0"]))
-    image.save(root / spec.path, quality=int(rng.integers(75, 96)), subsampling=subsampling)
+    encoded = io.BytesIO()  # Pillow writes to files without noticing that a full disk took only a part
+    image.save(encoded, "JPEG", quality=int(rng.integers(75, 96)), subsampling=subsampling)
+    (root / spec.path).write_bytes(encoded.getbuffer())
 
 
 # ---------------------------------------------------------------------------------------------------------- a image

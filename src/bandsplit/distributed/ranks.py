@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from bandsplit.cpus import available_cpus
 from bandsplit.errors import ToldElsewhere, UserError
 
 T = TypeVar("T")
@@ -118,26 +117,6 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
 
-def _own_device(local_rank: int, local_world_size: int) -> torch.device:
-    """The GPU of a rank, or the CPU where there is none.
-
-    Raises UserError on a node with more ranks than GPUs.
-    """
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    gpus = torch.cuda.device_count()
-    if local_world_size > gpus:
-        error = UserError(
-            f"{local_world_size} processes on {socket.gethostname()}, which has {gpus} GPU{'s' * (gpus > 1)} to use; "
-            f"each process needs its own: torchrun --nproc-per-node {gpus}"
-        )
-        error.one_rank = local_rank == 0  # every rank of this node meets it, perhaps no other
-        raise error
-    device = torch.device("cuda", local_rank)
-    torch.cuda.set_device(device)
-    return device
-
-
 @contextmanager
 def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
     """Joins the other ranks (NCCL on GPUs, gloo on CPUs) and leaves them again at the end.
@@ -146,8 +125,10 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
     """
     rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = _own_device(local_rank, local_world_size)
-    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))  # torch does not look at CPU quotas
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
     if world_size() == 1:
         yield Ranks(rank, 1, local_rank, local_world_size, device)
         return

@@ -8,6 +8,7 @@ A plugin fits one version of DALI (whose symbols are versioned) and one kind of 
 are part of its file's name, and one cache serves nodes that differ.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
@@ -196,7 +197,8 @@ def _into_cache(built: Path, name: str) -> Path:
     built.replace(plugin)
     _sync(plugin.parent)
     for damaged in set(_plugins(name)) - {plugin}:
-        damaged.unlink()
+        with contextlib.suppress(OSError):  # another user's
+            damaged.unlink()
     return plugin
 
 
