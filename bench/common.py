@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import os
 import platform
 import random
 import time
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from bandsplit.cpus import available_cpus
 from bandsplit.data import demo
 from bandsplit.runs import directory
 
@@ -30,7 +30,7 @@ def arguments(description: str, output: str) -> argparse.ArgumentParser:
         "--images", type=Path, help="folder of JPEG files, searched to its bottom (default: demo images)"
     )
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds; each round times every subject once")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="threads of every subject")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="threads of every subject")
     parser.add_argument("--output", type=Path, default=Path(output), help="JSON file")
     return parser
 

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from bandsplit.cli import entry
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
+from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
 from bandsplit.reporting.figures import STYLE, WIDTH
 from bandsplit.reporting.runs import read_run
@@ -95,7 +96,7 @@ def train(
         command += ["--run-dir", str(folder), *(["--data", str(arguments.data)] if arguments.data else [])]
         for override in (*arguments.set, *overrides, f"seed={seed}"):
             command += ["--set", override]
-        threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+        threads = max(1, available_cpus() // arguments.jobs)
         done = subprocess.run(
             command, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, capture_output=True, text=True
         )

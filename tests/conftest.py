@@ -10,6 +10,7 @@ import runpy
 import shutil
 import signal
 import socket
+import subprocess
 import sys
 import tempfile
 import time
@@ -191,6 +192,20 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
         except SystemExit as end:
             code = int(end.code or 0)
         return Done(code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def unprivileged() -> Callable[..., Done]:
+    """Runs Python with arguments as a user who may not read everything, which root may."""
+    drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
+    if drop and not shutil.which("setpriv"):
+        pytest.skip("root may read every file, and there is no setpriv")
+
+    def call(*arguments: object) -> Done:
+        done = subprocess.run([*drop, sys.executable, *map(str, arguments)], capture_output=True, text=True)
+        return Done(done.returncode, done.stdout, done.stderr)
 
     return call
 

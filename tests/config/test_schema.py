@@ -108,7 +108,7 @@ MISTAKES = {
     "optim.type=sdg": r"--set optim.type=sdg: optim.type: 'sdg' given; allowed: 'sgd', .*; did you mean 'sgd'\?",
     "optim.type=adam optim.momentum=1": r"optim.momentum: unknown key; allowed in \[optim\]: lr, .*, betas, eps",
     "optim.type=adam optim.betas=[0.9]": r"optim.betas: \[0.9\] given; expected 2 numbers",
-    "optim.type=adam optim.betas=[0.9,1.5]": r"optim.betas: \[0.9, 1.5\] given; expected 2 numbers",
+    "optim.type=adam optim.betas=[0.9,1.5]": r"optim.betas: \[0.9, 1.5\] given; 1.5 should be less than 1",
     "schedule.type=step": r"schedule.milestones: \[\] given; allowed: either milestones or schedule.every_epochs",
     "schedule.type=one_cycle schedule.peek_at=0.2": r"unknown key; did you mean schedule.peak_at\?",
     "loss.type=bce loss.target_threshold=2": r"loss.target_threshold: 2.* given; it should be less than 1",
@@ -121,6 +121,19 @@ MISTAKES = {
     "augment.progressive={min_size=16,ramp_end=1,multiple=3}": r"multiple: 3 given; allowed: a multiple of split.block",
     "model.arch=vgg16 model.width=1.0 augment.progressive={min_size=16,ramp_end=1}": r"min_size: 16 given; .*unset",
     "optim.lr.x=1": r"optim.lr is a value, not a table",
+    "optim.lr=.1": r"optim.lr: '.1' given; it should be a valid number; write 0.1$",
+    'train.epochs="64"': r"train.epochs: '64' given; it should be a valid integer; write 64$",
+    "optim.lr=inf": r"optim.lr: inf given; it should be a finite number",
+    "optim.nesterov=True": r"optim.nesterov: 'True' given; expected true or false, in lower case and without quotes$",
+    "optim.nesterov=1": r"optim.nesterov: 1 given; expected true or false$",
+    "optim.momentum=none": r"optim.momentum: 'none' given; it should be a valid number$",
+    "train.clip_norm=off": r"""train.clip_norm: 'off' given; it should be a valid number or "none"$""",
+    "data.decoder.crop_only=off": r"""crop_only: 'off' given; expected true or false or "none"$""",
+    "schedule.type=step schedule.milestones=x": r"milestones: 'x' given; expected a list of numbers, such as \[30, 60,",
+    "schedule.type=step schedule.milestones=1,x": r"milestones: \[1, 'x'\] given; expected a list of numbers, such as",
+    "schedule.type=step schedule.milestones=[1, nan]": r"milestones: \[1, nan\] given; nan should be a finite number$",
+    "schedule.type=one_cycle schedule.momentum=1": r"""momentum: 1 given; expected 2 .* \[0.85, 0.95\] or "none"$""",
+    "schedule.type=one_cycle schedule.momentum=0,2": r"momentum: \[0, 2\] given; 2 should be less than or equal to 1$",
 }
 
 

@@ -1,9 +1,12 @@
 """The demo images: complete or absent, the same everywhere, and with their textures in the detail bands alone."""
 
+import os
+import resource
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +17,7 @@ from PIL import Image, JpegImagePlugin
 from bandsplit.data import demo
 from bandsplit.data.demo import CLASSES, PERIOD, SHAPES, SIDE, draw, generate
 from bandsplit.errors import UserError
+from tests.conftest import Done
 
 
 def contents(root: Path) -> dict[str, bytes]:
@@ -132,7 +136,54 @@ def test_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
 
 def test_errors_of_workers_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "SPLITS", ("nowhere", "val"))  # worker processes still look for "train"
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(UserError, match=f"{tmp_path}/data: cannot be written: .*No such file .*/train/"):
+        generate(tmp_path / "data", train_per_class=1, val_per_class=1, workers=2)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def full_disk() -> Iterator[None]:
+    """Files of more than 2,000 bytes cannot be written, also by the processes that are started: as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_disk_that_fills_is_one_message_and_leaves_nothing(tmp_path: Path, full_disk: None, workers: int) -> None:
+    with pytest.raises(UserError, match=f"{tmp_path}/data: cannot be written: "):
+        generate(tmp_path / "data", train_per_class=2, val_per_class=1, workers=workers)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_whose_images_cannot_be_written_ends_with_one_message(
+    tmp_path: Path, config_file: Path, run_here: Callable[..., Done], full_disk: None
+) -> None:
+    generate = "--set", "data.generate={train_per_class=2,val_per_class=1}"
+    root = tmp_path / "made" / "data"
+    done = run_here("train.py", config_file, *generate, "--set", f"data.root={root}", "--run-dir", tmp_path / "run")
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: {root}: cannot be written: ")
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in root.parent.iterdir()} <= {".data.lock"}
+    assert not (tmp_path / "run").exists()
+
+    below_a_file = config_file / "data"
+    done = run_here(
+        "train.py", config_file, *generate, "--set", f"data.root={below_a_file}", "--run-dir", tmp_path / "run"
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {below_a_file}: cannot be written: ")
+
+
+def _killed(root: Path, image: demo.ImageSpec) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_is_killed_is_one_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(demo, "_write", _killed)
+    with pytest.raises(UserError, match="data: one of the 2 processes that draw these images was killed"):
         generate(tmp_path / "data", train_per_class=1, val_per_class=1, workers=2)
     assert not list(tmp_path.iterdir())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import pytest
 from bandsplit.config import schema
 from bandsplit.data.images import open_data, scan
 from bandsplit.errors import UserError
-from tests.conftest import TRAIN_PER_CLASS, VAL_PER_CLASS
+from tests.conftest import REPOSITORY, TRAIN_PER_CLASS, VAL_PER_CLASS, Done
 
 
 def data(root: Path, **keys: object) -> schema.Data:
@@ -82,3 +83,55 @@ def test_images_are_generated_once_where_the_config_says_how(tmp_path: Path) -> 
     before = {file: Path(file).stat().st_mtime_ns for file in train.paths}
     assert (len(train), len(val)) == (20, 10)
     assert {file: Path(file).stat().st_mtime_ns for file in open_data(config)[0].paths} == before
+
+
+def test_a_relative_root_is_told_with_the_folder_that_it_starts_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    message = rf"data.root: {tmp_path}/a/b: no such folder \('a/b' is relative to the working directory\); point to the"
+    with pytest.raises(UserError, match=message):
+        open_data(data(Path("a/b")))
+    with pytest.raises(UserError, match=f"data.root: {tmp_path}/nowhere: no such folder; point to the data set"):
+        open_data(data(tmp_path / "nowhere"))
+
+
+def test_a_home_that_is_not_known() -> None:
+    with pytest.raises(UserError, match="data.root: '~nobodyknows/x' given, but ~nobodyknows has no home folder here"):
+        open_data(data(Path("~nobodyknows/x")))
+
+
+OPEN = """
+import sys
+from bandsplit.config.schema import Data
+from bandsplit.data.images import open_data
+try:
+    open_data(Data(name="d", root=sys.argv[1], classes=10))
+except ValueError as error:
+    print(repr(error))
+"""
+
+
+@pytest.mark.parametrize(("folder", "named"), [("", "train"), ("train", "train"), ("val/ring_striped",) * 2])
+def test_a_folder_that_cannot_be_read_is_named(
+    copy: Path, unprivileged: Callable[..., Done], folder: str, named: str
+) -> None:
+    """Of a root without permission, the first folder in it: the root itself can be seen."""
+    (copy / folder).chmod(0)
+    done = unprivileged("-c", OPEN, copy)
+    (copy / folder).chmod(0o755)
+    assert done.stdout == f"UserError('{copy / named}: cannot be read: Permission denied')\n", done.stderr
+
+
+def test_a_training_whose_images_cannot_be_read_ends_with_one_message(
+    copy: Path, config_file: Path, unprivileged: Callable[..., Done]
+) -> None:
+    folder, run_dir = copy / "train/disc_striped", config_file.with_name("run")
+    folder.chmod(0)
+    here = f"data.root={copy}"
+    done = unprivileged(REPOSITORY / "src/train.py", config_file, "--set", here, "--run-dir", run_dir)
+    folder.chmod(0o755)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == f"error: {folder}: cannot be read: Permission denied"
+    assert "Traceback" not in done.stderr
+    assert not run_dir.exists()

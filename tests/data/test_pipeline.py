@@ -352,8 +352,7 @@ def test_real_photographs_and_their_awkward_relatives(config: schema.RunConfig, 
 def test_threads_are_shared_among_the_ranks_of_a_machine(
     config: schema.RunConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-
-    monkeypatch.setattr(loader.os, "cpu_count", lambda: 16)
+    monkeypatch.setattr(loader, "available_cpus", lambda: 16)
     ranks = Ranks(5, 8, 1, 4, torch.device("cpu"))
     assert loader.shard_of(config, ranks, 2, False).threads == 1  # the config says so
     free = config.model_copy(update={"data": config.data.model_copy(update={"threads": None})})

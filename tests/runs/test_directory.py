@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 
+import numpy
+import nvidia.dali
+import pydantic
 import pytest
 import tomli
 
+import bandsplit
 from bandsplit.config import loading
+from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
 from bandsplit.runs.directory import PACKAGES, RunDirectory, environment
 from bandsplit.runs.metrics import Metrics, Stopwatch
+from tests.conftest import REPOSITORY
 
 CLASSES = ["alpha", "bravo", "charlie"]
 
@@ -59,6 +68,32 @@ def test_every_launch_is_noted_and_the_config_is_complete(tmp_path: Path, config
     assert [launch["world_size"] for launch in launches] == [1, 2]
     assert set(PACKAGES) < set(launches[0]["versions"])
     assert tomli.loads(directory.config.read_text())["optim"]["momentum"] == 0.9
+
+
+def test_versions_are_those_of_the_packages_in_use(tmp_path: Path) -> None:
+    """However they are installed: here all but the standard library has lost its metadata."""
+    site = Path(pydantic.__file__).parents[1]
+    for entry in site.iterdir():
+        if entry.suffix not in (".dist-info", ".egg-info"):
+            (tmp_path / entry.name).symlink_to(entry)
+    code = """
+import importlib.metadata, json, numpy, nvidia.dali
+from bandsplit.runs.directory import environment
+assert not [*importlib.metadata.distributions()]
+print(json.dumps(environment(1, "cpu")["versions"]))
+"""
+    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY / 'src'}"}
+    done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    versions = json.loads(done.stdout)
+    used = {"nvidia.dali": nvidia.dali.__version__, "numpy": numpy.__version__, "bandsplit": bandsplit.__version__}
+    assert {name: versions[name] for name in used} == used
+    assert versions["torch"] is None  # not in use
+
+
+def test_the_cpus_of_a_launch_are_recorded() -> None:
+    launch = environment(1, "cpu")
+    assert (launch["cpu_count"], launch["available_cpus"]) == (os.cpu_count(), available_cpus())
 
 
 def test_a_run_directory_that_is_a_file(config_file: Path) -> None:

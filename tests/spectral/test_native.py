@@ -2,11 +2,13 @@
 
 import io
 import os
+import pwd
 import shutil
 import stat
 import subprocess
 import sys
 import tarfile
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -437,6 +439,51 @@ def test_two_processes_build_one_plugin_that_a_third_without_a_compiler_loads(tm
     assert output.strip() == "equal", errors
 
 
+@pytest.fixture(scope="module")
+def built() -> Path:
+    """A plugin in the usual cache, which a test may copy."""
+    return native.build(cuda=False)
+
+
+@pytest.mark.parametrize("size", [0, 100_000])
+def test_a_plugin_that_was_cut_off_is_not_loaded(
+    built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """A node died, a quota, a copy: loading it would end the process with a bus error."""
+    copy = tmp_path / built.name
+    shutil.copyfile(built, copy)
+    monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert native.build(cuda=False) == copy
+    os.truncate(copy, size)
+    with pytest.raises(native.BuildError, match=r"needs a C\+\+ compiler"):
+        native.build(cuda=False)
+
+
+@pytest.mark.skipif(native._find_cxx() is None, reason="no C++ compiler")
+def test_a_plugin_that_was_cut_off_is_built_again(built: Path, tmp_path: Path) -> None:
+    shutil.copyfile(built, tmp_path / built.name)
+    os.truncate(tmp_path / built.name, 100_000)
+    process = python("-c", CHECK, env=environment(BANDSPLIT_CACHE=str(tmp_path)))
+    output, errors = process.communicate()
+    assert output.strip() == "equal", errors
+    (plugin,) = tmp_path.glob("*.so")
+    assert plugin.stem.endswith(f"-{native._digest(plugin)}")
+
+
+def test_a_plugin_that_cannot_be_loaded_is_a_build_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system without the right to execute."""
+    text = tmp_path / "text"
+    text.write_text("no library")
+    plugin = text.rename(tmp_path / f"{native._stem(cuda=False)}-0-{native._digest(text)}.so")
+    monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(native.BuildError, match=f"cannot load {plugin}: "):
+        native._loaded.__wrapped__()
+
+
 def test_a_missing_compiler_is_a_build_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
@@ -494,9 +541,47 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
     assert native._cache_folder() == tmp_path / ".cache" / "bandsplit"
 
 
-@pytest.mark.skipif(native._find_nvcc() is None or shutil.which("g++") is None, reason="no nvcc or no g++")
-def test_the_plugin_with_the_gpu_kernel_builds_and_its_cpu_operator_needs_no_gpu() -> None:
-    """In the usual cache: it compiles when the sources change, not at every run of the tests."""
+def test_without_a_home_the_cache_lies_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container with a user that the system does not know."""
+    for name in ("BANDSPLIT_CACHE", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder = tmp_path / f"bandsplit-{os.getuid()}"
+    assert native._cache_folder() == native._cache_folder() == folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+    refused = pytest.raises(native.BuildError, match=f"{folder} is not a folder that only this user can write to")
+    folder.chmod(0o777)
+    with refused:  # somebody else may have put a plugin there
+        native.build(cuda=False)
+    folder.rmdir()
+    folder.symlink_to(tmp_path)
+    with refused:
+        native.build(cuda=False)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    with pytest.raises(native.BuildError, match="no folder for a cache .*set BANDSPLIT_CACHE"):
+        native.build(cuda=False)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_nvcc_of_the_python_packages_builds_the_gpu_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine with a driver but no toolkit.  The CPU operator of that plugin needs no GPU.
+
+    In the usual cache: it compiles when the sources change, not at every run of the tests.
+    """
+    if not any((folder / "bin" / "nvcc").exists() for folder in native._toolkits_of_wheels()):
+        pytest.skip("the package nvidia-cuda-nvcc is not installed (pip install bandsplit[nvcc])")
+    for name in ("CUDA_HOME", "CUDA_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    without = [folder for folder in os.environ["PATH"].split(":") if not Path(folder, "nvcc").exists()]
+    monkeypatch.setenv("PATH", ":".join(without))
+    nvcc = native._find_nvcc()
+    assert nvcc is not None
+    toolkit = Path(nvcc).parents[1]
+    assert toolkit in native._toolkits_of_wheels()
+    assert native._cuda_headers(nvcc) == toolkit.resolve() / "include"
+
     plugin = native.build(cuda=True)
     assert "cuda" in plugin.name
     check = python("-c", CHECK, str(plugin), env=environment(CUDA_VISIBLE_DEVICES=""))

@@ -14,16 +14,18 @@ from pathlib import Path
 import tomli
 from pydantic import ValidationError
 
+from bandsplit.config.keys import entry_types, field_at, table_at, tables_at
 from bandsplit.config.messages import explain
 from bandsplit.config.schema import RunConfig
 from bandsplit.config.sources import Sources, Table
 from bandsplit.errors import UserError
+from bandsplit.paths import reading_from
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | None = None) -> RunConfig:
     """Reads a train config and the data config it names (relative to itself), or the file `data` instead.
 
-    `overrides` are ``a.b=value`` with a TOML value (a bare word counts as a string).
+    `overrides` are ``a.b=value`` with a TOML value, a bare word for a string, or ``30,60,80`` for a list.
     Raises UserError: file, key, what was given, what is allowed, the nearest valid key.
     """
     path = Path(path)
@@ -38,10 +40,7 @@ def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | Non
     if data is not None:
         table["data"] = {"name": Path(data).stem, **_read(Path(data))}
         sources.add(("data",), str(data))
-    for override in overrides:
-        keys, value = _parse_override(override)
-        _assign(table, keys, value, override)
-        sources.add(keys, f"--set {override}")
+    _apply(overrides, table, sources)
     try:
         return RunConfig.model_validate(table)
     except ValidationError as error:
@@ -79,25 +78,69 @@ def _merged(base: Table, over: Table) -> Table:
 
 
 def _read(path: Path) -> Table:
-    if not path.is_file():
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-        hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-        raise UserError(f"{path}: no such config file{hint}")
     try:
-        return tomli.loads(path.read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from None
+        with reading_from(path):
+            if not path.is_file():
+                near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
+                hint = f"; did you mean {path.parent / near[0]}?" if near else ""
+                raise UserError(f"{path}: no such config file{hint}")
+            return tomli.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
+    except tomli.TOMLDecodeError as error:
+        lines = error.doc.splitlines()[error.lineno - 1 : error.lineno]
+        raise UserError(f"{path}: not valid TOML: {error}{''.join(f': {line.strip()}' for line in lines)}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
 
 
-def _parse_override(override: str) -> tuple[tuple[str, ...], object]:
+def _apply(overrides: Sequence[str], table: Table, sources: Sources) -> None:
+    """Writes ``--set a.b=value`` into a table; ``a.type=value`` takes out of [a] what the files say for another type.
+
+    Keys that both types have stay, and so do all that are set by --set: a mistake there is told.
+    """
+    assigned: set[tuple[str, ...]] = set()
+    for override in overrides:
+        keys, value = _parse_override(override, table)
+        above = keys[:-1]
+        before = table_at(above, table) if keys[-1] == "type" and tables_at(above) else None
+        _assign(table, keys, value, override)
+        sources.add(keys, f"--set {override}")
+        assigned.add(keys)
+        if before is not None:
+            for key in before.model_fields.keys() - table_at(above, table).model_fields.keys():
+                if (*above, key) not in assigned:
+                    _table(table, above).pop(key, None)
+
+
+def _table(table: Table, keys: tuple[str, ...]) -> Table:
+    for key in keys:
+        table = table[key]
+    return table
+
+
+def _parse_override(override: str, table: Table) -> tuple[tuple[str, ...], object]:
     key, separator, text = override.partition("=")
     keys = tuple(key.strip().split("."))
     if not separator or not all(keys):
         raise UserError(f"--set {override}: expected key=value, for example --set optim.lr=0.02")
+    return keys, _value(text.strip(), takes_list=bool(entry_types(field_at(keys, table))))
+
+
+def _value(text: str, takes_list: bool = False) -> object:
+    """A value in TOML or in one of the short forms of --set."""
+    if text.lower() in ("none", "null"):
+        return "none"
+    value = _toml(text)
+    if value is None and takes_list and "," in text:
+        value = _toml(f"[{text}]") or [_value(word.strip()) for word in text.split(",")]
+    return text if value is None else value
+
+
+def _toml(text: str) -> object:
+    """A value in TOML; None: the text is no TOML."""
     try:
-        return keys, tomli.loads(f"value = {text}")["value"]
+        return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:
-        return keys, text.strip()
+        return None
 
 
 def _assign(table: Table, keys: tuple[str, ...], value: object, override: str) -> None:

@@ -9,11 +9,12 @@ the image's middle. Colours are RGB, 0 to 255.
 """
 
 import colorsys
+import io
 import math
-import os
 import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -25,7 +26,9 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 from tqdm import tqdm
 
+from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
+from bandsplit.paths import writing_to
 
 Array = NDArray[np.float64]
 
@@ -69,33 +72,36 @@ class ImageSpec:
 def generate(
     root: Path, *, seed: int = 0, train_per_class: int = 200, val_per_class: int = 50, workers: int | None = None
 ) -> None:
-    """Write `root`/{train,val}/CLASS/INDEX.jpg with `workers` processes (default: one for each core we may use).
+    """Writes `root`/{train,val}/CLASS/INDEX.jpg with `workers` processes (default: one for each available CPU).
 
     The files depend on `seed` alone, not on `workers`. `root` appears only when it is complete.
+
+    Raises UserError where `root` exists or cannot be written, or a worker is killed; nothing is left behind.
     """
     root = root.absolute()
-    if root.exists():
-        raise _exists(root)
-    root.parent.mkdir(parents=True, exist_ok=True)
     images = [
         ImageSpec(seed, split, label, index)
         for split, count in enumerate((train_per_class, val_per_class))
         for label in range(len(CLASSES))
         for index in range(count)
     ]
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", suffix=".partial", dir=root.parent) as temporary:
-        # One level deeper: the temporary folder's own permissions (0700) would become those of the data set.
-        unfinished = Path(temporary, root.name)
-        for split in SPLITS:
-            for name in CLASSES:
-                (unfinished / split / name).mkdir(parents=True)
-        _write_all(unfinished, images, workers or len(os.sched_getaffinity(0)))
-        try:
-            unfinished.rename(root)
-        except OSError:
-            if root.exists():  # another process was faster
-                raise _exists(root) from None
-            raise
+    with writing_to(root):
+        if root.exists():
+            raise _exists(root)
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{root.name}.", suffix=".partial", dir=root.parent) as temporary:
+            # One level deeper: the temporary folder's own permissions (0700) would become those of the data set.
+            unfinished = Path(temporary, root.name)
+            for split in SPLITS:
+                for name in CLASSES:
+                    (unfinished / split / name).mkdir(parents=True)
+            _write_all(unfinished, images, workers or available_cpus())
+            try:
+                unfinished.rename(root)
+            except OSError:
+                if root.exists():  # another process was faster
+                    raise _exists(root) from None
+                raise
 
 
 def _exists(root: Path) -> UserError:
@@ -113,7 +119,13 @@ def _write_all(root: Path, images: list[ImageSpec], workers: int) -> None:
         return
     # Spawned, not forked: the caller may already run threads (torch, DALI), and forking those can deadlock.
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        follow(pool.map(write, images, chunksize=16))
+        try:
+            follow(pool.map(write, images, chunksize=16))
+        except BrokenProcessPool as error:
+            raise UserError(
+                f"{root.name}: one of the {workers} processes that draw these images was killed, perhaps for want of "
+                "memory; start again"
+            ) from error
 
 
 def _write(root: Path, spec: ImageSpec) -> None:
@@ -122,7 +134,9 @@ def _write(root: Path, spec: ImageSpec) -> None:
     if rng.random() < GREY:
         image = image.convert("L")
     subsampling = str(rng.choice(["4:4:4", "4:2:2", "4:2:0"]))
-    image.save(root / spec.path, quality=int(rng.integers(75, 96)), subsampling=subsampling)
+    encoded = io.BytesIO()  # Pillow writes to files without noticing that a full disk took only a part
+    image.save(encoded, "JPEG", quality=int(rng.integers(75, 96)), subsampling=subsampling)
+    (root / spec.path).write_bytes(encoded.getbuffer())
 
 
 # ---------------------------------------------------------------------------------------------------------- a image

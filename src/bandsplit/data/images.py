@@ -13,6 +13,7 @@ from filelock import FileLock
 from bandsplit.config.schema import Data
 from bandsplit.data import demo
 from bandsplit.errors import UserError
+from bandsplit.paths import expanded, reading_from, writing_to
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
@@ -40,11 +41,18 @@ class ImageFiles:
 def scan(folder: Path) -> ImageFiles:
     """Lists ``folder/<class>/<image>`` in sorted order.
 
-    Raises UserError where the folder is missing, has no class folders, or a class folder has no images.
+    Raises UserError where the folder is missing, has no class folders, a class folder has no images, or one of them
+    cannot be read.
     """
+    with reading_from(folder):
+        return _scan(folder)
+
+
+def _scan(folder: Path) -> ImageFiles:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected one folder a class with {', '.join(SUFFIXES)} files")
-    classes = sorted(entry.name for entry in os.scandir(folder) if entry.is_dir())
+    with os.scandir(folder) as entries:
+        classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
         raise UserError(f"{folder}: no class folders in it; expected one folder a class")
     paths: list[str] = []
@@ -62,15 +70,19 @@ def scan(folder: Path) -> ImageFiles:
 def open_data(data: Data, generate: bool = True) -> tuple[ImageFiles, ImageFiles]:
     """Training and validation images of a data config; makes them first where the config says how and it is wanted.
 
-    Raises UserError where folders are missing or empty, or their classes differ from the config or from each other.
+    Raises UserError where folders are missing, empty or cannot be read, or their classes differ from the config or from
+    each other.
     """
-    root = Path(os.path.expandvars(data.root)).expanduser()
-    if "$" in str(root):
-        raise UserError(f"data.root: {data.root!r} given, but the variable is not set; set it or use --set data.root=…")
+    root = expanded(data.root, "data.root")
     if data.generate is not None and generate:
         _generate_once(data, root)
-    if not root.is_dir():
-        raise UserError(f"data.root: {root}: no such folder; point to the data set with --set data.root=…")
+    with reading_from(root):
+        found = root.is_dir()
+    if not found:
+        where = "" if root.is_absolute() else f" ({data.root!r} is relative to the working directory)"
+        raise UserError(
+            f"data.root: {root.absolute()}: no such folder{where}; point to the data set with --set data.root=…"
+        )
     train, val = scan(root / data.train), scan(root / data.val)
     if len(train.classes) != data.classes:
         raise UserError(f"data.classes: {data.classes} given, but {root / data.train} has {len(train.classes)} classes")
@@ -83,7 +95,8 @@ def open_data(data: Data, generate: bool = True) -> tuple[ImageFiles, ImageFiles
 def _generate_once(data: Data, root: Path) -> None:
     """The first process makes the images, the others wait for it."""
     assert data.generate is not None
-    root.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(root.with_name(f".{root.name}.lock")):
-        if not root.exists():
-            demo.generate(root, **data.generate.model_dump())
+    with writing_to(root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(root.with_name(f".{root.name}.lock")):
+            if not root.exists():
+                demo.generate(root, **data.generate.model_dump())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,6 +14,7 @@ from einops import rearrange
 from torch import Tensor
 
 from bandsplit.config.schema import RunConfig
+from bandsplit.cpus import available_cpus
 from bandsplit.data import images, mixing, pipeline
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.pipeline import Shard
@@ -83,8 +83,8 @@ class UndecodableImage(UserError):
 
 
 def shard_of(config: RunConfig, ranks: Ranks, batch_size: int, half: bool) -> Shard:
-    """What this rank reads, and with how many DALI threads."""
-    threads = config.data.threads or max(1, (os.cpu_count() or 1) // ranks.local_world_size)
+    """What this rank reads, and with how many DALI threads: `data.threads` or its share of the CPUs."""
+    threads = config.data.threads or max(1, available_cpus() // ranks.local_world_size)
     return Shard(ranks.rank, ranks.world_size, batch_size, threads, ranks.device.index, half)
 
 

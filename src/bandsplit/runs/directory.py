@@ -11,7 +11,6 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,10 @@ import tomli_w
 from filelock import FileLock, Timeout
 from loguru import logger
 
+from bandsplit import __version__
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
+from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
 from bandsplit.runs.files import make_folder, read_text, reading, replace_text, set_aside
 
@@ -30,7 +31,8 @@ MAY_CHANGE = (
 )  # fmt: skip
 """Keys that say where and how a run is computed, not what: they may change when it is resumed."""
 
-PACKAGES = ("bandsplit", "torch", "torchvision", "nvidia-dali-cuda120", "numpy")
+PACKAGES = ("torch", "torchvision", "nvidia.dali", "numpy")
+"""Packages, by the names under which Python imports them, whose versions environment.json records."""
 
 
 class RunDirectory:
@@ -155,12 +157,22 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
         "command": sys.argv,
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed_files": _git("status", "--porcelain", "--untracked-files=no"),
-        "versions": {"python": platform.python_version(), **{name: metadata.version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), "bandsplit": __version__, **_versions(PACKAGES)},
         "host": socket.gethostname(),
         "cpu_count": os.cpu_count(),
+        "available_cpus": available_cpus(),
         "world_size": world_size,
         "device": device,
     }
+
+
+def _versions(packages: Sequence[str]) -> dict[str, str | None]:
+    """Versions of the packages that this process has imported; None: not imported, or without a version.
+
+    The modules are asked, since distributions of one package can have several names (nvidia-dali-cuda120, -cuda130),
+    and one that is only on PYTHONPATH has none.
+    """
+    return {name: getattr(sys.modules.get(name), "__version__", None) for name in packages}
 
 
 def _git(*arguments: str) -> str | None:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 
-from bandsplit.errors import UserError
+from bandsplit.paths import reading_from, writing_to
 
 SET_ASIDE = "set_aside"
 """Folder of what is no longer used but was not deleted."""
@@ -69,28 +68,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def writing_to(path: Path) -> Iterator[None]:
-    """Turns what the file system refuses (full, read-only, gone) into a message for the user."""
-    try:
-        yield
-    except OSError as error:
-        told = UserError(f"{path}: cannot be written: {error}")
-        told.one_rank = True
-        raise told from error
-
-
-@contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """Turns an error of the disk (stale handle, no permission, I/O error) into a message for the user.
-
-    Such an error says nothing about the file itself, so nothing may be done to it.
-    """
-    try:
-        yield
-    except OSError as error:
-        told = UserError(
-            f"{path}: cannot be read: {error}. Nothing was changed; once it can be read, run the same command again"
-        )
-        told.one_rank = True
-        raise told from error
+def reading(path: Path) -> AbstractContextManager[None]:
+    """`reading_from`, for what a second try may find readable."""
+    return reading_from(path, ". Nothing was changed; once it can be read, run the same command again")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from bandsplit.config.schema import Distillation, RunConfig
 from bandsplit.errors import UserError
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
+from bandsplit.paths import expanded
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory, _flat, require_same_classes, resolved
 from bandsplit.spectral.view import View
@@ -81,8 +81,9 @@ class Teacher:
         """
         if config.distillation is None:
             return None
+        run_dir = teachers_directory(config.distillation)
         try:
-            restored = Restored.of(teachers_directory(config.distillation), str(config.distillation.checkpoint))
+            restored = Restored.of(run_dir, str(config.distillation.checkpoint))
             _require_fit(restored.config, config)
             restored.require_classes(classes, "the data of this run")
         except UserError as error:
@@ -97,7 +98,7 @@ class Teacher:
 
 
 def teachers_directory(distillation: Distillation) -> Path:
-    return Path(os.path.expandvars(distillation.teacher)).expanduser()
+    return expanded(distillation.teacher, "distillation.teacher")
 
 
 def _require_same_networks(own: RunConfig, config: RunConfig, run_dir: Path) -> None:

@@ -33,7 +33,7 @@ class Color(Table):
     def _check(self) -> Color:
         for key in ("brightness", "contrast", "saturation"):
             low, high = getattr(self, key)
-            if not 0 <= low <= high < float("inf"):
+            if not 0 <= low <= high:
                 raise mistake(f"augment.color.{key}", [low, high], "0 <= smallest <= largest")
         return self
 
@@ -50,7 +50,7 @@ class RandAugment(Table):
     """Operations per image, applied one after another."""
     m: float = Field(7.0, ge=0, le=10)
     """Magnitude from 0 to 10, as in timm; torchvision's scale goes to 30."""
-    std: float = Field(0.0, ge=0, allow_inf_nan=False)
+    std: float = Field(0.0, ge=0)
     """Standard deviation of the magnitude per operation and image; the result is clamped to 0 .. 10 and rounded to
     0.01.  Wightman et al., ResNet strikes back (2021): n = 2, m = 7, std = 0.5."""
 
@@ -83,7 +83,7 @@ class Erasing(Table):
         if not 0 < low <= high <= 1:
             raise mistake("augment.erasing.scale", [low, high], "0 < smallest <= largest <= 1")
         flattest, tallest = self.ratio
-        if not 0 < flattest <= tallest < float("inf"):
+        if not 0 < flattest <= tallest:
             raise mistake("augment.erasing.ratio", [flattest, tallest], "0 < smallest <= largest")
         if max(flattest, 1 / tallest) * high > 1:
             allowed = f"one that fits into the image with augment.erasing.scale up to {high}"
@@ -129,7 +129,7 @@ class Augment(Table):
         None, discriminator="type"
     )
     color: Color | None = None
-    pca_noise: float = Field(0.0, ge=0, allow_inf_nan=False)
+    pca_noise: float = Field(0.0, ge=0)
     """σ of the lighting noise (Krizhevsky et al., NIPS 2012, section 4.1, has 0.1): multiples of the principal
     components of ImageNet's colors, three normal draws per image, shared by all its pixels."""
     erasing: Erasing | None = None

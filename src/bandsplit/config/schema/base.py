@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeGuard
+from typing import Annotated, Any, TypeGuard, get_args
 
 from pydantic import (
     BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
+    SerializationInfo,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
 )
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -24,8 +29,33 @@ def mistake(key: str, given: object, allowed: str) -> PydanticCustomError:
     return PydanticCustomError("cross_check", "{allowed}", {"key": key, "given": given, "allowed": allowed})
 
 
+def takes_none(field: FieldInfo) -> bool:
+    """Whether a key may be unset, for which TOML has no word: "none" is ours."""
+    return type(None) in get_args(field.annotation)
+
+
 class Table(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read_none(cls, given: Any) -> Any:
+        if not isinstance(given, dict):
+            return given
+        unset = {key for key, field in cls.model_fields.items() if takes_none(field) and given.get(key) == "none"}
+        return {key: None if key in unset else value for key, value in given.items()}
+
+    @model_serializer(mode="wrap")
+    def _write_none(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
+        """As JSON or TOML, a key that is unset although it is set by default is "none": left out, it would be set."""
+        table: dict[str, Any] = serialize(self)
+        if info.mode == "json":
+            for key, field in type(self).model_fields.items():
+                if getattr(self, key) is None and field.default is not None:
+                    table[key] = "none"
+        return table
 
 
 def count_or(key: str, *words: str) -> BeforeValidator:

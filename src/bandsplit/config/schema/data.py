@@ -67,7 +67,7 @@ class Data(Table):
     std: Channels3 = (58.395, 57.12, 57.375)
     """RGB standard deviation in the same units."""
     threads: int | None = Field(None, ge=1)
-    """DALI threads a rank; unset: the machine's cores shared among its ranks."""
+    """DALI threads a rank; unset: the CPUs allotted on this node, divided by its ranks."""
     prefetch: int = Field(2, ge=1)
     """Batches that DALI prepares ahead."""
     decoder: Decoder = Decoder()

@@ -39,10 +39,10 @@ class Distillation(Table):
     """Run directory of the teacher, which may have another split; `~` and `$VARIABLES` are expanded."""
     checkpoint: Annotated[Literal["best", "last"] | int, count_or("distillation.checkpoint", "best", "last")] = "best"
     """"best", "last" or the number of a step."""
-    temperature: float = Field(20.0, gt=0, allow_inf_nan=False)
+    temperature: float = Field(20.0, gt=0)
     """T above."""
-    weight: float = Field(1.0, gt=0, allow_inf_nan=False)
-    label_weight: float = Field(1.0, ge=0, allow_inf_nan=False)
+    weight: float = Field(1.0, gt=0)
+    label_weight: float = Field(1.0, ge=0)
 
 
 class Mix(Table):

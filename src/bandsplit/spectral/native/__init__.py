@@ -8,15 +8,17 @@ A plugin fits one version of DALI (whose symbols are versioned) and one kind of 
 are part of its file's name, and one cache serves nodes that differ.
 """
 
+import contextlib
 import functools
 import hashlib
 import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
@@ -35,7 +37,7 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-w", "--threads", "4"
 
 
 class BuildError(RuntimeError):
-    """The operator cannot be built here; the message says what is missing, or ends with the compiler's output."""
+    """There is no operator here; the message says what is missing, or ends with what compiler or loader said."""
 
 
 def load() -> None:
@@ -64,15 +66,19 @@ def _loaded() -> Path:
     from nvidia.dali import plugin_manager
 
     plugin = build()
-    plugin_manager.load_library(str(plugin))
+    try:
+        plugin_manager.load_library(str(plugin))
+    except RuntimeError as error:  # such as a cache on a file system without the right to execute
+        raise BuildError(f"cannot load {plugin}: {error}") from error
     return plugin
 
 
 def build(cuda: bool | None = None) -> Path:
     """The plugin from the cache, compiled into it first if need be. Any number of processes may call this at once.
 
-    The cache is $BANDSPLIT_CACHE, else $XDG_CACHE_HOME/bandsplit, else ~/.cache/bandsplit. The compiler is $CXX, else
-    g++, else c++. Where none of them is, a plugin that another machine of the same kind put into the cache is taken.
+    The cache is $BANDSPLIT_CACHE, else $XDG_CACHE_HOME/bandsplit, else ~/.cache/bandsplit, else (without a home)
+    bandsplit-UID in the folder for temporary files. The compiler is $CXX, else g++, else c++. Where none of them is, a
+    plugin that another machine of the same kind put into the cache is taken.
 
     Args:
         cuda: whether to include the GPU kernel; None: where torch sees a GPU and there is an nvcc, or a plugin
@@ -82,46 +88,44 @@ def build(cuda: bool | None = None) -> Path:
         the path of the shared library.
 
     Raises:
-        BuildError: no compiler, no nvcc (for cuda=True), no CUDA headers, a cache that cannot be written, or the
-            compilation failed.
+        BuildError: no compiler, no nvcc (for cuda=True), no CUDA headers, a cache that cannot be written or is
+            another user's, or the compilation failed.
     """
     if cuda is None:
-        cuda = _gpu_is_visible() and (_find_nvcc() is not None or _prebuilt(cuda=True) is not None)
+        cuda = _gpu_is_visible() and (_find_nvcc() is not None or _cached(_stem(cuda=True)) is not None)
     cxx, nvcc = _find_cxx(), _find_nvcc()
     if cxx is None or (cuda and nvcc is None):
-        prebuilt = _prebuilt(cuda)
+        prebuilt = _cached(_stem(cuda))
         if prebuilt is None:
+            missing = "a C++ compiler (g++, or set CXX)" if cxx is None else "nvcc (pip install bandsplit[nvcc])"
             raise BuildError(
-                f"the build of spectral_split needs {'a C++ compiler (g++, or set CXX)' if cxx is None else 'nvcc'}, "
-                f"which is not here; nor has the cache {_cache_folder()} a plugin for this machine: build one where "
-                "the compilers are, with `python -m bandsplit.spectral.native`"
+                f"the build of spectral_split needs {missing}, which is not here; nor has the cache {_cache_folder()} "
+                "a plugin for this machine: build one where the compilers are, with "
+                "`python -m bandsplit.spectral.native`"
             )
         return prebuilt
 
     compilers = [cxx, [nvcc]] if cuda and nvcc else [cxx]
     versions = [word for compiler in compilers for word in (*compiler, _output([*compiler, "--version"]))]
-    plugin = _cache_folder() / f"{_stem(cuda)}-{_hash(versions)}.so"
-    if plugin.exists():
+    name = f"{_stem(cuda)}-{_hash(versions)}"
+    if plugin := _cached(name):
         return plugin
+    cache = _cache_folder()
     try:
-        plugin.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(plugin.with_suffix(".lock")):
-            if not plugin.exists():
-                _compile(plugin, cxx, nvcc if cuda else None)
+        cache.mkdir(parents=True, exist_ok=True)
+        with FileLock(cache / f"{name}.lock"):
+            return _cached(name) or _compile(name, cxx, nvcc if cuda else None)
     except OSError as error:
-        raise BuildError(
-            f"cannot write the cache {plugin.parent} ({error}): set BANDSPLIT_CACHE to a folder"
-        ) from error
-    return plugin
+        raise BuildError(f"cannot write the cache {cache} ({error}): set BANDSPLIT_CACHE to a folder") from error
 
 
-def _compile(plugin: Path, cxx: list[str], nvcc: str | None) -> None:
-    """Compile and link in a folder of its own, then rename: a half-written plugin is never seen under its name."""
+def _compile(name: str, cxx: list[str], nvcc: str | None) -> Path:
+    """Compiles and links in a folder of its own, then renames the plugin into the cache, its digest in its name."""
     from nvidia.dali import sysconfig
 
     includes = [*sysconfig.get_compile_flags(), "-isystem", str(_cuda_headers(nvcc))]
     libraries = [*sysconfig.get_link_flags(), "-ldali_core"]
-    with tempfile.TemporaryDirectory(dir=plugin.parent, prefix="building-") as folder:
+    with tempfile.TemporaryDirectory(dir=_cache_folder(), prefix="building-") as folder:
         linked = str(Path(folder) / "plugin.so")
         objects = [str(Path(folder) / f"{source}.o") for source in CPU_SOURCES]
         for source, target in zip(CPU_SOURCES, objects, strict=True):
@@ -134,7 +138,7 @@ def _compile(plugin: Path, cxx: list[str], nvcc: str | None) -> None:
             gpu, dali_flags = str(Path(folder) / "gpu.o"), sysconfig.get_compile_flags()
             _run([nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / CUDA_SOURCE), "-o", gpu])
             _run([nvcc, *host, "-shared", *objects, gpu, "-o", linked, *libraries, "-Xlinker", "--no-undefined"])
-        Path(linked).replace(plugin)
+        return _into_cache(Path(linked), name)
 
 
 def _run(command: list[str]) -> None:
@@ -156,7 +160,23 @@ def _output(command: list[str]) -> str:
 def _cache_folder() -> Path:
     if folder := os.environ.get("BANDSPLIT_CACHE"):
         return Path(folder)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bandsplit"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bandsplit"
+    except RuntimeError:  # a container's user that the system does not know
+        return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    """A folder of this user alone among everybody's temporary files: who could write there could run code as us."""
+    try:
+        folder = Path(tempfile.gettempdir(), f"bandsplit-{os.getuid()}")
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise BuildError(f"no folder for a cache ({error}): set BANDSPLIT_CACHE to one") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise BuildError(f"{folder} is not a folder that only this user can write to: set BANDSPLIT_CACHE to one")
+    return folder
 
 
 def _stem(cuda: bool) -> str:
@@ -170,10 +190,46 @@ def _stem(cuda: bool) -> str:
     return f"spectral_split-{'cuda' if cuda else 'cpu'}-{key}"
 
 
-def _prebuilt(cuda: bool) -> Path | None:
-    """The newest plugin in the cache that fits this machine, by whichever compiler."""
-    plugins = _cache_folder().glob(f"{_stem(cuda)}-*.so")
-    return max(plugins, key=lambda plugin: plugin.stat().st_mtime, default=None)
+def _into_cache(built: Path, name: str) -> Path:
+    """Renames a plugin when all of it is on the disk, in place of damaged ones of this name."""
+    plugin = _cache_folder() / f"{name}-{_digest(built)}.so"
+    _sync(built)
+    built.replace(plugin)
+    _sync(plugin.parent)
+    for damaged in set(_plugins(name)) - {plugin}:
+        with contextlib.suppress(OSError):  # another user's
+            damaged.unlink()
+    return plugin
+
+
+def _sync(path: Path) -> None:
+    """Waits until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _cached(name: str) -> Path | None:
+    """The newest plugin in the cache whose file name begins with `name` and that is as it was written.
+
+    Loading one that was cut off since, by a failing disk, a quota or a copy, would end the process with a bus error.
+    """
+    whole = [plugin for plugin in _plugins(name) if plugin.stem.endswith(f"-{_digest(plugin)}")]
+    return max(whole, key=lambda plugin: plugin.stat().st_mtime, default=None)
+
+
+def _plugins(name: str) -> Iterator[Path]:
+    return _cache_folder().glob(f"{name}-*.so")
+
+
+def _digest(file: Path) -> str | None:
+    """Of a file's content; None: it cannot be read."""
+    try:
+        return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
+    except OSError:
+        return None
 
 
 def _hash(parts: Iterable[str]) -> str:

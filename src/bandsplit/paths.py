@@ -1,0 +1,50 @@
+"""Paths that a user names, and what the file system refuses, as messages."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from bandsplit.errors import UserError
+
+
+def expanded(path: str, key: str) -> Path:
+    """The path that a config key names, with `~` and `$VARIABLES` expanded.
+
+    Raises UserError where a variable is not set or a home folder is not known.
+    """
+    text = os.path.expandvars(path)
+    if "$" in text:
+        raise UserError(f"{key}: {path!r} given, but the variable is not set; set it or use --set {key}=…")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        user = Path(text).parts[0]
+        raise UserError(f"{key}: {path!r} given, but {user} has no home folder here; use --set {key}=…") from None
+
+
+@contextmanager
+def reading_from(path: Path, advice: str = "") -> Iterator[None]:
+    """Turns an OSError (no permission, stale handle, disk error) into a UserError that names the file or folder.
+
+    Such an error says nothing about what the file holds.
+    """
+    try:
+        yield
+    except OSError as error:
+        told = UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}{advice}")
+        told.one_rank = True
+        raise told from error
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turns an OSError (disk full, read-only, gone) into a UserError that names `path`."""
+    try:
+        yield
+    except OSError as error:
+        told = UserError(f"{path}: cannot be written: {error}")
+        told.one_rank = True
+        raise told from error
