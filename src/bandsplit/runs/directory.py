@@ -51,8 +51,8 @@ class RunDirectory:
             return
         if not resume:
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
-        before = _flat(tomli.loads(self.config.read_text(encoding="utf-8")))
-        now = _flat(resolved(config))
+        before = flatten(tomli.loads(self.config.read_text(encoding="utf-8")))
+        now = flatten(resolved(config))
         changed = [
             f"{key} was {before.get(key, 'unset')!r}, now {now.get(key, 'unset')!r}"
             for key in sorted({*before, *now})
@@ -98,10 +98,11 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 90}} → {"train.epochs": 90}; a list is one value."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 
