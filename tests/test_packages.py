@@ -35,7 +35,7 @@ def declared(*extras: str) -> set[str]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [("src", ["timm"]), ("script", []), ("bench", ["bench"]), ("tests", ["dev"])],
-    ids=lambda value: value if isinstance(value, str) else "",
+    ids=["src", "script", "bench", "tests"],
 )
 def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
     distributions = metadata.packages_distributions()
