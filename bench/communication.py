@@ -22,7 +22,8 @@ import torch
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
-from bandsplit.data.loader import Batch, BatchFeed
+from bandsplit.data.feed import BatchFeed
+from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import joined
 from bandsplit.distributed.traffic import Traffic, possible_groups, step_traffic
