@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import FileLock
 
 from bandsplit.data import demo
 
@@ -54,12 +55,43 @@ threads = 1
 """
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """In parallel, groups (Slurm, compilation) and slow tests start first: no worker is left alone with them."""
+    if hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("xdist_group", "slow")])
+
+
+class Shared:
+    """A folder of this session, shared by all workers of pytest-xdist: what one makes, the others find."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def once(self, name: str, make: Callable[[Path], None]) -> Path:
+        """Where `make` has made something; the first who asks for a name makes it, the others wait."""
+        path, made = self._folder / name, self._folder / f"{name}.made"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self._folder / f"{name}.lock"):
+            if not made.exists():
+                make(path)
+                made.touch()
+        return path
+
+
 @pytest.fixture(scope="session")
-def image_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    own = tmp_path_factory.getbasetemp()
+    return Shared((own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "shared")
+
+
+@pytest.fixture(scope="session")
+def image_root(shared: Shared) -> Path:
     """Root of a data set with train/ and val/; not to be changed."""
-    root = tmp_path_factory.mktemp("images") / "demo"
-    demo.generate(root, seed=1, train_per_class=TRAIN_PER_CLASS, val_per_class=VAL_PER_CLASS)
-    return root
+
+    def make(root: Path) -> None:
+        demo.generate(root, seed=1, train_per_class=TRAIN_PER_CLASS, val_per_class=VAL_PER_CLASS)
+
+    return shared.once("images/demo", make)
 
 
 @pytest.fixture
@@ -211,18 +243,22 @@ def unprivileged() -> Callable[..., Done]:
 
 
 @pytest.fixture(scope="session")
-def finished(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+def finished(image_root: Path, shared: Shared) -> Callable[..., Path]:
     """Run directories of undisturbed runs on so many processes, with overrides; made when first asked for."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "data.toml").write_text(DATA_TOML.format(root=image_root))
-    (folder / "tiny.toml").write_text(TRAIN_TOML)
+
+    def configs(folder: Path) -> None:
+        folder.mkdir()
+        (folder / "data.toml").write_text(DATA_TOML.format(root=image_root))
+        (folder / "tiny.toml").write_text(TRAIN_TOML)
 
     def make(ranks: int, *overrides: str) -> Path:
-        run_dir = folder / "-".join([str(ranks), *overrides])
-        if not run_dir.exists():
-            sets = [argument for override in overrides for argument in ("--set", override)]
-            done = run("train.py", folder / "tiny.toml", "--run-dir", run_dir, *sets, ranks=ranks)
+        config = shared.once("finished", configs) / "tiny.toml"
+        sets = [argument for override in overrides for argument in ("--set", override)]
+
+        def train(run_dir: Path) -> None:
+            done = run("train.py", config, "--run-dir", run_dir, *sets, ranks=ranks)
             assert done.returncode == 0, done.stderr
-        return run_dir
+
+        return shared.once("finished/" + "-".join([str(ranks), *overrides]), train)
 
     return make

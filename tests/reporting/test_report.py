@@ -1,9 +1,10 @@
 """report.py: grouping, statistics, table, figures and messages, on run directories written by hand."""
 
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,13 +148,77 @@ def test_table_is_exact_for_a_small_example(tmp_path: Path) -> None:
     assert "last validation" in caption
 
 
-def test_a_half_written_last_line_is_left_out_and_a_broken_one_before_it_is_named(tmp_path: Path) -> None:
-    growing = write_run(tmp_path / "growing", curve([50, 60]), tail='{"event": "train", "st')
-    run = runs.read_run(growing)
-    assert (len(run.train), len(run.validation), run.ended) == (2, 2, False)
-    broken = write_run(tmp_path / "broken", curve([50]), tail='{"event": "tr\n{"event": "end"}\n')
-    with pytest.raises(UserError, match=r"metrics\.jsonl: line 3 is not a JSON object"):
-        runs.read_run(broken)
+def steps(run: runs.Run) -> list[int]:
+    return [int(step) for step in run.train["step"]]
+
+
+def test_a_line_that_is_still_being_written_is_no_damage(tmp_path: Path) -> None:
+    run = runs.read_run(write_run(tmp_path / "growing", curve([50, 60]), tail='{"event": "train", "st'))
+    assert (steps(run), len(run.validation), run.ended, run.remarks) == ([100, 200], 2, False, [])
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"event": "train", "st{"event": "train", "step": 1, "epoch": 1, "seconds": 1}',  # glued after a kill
+        '{"event": "train", "step": 1, "epoch": 1, "seconds": 1}{"event": "end"}',
+        '{"event": "train", "step": 1}',
+        '{"event": "train", "step": "1", "epoch": NaN, "seconds": 1}',
+        '{"event": "validation", "step": 1, "epoch": 1, "seconds": 1}',
+        "[]",
+        "1",
+        "{}",
+        "\0\0\0\0",  # a file system after a power cut
+        "\ufffd",
+    ],
+)
+def test_damaged_lines_are_left_out_and_numbered(tmp_path: Path, line: str) -> None:
+    whole = finished([50, 60])
+    folder = write_run(tmp_path / "run", whole)
+    lines = (folder / "metrics.jsonl").read_text().splitlines(keepends=True)
+    (folder / "metrics.jsonl").write_text("".join([*lines[:2], line, "\n", *lines[2:]]))
+    run = runs.read_run(folder)
+    assert (steps(run), len(run.validation), run.ended) == ([100, 200], 2, True)
+    assert run.remarks == [f"{folder / 'metrics.jsonl'}: left out 1 damaged line: 3"]
+
+
+def test_steps_that_were_trained_again_count_once(tmp_path: Path) -> None:
+    """Killed after step 300, resumed after step 100, and not yet there again."""
+    first, again = curve([10, 20, 30]), curve([10, 21], pace=2)[2:]
+    folder = write_run(tmp_path / "run", [*first, *again])
+    run = runs.read_run(folder)
+    assert steps(run) == [100, 200]
+    assert list(run.validation["top1"]) == [10, 21]
+    assert list(run.train["seconds"]) == [100, 400]
+    assert (run.steps, run.ended) == (200, False)
+    assert run.remarks == [f"{folder / 'metrics.jsonl'}: left out 4 events of steps that were trained again"]
+
+
+def test_a_run_that_was_extended_after_its_end_keeps_every_step(tmp_path: Path) -> None:
+    folder = write_run(tmp_path / "run", [*finished([10, 20]), *finished([10, 20, 30])[4:]])
+    run = runs.read_run(folder)
+    assert (steps(run), run.ended, run.remarks) == ([100, 200, 300], True, [])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_a_gap_in_the_line(tmp_path: Path, bad: float) -> None:
+    losses = [3.0, 2.0, bad, bad, 2.0, 1.0]
+    events = [train(100 * k, 100.0 * k, loss) for k, loss in enumerate(losses, start=1)]
+    folders = [write_run(tmp_path / "0", events)]
+    folders.append(write_run(tmp_path / "1", [event | {"loss": 2.0} for event in events], seed=1))
+    (group,) = groups_of(*folders)
+    told = "train loss is not finite in 2 events, first at step 300; the figures have a gap there"
+    assert group.runs[0].remarks == [f"{folders[0] / 'metrics.jsonl'}: {told}"]
+    assert group.runs[1].remarks == []
+    loss = figures.LOSS[0]
+    for runs_of_it in (group.runs[:1], group.runs):
+        part = runs.Group(group.name, group.notes, group.color, runs_of_it)
+        mean = figures.group_curve(part, "step", loss)["mean"]
+        assert list(mean.isna()) == [False, False, True, True, False, False]
+        figure = figures.curves_figure([part], "step", [loss])
+        assert figure is not None
+        drawn = np.asarray(figure.axes[0].lines[0].get_ydata(), dtype=float)
+        np.testing.assert_array_equal(np.isnan(drawn), mean.isna())
 
 
 @pytest.mark.parametrize(
@@ -233,6 +298,91 @@ def test_messages_name_what_is_missing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="file: exists and is not a folder"):
         report.report([write_run(tmp_path / "full", finished([50]))], tmp_path / "file")
+
+
+def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(tmp_path: Path) -> None:
+    """runs/*, which holds whatever has gathered there."""
+    folder = tmp_path / "runs"
+    write_run(folder / "good", finished([50]))
+    damaged = write_run(folder / "damaged", finished([60]), name="damaged")
+    with (damaged / "metrics.jsonl").open("r+") as file:
+        file.write("#")
+    write_run(folder / "waiting", [])
+    for name, text in (("broken", "name = "), ("other", "name = 'other'"), ("latin", "name = 'caf\xe9'")):
+        (write_run(folder / name, finished([50])) / "config.toml").write_bytes(text.encode("latin-1"))
+    (folder / "plots").mkdir()
+    (folder / "joined.json").write_text("{}")
+    (write_run(folder / "half", finished([50])) / "metrics.jsonl").unlink()
+    (folder / "gone").symlink_to(tmp_path / "nowhere")
+    result = command(*sorted(folder.iterdir()), "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert [line.replace(f"{folder}/", "") for line in result.stdout.splitlines() if "left out" in line] == [
+        "left out: broken/config.toml: not valid TOML: Invalid value (at end of document)",
+        "left out: gone: no such folder; expected a run directory, as written by src/train.py",
+        "left out: half: not a run directory, metrics.jsonl is missing",
+        "left out: joined.json: not a folder; expected a run directory, as written by src/train.py",
+        "left out: latin/config.toml: not valid TOML: "
+        "'utf-8' codec can't decode byte 0xe9 in position 11: invalid continuation byte",
+        "left out: other/config.toml: not the config of a run, train.epochs is missing",
+        "left out: plots: not a run directory, config.toml is missing",
+        "left out: waiting/metrics.jsonl: no training or validation events yet; try again in a minute",
+        "damaged/metrics.jsonl: left out 1 damaged line: 1",
+    ]
+    rows = (tmp_path / "out/table.md").read_text().splitlines()[2:4]
+    assert [row.split()[1] for row in rows] == ["damaged", "net"]
+
+
+def test_where_nothing_can_be_drawn_every_reason_is_told(tmp_path: Path) -> None:
+    (tmp_path / "plots").mkdir()
+    run = write_run(tmp_path / "run", [])
+    result = command(tmp_path / "plots", run, "--output", tmp_path / "out")
+    assert result.returncode == 2
+    assert result.stderr.splitlines() == [
+        "error: none of these can be drawn:",
+        f"{tmp_path / 'plots'}: not a run directory, config.toml is missing",
+        f"{run / 'metrics.jsonl'}: no training or validation events yet; try again in a minute",
+    ]
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(params=["plots missing", "plots there"])
+def read_only_run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A run directory that cannot be written, not even by root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    if os.geteuid() == 0:
+        mounted = subprocess.run(["mount", "-t", "tmpfs", "tmpfs", str(folder)], capture_output=True)
+        if mounted.returncode:
+            pytest.skip("this root can mount nothing")
+    run = write_run(folder / "run", finished([50]))
+    if request.param == "plots there":
+        (run / "plots").mkdir()
+    if os.geteuid() == 0:
+        subprocess.run(["mount", "-o", "remount,ro", str(folder)], check=True)
+        yield run
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)
+    else:
+        for path in (run, *run.glob("plots")):
+            path.chmod(0o555)
+        yield run
+        for path in (run, *run.glob("plots")):
+            path.chmod(0o755)
+
+
+def test_a_read_only_run_is_drawn_elsewhere(read_only_run: Path, tmp_path: Path) -> None:
+    result = command(read_only_run)
+    assert result.returncode == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {read_only_run / 'plots'}: cannot be written: ")
+    assert line.endswith("; --output names another folder")
+    result = command(read_only_run, "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    assert (tmp_path / "out/table.md").exists()
+
+
+def test_more_than_ten_configurations_have_colours_of_their_own(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / str(n), finished([50]), name=f"net{n}") for n in range(14)]
+    assert len({group.color for group in groups_of(*folders)}) == 14
 
 
 def test_neither_torch_nor_dali_is_imported_and_help_loads_no_plotting() -> None:

@@ -14,21 +14,24 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from bandsplit.spectral import native, transforms
+from tests.conftest import Shared
 
 MEAN, STD = [123.675, 116.28, 103.53, 99.0], [58.395, 57.12, 57.375, 50.0]
 Array = npt.NDArray[Any]
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
+def library(shared: Shared) -> ctypes.CDLL:
     compiler = native._find_cxx()
     if compiler is None:
         pytest.skip("no C++ compiler")
     source = Path(__file__).parent / "tiles_on_cpu.cc"
-    built = tmp_path_factory.mktemp("tiles") / "tiles.so"
     flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-w", f"-I{native.HERE}"]
-    subprocess.run([*compiler, *flags, str(source), "-o", str(built)], check=True)
-    return ctypes.CDLL(str(built))
+
+    def compile_to(built: Path) -> None:
+        subprocess.run([*compiler, *flags, str(source), "-o", str(built)], check=True)
+
+    return ctypes.CDLL(str(shared.once("tiles.so", compile_to)))
 
 
 def pointer(array: Array) -> ctypes.c_void_p:

@@ -18,7 +18,7 @@ from bandsplit.models.precision import Precision
 from bandsplit.runs import checkpoint, directory
 from bandsplit.training.learner import Learner
 from tests.compare import assert_equal, assert_same_run, metrics, wait_for
-from tests.conftest import VAL_PER_CLASS, Done, Launch, run
+from tests.conftest import VAL_PER_CLASS, Done, Launch, Shared, run
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
 
@@ -49,14 +49,15 @@ def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> N
 
 
 @pytest.fixture(scope="module")
-def parts(finished: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def parts(finished: Callable[..., Path], shared: Shared) -> list[Path]:
     """The same training in two runs: branches 0 and 2, and branches 3 and 1."""
-    folder = tmp_path_factory.mktemp("parts")
-    for branches in ("0,2", "3,1"):
-        arguments = ("--branches", branches, "--run-dir", folder / branches)
-        done = run("train.py", finished(1).parent / "tiny.toml", *arguments)
+    config = finished(1).parent / "tiny.toml"
+
+    def train(run_dir: Path) -> None:
+        done = run("train.py", config, "--branches", run_dir.name, "--run-dir", run_dir)
         assert done.returncode == 0, done.stderr
-    return [folder / "0,2", folder / "3,1"]
+
+    return [shared.once(f"parts/{branches}", train) for branches in ("0,2", "3,1")]
 
 
 def test_branches_trained_alone_are_those_trained_together(

@@ -25,12 +25,13 @@ def mean_curve(runs: Sequence[pd.Series]) -> pd.DataFrame:
     """Columns `mean` and `two_sigma` (2 sample standard deviations) of curves that are indexed by time or step.
 
     The grid is every point of every run in the range that all runs cover; runs are linear between their own points.
+    NaN where a run is NaN, or between such a point and the next: a gap in the line.
     """
     low, high = max(run.index[0] for run in runs), min(run.index[-1] for run in runs)
     grid = np.unique(np.concatenate([run.index for run in runs]))
     grid = grid[(low <= grid) & (grid <= high)]
     values = pd.DataFrame({n: np.interp(grid, run.index, run) for n, run in enumerate(runs)}, index=grid)
-    return pd.DataFrame({"mean": values.mean(axis=1), "two_sigma": 2 * values.std(axis=1, ddof=1)})
+    return pd.DataFrame({"mean": values.mean(axis=1, skipna=False), "two_sigma": 2 * values.std(axis=1, ddof=1)})
 
 
 WIDTH, HEIGHT = 7.0, 2.6  # inches: the text width of a page and the height of one row of panels in it
@@ -92,16 +93,21 @@ FIGURES = {
 
 def group_curve(group: Group, x: str, panel: Panel) -> pd.DataFrame:
     """The mean curve of one column over a group's runs; empty where a run has none of it yet."""
-    frames = [getattr(run, panel.event).reindex(columns=[x, panel.column]).dropna() for run in group.runs]
-    if any(frame.empty for frame in frames):
-        return pd.DataFrame()
-    columns = [frame.set_index(x)[panel.column] * panel.scale for frame in frames]
-    return mean_curve([running_mean(column) for column in columns] if panel.running_mean else columns)
+    curves = []
+    for run in group.runs:
+        frame = getattr(run, panel.event).reindex(columns=[x, panel.column])
+        column = frame.set_index(x)[panel.column].astype(float) * panel.scale
+        curve = column.where(np.isfinite(column))
+        if curve.isna().all():
+            return pd.DataFrame()
+        curves.append(running_mean(curve) if panel.running_mean else curve)
+    return mean_curve(curves)
 
 
 def running_mean(series: pd.Series) -> pd.Series:
-    """A centred moving average over 2 % of the points, and over 5 points at least."""
-    return series.rolling(max(5, len(series) // 50), center=True, min_periods=1).mean()
+    """A centred moving average over 2 % of the points, and over 5 points at least; gaps stay gaps."""
+    mean = series.rolling(max(5, len(series) // 50), center=True, min_periods=1).mean()
+    return mean.where(series.notna())
 
 
 def axis_unit(x: str, largest: float) -> tuple[float, str]:

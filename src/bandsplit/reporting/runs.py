@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pandas as pd
 import seaborn as sns
 import tomli
 
 from bandsplit.errors import UserError
+from bandsplit.reporting.events import read_events
+from bandsplit.runs.directory import flatten
+
+NEEDED = ("name", "train.epochs", "split.branches")
+"""Keys of config.toml that are read; all others only tell configurations apart."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -27,50 +32,62 @@ class Run:
     steps: int
     epoch: float
     seconds: float
+    remarks: list[str]
+    """What the figures leave out, for the user."""
+
+
+def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
+    """The runs that can be drawn, and a message for each folder that cannot. A folder named twice counts once."""
+    named: dict[str, Path] = {}
+    for folder in folders:
+        named.setdefault(os.path.realpath(folder), folder)
+    runs, left_out = [], []
+    for folder in named.values():
+        try:
+            runs.append(read_run(folder))
+        except UserError as error:
+            left_out.append(str(error))
+    return runs, left_out
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run directory, finished or still growing."""
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected a run directory, as written by src/train.py")
-    for name in ("config.toml", "metrics.jsonl"):
-        if not (folder / name).is_file():
-            raise UserError(f"{folder}: not a run directory, {name} is missing")
-    settings = flatten(tomli.loads((folder / "config.toml").read_text(encoding="utf-8")))
-    settings.pop("seed", None)
-    events = read_events(folder / "metrics.jsonl")
+    """Read a run directory, finished or in progress. Raises UserError where there is nothing to draw."""
+    try:
+        if not folder.is_dir():
+            what = "not a folder" if folder.exists() else "no such folder"
+            raise UserError(f"{folder}: {what}; expected a run directory, as written by src/train.py")
+        for name in ("config.toml", "metrics.jsonl"):
+            if not (folder / name).is_file():
+                raise UserError(f"{folder}: not a run directory, {name} is missing")
+        settings = read_settings(folder / "config.toml")
+        events, remarks = read_events(folder / "metrics.jsonl")
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be read: {error}") from error
     train, validation = (
         pd.DataFrame([event for event in events if event["event"] == kind]) for kind in ("train", "validation")
     )
     if train.empty and validation.empty:
         raise UserError(f"{folder / 'metrics.jsonl'}: no training or validation events yet; try again in a minute")
     last = events[-1]
-    return Run(settings, train, validation, last["event"] == "end", last["step"], last["epoch"], last["seconds"])
+    ended = last["event"] == "end"
+    return Run(settings, train, validation, ended, last["step"], last["epoch"], last["seconds"], remarks)
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"train": {"epochs": 90}} → {"train.epochs": "90"}; a list is one value."""
-    flat: dict[str, str] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return flat
-
-
-def read_events(path: Path) -> list[dict[str, Any]]:
-    """The train, validation and end events of a run; a half-written last line is one that is still being written."""
-    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    lines = [line for line in lines if line.strip()]
-    events = []
-    for number, line in enumerate(lines, start=1):
-        try:
-            events.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"{path}: line {number} is not a JSON object: {line[:80]}") from error
-    return [event for event in events if event["event"] in ("train", "validation", "end")]
+def read_settings(path: Path) -> dict[str, str]:
+    """The configuration of a run as {"train.epochs": "90", ...}, without the seed."""
+    try:
+        table = tomli.loads(path.read_text(encoding="utf-8"))
+    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid TOML: {error}") from error
+    settings = {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in flatten(table).items()
+    }
+    settings.pop("seed", None)
+    missing = [key for key in NEEDED if key not in settings]
+    if missing:
+        raise UserError(f"{path}: not the config of a run, {missing[0]} is missing")
+    return settings
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +109,7 @@ class Group:
 
     @property
     def title(self) -> str:
-        return "\n".join(textwrap.fill(line, 52) for line in self.legend.replace(" (", "\n(", 1).split("\n"))
+        return "\n".join(textwrap.fill(line, 40) for line in self.legend.replace(" (", "\n(", 1).split("\n"))
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -102,7 +119,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         if run.settings not in configurations:
             configurations.append(run.settings)
     groups = []
-    for settings, color in zip(configurations, sns.color_palette("colorblind", len(configurations)), strict=True):
+    palette = sns.color_palette("colorblind" if len(configurations) <= 10 else "husl", len(configurations))
+    for settings, color in zip(configurations, palette, strict=True):
         for ended in (True, False):
             members = [run for run in runs if run.settings == settings and run.ended == ended]
             if members:

@@ -62,7 +62,7 @@ class RunDirectory:
         if not resume:
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
         # keys that are newer than the run have their defaults, which are what it was computed with
-        before, now = (_flat(resolved(each)) for each in (loading.load(self.config), config))
+        before, now = (flatten(resolved(each)) for each in (loading.load(self.config), config))
         changed = [
             f"{key} was {before.get(key, 'unset')!r}, now {now.get(key, 'unset')!r}"
             for key in sorted({*before, *now})
@@ -143,10 +143,11 @@ def resolved(config: RunConfig) -> dict[str, Any]:
     return config.model_dump(mode="json", exclude_none=True)
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"epochs": 90}} → {"train.epochs": 90}; a list is one value."""
     flat: dict[str, Any] = {}
     for key, value in table.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
 
 

@@ -16,7 +16,7 @@ from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
 from bandsplit.paths import expanded
 from bandsplit.runs import checkpoint
-from bandsplit.runs.directory import RunDirectory, _flat, require_same_classes, resolved
+from bandsplit.runs.directory import RunDirectory, flatten, require_same_classes, resolved
 from bandsplit.spectral.view import View
 
 TRAINED = ("model.", "branch", "split.", "data.classes", "data.mean", "data.std")
@@ -103,7 +103,7 @@ def teachers_directory(distillation: Distillation) -> Path:
 
 def _require_same_networks(own: RunConfig, config: RunConfig, run_dir: Path) -> None:
     """Overrides may change where images come from and how they are cut, not what the weights mean."""
-    was, now = (_flat(resolved(each)) for each in (own, config))
+    was, now = (flatten(resolved(each)) for each in (own, config))
     for key in sorted({*was, *now}):
         if key.startswith(TRAINED) and was.get(key) != now.get(key):
             raise UserError(

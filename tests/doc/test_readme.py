@@ -1,0 +1,190 @@
+"""What the README and the pages of doc/ show: every command is run or covered, and the drawn tree is the tree."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import tomli
+
+from bandsplit.config import loading
+from bandsplit.data import demo
+from tests.conftest import REPOSITORY
+
+README = REPOSITORY / "README.md"
+PAGES = sorted((REPOSITORY / "doc").glob("*.md"))
+
+# Commands -------------------------------------------------------------------------------------------------------------
+
+
+def commands(page: Path) -> list[str]:
+    """The commands of a page's bash blocks, without comments, in one line each."""
+    blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.join(words) for words in (shlex.split(line, comments=True) for line in lines) if words]
+
+
+def as_it_is(command: str) -> str:
+    return command
+
+
+def as_a_dry_run(command: str) -> str:
+    """Eight GPUs and ImageNet: what would run, with the demo's images instead."""
+    line = command.replace("torchrun --nproc-per-node 8", "python")
+    return f"{line} --data config/data/demo.toml --dry-run --world-size 8"
+
+
+def on_the_demo(command: str) -> str:
+    """Eight GPUs and a run on ImageNet: the same on one process, with the demo's run, which is there."""
+    return command.replace("--nproc-per-node 8 ", "").replace("resnet34_sub16-seed0", "demo-seed0")
+
+
+def its_help(command: str) -> str:
+    """Benchmarks take minutes."""
+    return f"{command} --help"
+
+
+def no_more(command: str) -> None:
+    """Not run: another test does, or it is checked below."""
+
+
+Rule = Callable[[str], str | None]
+RULES: dict[str, Rule] = {
+    r"bash script/demo\.sh": as_it_is,
+    r"bash script/test\.sh( --quick)?": no_more,  # which runs this test
+    r"source \.venv/bin/activate": no_more,
+    r"export IMAGENET=\S+": no_more,
+    r"torchrun( --nproc-per-node 2)? src/train\.py( --set split\.\w+=\w+)?( --run-dir runs/demo-\w+)?": as_it_is,
+    r"torchrun src/train\.py --branches [\d,]+ --run-dir runs/demo-\w+": as_it_is,
+    r"torchrun src/train\.py --resume --run-dir runs/demo-seed0": as_it_is,
+    r"torchrun src/evaluate\.py( runs/demo-\w+)+": as_it_is,
+    r"python src/report\.py( runs/demo-\w+)+ --output runs/plots": as_it_is,
+    r"python src/find_lr\.py": as_it_is,
+    r"python src/train\.py config/train/\w+\.toml .*--dry-run.*": as_it_is,
+    r"torchrun --nproc-per-node 8 src/train\.py config/train/\w+\.toml": as_a_dry_run,
+    r"torchrun --nproc-per-node 8 src/train\.py --resume --run-dir runs/\w+-seed0": on_the_demo,
+    r"torchrun --nproc-per-node 8 src/evaluate\.py runs/\w+-seed0": on_the_demo,
+    r"sbatch .*": no_more,  # tests/slurm
+    r"python script/ablation\.py .*": no_more,  # tests/script/test_ablation.py
+    r"python bench/\w+\.py": its_help,
+}
+
+
+def rule_of(command: str) -> Rule:
+    rules = [rule for pattern, rule in RULES.items() if re.fullmatch(pattern, command)]
+    assert len(rules) == 1, f"{command}: {len(rules)} rules; RULES says for each command how it is tested"
+    return rules[0]
+
+
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
+def test_every_command_has_a_rule_and_names_what_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert text.count("```") == 2 * len(re.findall(r"^```\w+\n", text, re.MULTILINE)), "every block names its language"
+    for command in commands(page):
+        rule_of(command)
+        for word in shlex.split(command):
+            if word.startswith(("src/", "script/", "config/", "bench/")):
+                assert (REPOSITORY / word).is_file(), command
+
+
+def test_the_virtual_environment_is_where_setup_makes_it() -> None:
+    assert "source .venv/bin/activate" in commands(README)
+    assert "VENV=${VENV:-.venv}" in (REPOSITORY / "script/setup.sh").read_text()
+
+
+@pytest.mark.parametrize(
+    "command", sorted({line for page in (README, *PAGES) for line in commands(page) if line.startswith("sbatch")})
+)
+def test_slurm_scripts_of_the_pages_are_submitted_by_the_tests_of_slurm(command: str) -> None:
+    options, script, given = command.removeprefix("sbatch ").partition("script/slurm/")
+    name, *arguments = (script + given).split()
+    assert name.removeprefix("script/slurm/") in (REPOSITORY / "tests/slurm/test_slurm.py").read_text()
+    for config in (loading.load(REPOSITORY / word) for word in arguments if word.endswith(".toml")):
+        if array := re.search(r"--array=0-(\d+)", options):
+            assert int(array[1]) + 1 == len(config.split.groups), command
+
+
+@pytest.fixture
+def clone(tmp_path: Path) -> Path:
+    """The repository after its set-up, with few of the demo's images: 14 epochs of four steps."""
+    for name in ("src", "config", "bench"):
+        (tmp_path / name).symlink_to(REPOSITORY / name)
+    (tmp_path / "script").mkdir()
+    for path in (REPOSITORY / "script").glob("*.*"):
+        (tmp_path / "script" / path.name).symlink_to(path)
+    (tmp_path / "script/demo.sh").unlink()
+    (tmp_path / "script/demo.sh").write_text((REPOSITORY / "script/demo.sh").read_text())
+    (tmp_path / "script/setup.sh").unlink()
+    (tmp_path / "script/setup.sh").write_text("# the packages are there\n")
+    demo.generate(tmp_path / "data/demo", seed=0, train_per_class=26, val_per_class=5)
+    return tmp_path
+
+
+def lines_to_run(pages: list[Path], but: list[Path]) -> Iterator[str]:
+    """What is run of some pages, each line once, without that of others."""
+    told = {rule_of(command)(command) for page in but for command in commands(page)}
+    for page in pages:
+        for command in commands(page):
+            line = rule_of(command)(command)
+            if line is not None and line not in told:
+                told.add(line)
+                yield line
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("pages", "but"), [([README], []), (PAGES, [README])], ids=["README.md", "doc"])
+def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path]) -> None:
+    """From top to bottom, as a reader would."""
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    source = {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "PATH": path}
+    for line in lines_to_run(pages, but):
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", line], cwd=clone, env=os.environ | source, capture_output=True, text=True
+        )
+        assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+# The tree -------------------------------------------------------------------------------------------------------------
+
+
+def drawn_tree() -> dict[str, list[str]]:
+    """Files of each folder of src/bandsplit as the README draws them."""
+    (block,) = re.findall(r"^```text\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
+    tree: dict[str, list[str]] = {}
+    files: list[str] = []
+    for line in block.splitlines():
+        if line.startswith(" "):
+            files += line.split()
+        else:
+            files = tree.setdefault(line.split()[0].removesuffix("/"), [])
+    return tree
+
+
+def test_the_drawn_tree_is_the_tree() -> None:
+    source = REPOSITORY / "src/bandsplit"
+    listed = subprocess.run(["git", "ls-files", "."], cwd=source, capture_output=True, text=True)
+    if listed.returncode:
+        pytest.skip("no git repository")
+    tree: dict[str, list[str]] = {}
+    for name in listed.stdout.splitlines():
+        path = source / name
+        if path.exists() and not (path.name == "__init__.py" and path.stat().st_size == 0):
+            tree.setdefault(str(Path(name).parent), []).append(path.name)
+    assert {folder: sorted(files) for folder, files in drawn_tree().items()} == {
+        folder: sorted(files) for folder, files in tree.items()
+    }
+
+
+def test_rooms_are_drawn_in_the_order_of_their_imports() -> None:
+    contracts = tomli.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["importlinter"]
+    layers = contracts["contracts"][0]["layers"]
+    level = {room.strip(): number for number, layer in enumerate(layers) for room in layer.split("|")}
+    rooms = [folder for folder in drawn_tree() if folder in level]
+    assert set(rooms) == {room for room in level if (REPOSITORY / "src/bandsplit" / room).is_dir()}
+    assert [level[room] for room in rooms] == sorted(level[room] for room in rooms)

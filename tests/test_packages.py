@@ -1,0 +1,45 @@
+"""What is imported is declared in pyproject.toml."""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+import tomli
+
+from tests.conftest import REPOSITORY
+
+PROJECT = tomli.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+OURS = {"bandsplit", "common", "script", "tests"}
+PART_OF = {"pydantic-core": "pydantic"}  # which pins it
+NOT_ON_PYPI = {"ffcv"}  # the benchmark of the data pipeline takes it where it is installed
+
+
+def imported(folder: Path) -> set[str]:
+    """Top-level modules that the files of a folder import, other than the standard library and our own."""
+    nodes = [node for path in folder.rglob("*.py") for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module and not node.level]
+    return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - OURS - NOT_ON_PYPI
+
+
+def declared(*extras: str) -> set[str]:
+    groups = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in extras)]
+    return {re.split(r"[^\w.-]", line)[0].lower() for group in groups for line in group}
+
+
+@pytest.mark.parametrize(
+    ("folder", "extras"),
+    [("src", ["timm"]), ("script", []), ("bench", ["bench"]), ("tests", ["dev"])],
+    ids=["src", "script", "bench", "tests"],
+)
+def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
+    distributions = metadata.packages_distributions()
+    for module in imported(REPOSITORY / folder):
+        names = {name.lower().replace("_", "-") for name in distributions.get(module, [module.replace("_", "-")])}
+        names |= {PART_OF[name] for name in names & PART_OF.keys()}
+        assert names & declared(*extras), f"{folder} imports {module}, of the package {' or '.join(sorted(names))}"
