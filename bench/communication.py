@@ -94,8 +94,8 @@ def _as_dict(sent: Traffic) -> dict[str, Any]:
 
 
 def _write_images(root: Path, config: RunConfig, batch_size: int) -> None:
-    """At least a batch of grey images, as many in every class of the config, for training and validation."""
-    file, side = root / "grey.jpg", config.data.image_size
+    """At least a batch of gray images, as many in every class of the config, for training and validation."""
+    file, side = root / "gray.jpg", config.data.image_size
     Image.new("RGB", (side, side), (128, 128, 128)).save(file)
     for part in ("train", "val"):
         for k in range(config.data.classes):

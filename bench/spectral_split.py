@@ -75,17 +75,17 @@ def torch_subjects(images: common.Images, block: int) -> dict[str, Subject]:
     flip = (torch.arange(len(batch)) % 2 == 1)[:, None, None, None]
     kernels = rearrange(matrix, "k (r s) -> k 1 r s", r=block).repeat(3, 1, 1, 1)
 
-    def normalised() -> torch.Tensor:
+    def normalized() -> torch.Tensor:
         x = (rearrange(batch, "b h w c -> b c h w") - mean) / std
         return torch.where(flip, x.flip(3), x)
 
     def unshuffle_matmul() -> int:
-        pixels = torch.nn.functional.pixel_unshuffle(normalised(), block)
+        pixels = torch.nn.functional.pixel_unshuffle(normalized(), block)
         torch.einsum("kn,bcnhw->kbchw", matrix, rearrange(pixels, "b (c n) h w -> b c n h w", c=3))
         return len(batch)
 
     def convolution() -> int:
-        torch.nn.functional.conv2d(normalised(), kernels, stride=block, groups=3)
+        torch.nn.functional.conv2d(normalized(), kernels, stride=block, groups=3)
         return len(batch)
 
     subjects: dict[str, Subject] = {
@@ -99,7 +99,7 @@ def torch_subjects(images: common.Images, block: int) -> dict[str, Subject]:
         return subjects
 
     def dct_package() -> int:
-        torch_dct.dct_2d(rearrange(normalised(), "b c (h r) (w s) -> b c h w r s", r=block, s=block), norm="ortho")
+        torch_dct.dct_2d(rearrange(normalized(), "b c (h r) (w s) -> b c h w r s", r=block, s=block), norm="ortho")
         return len(batch)
 
     return {**subjects, "torch-dct": dct_package}

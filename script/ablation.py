@@ -4,7 +4,7 @@
 
 The plain recipe is CONFIG (default: the demo; a ResNet) with a learning rate that falls to a tenth after each third of
 the epochs, cross-entropy, crops and flips, and nothing else.  Runs are src/train.py's, one folder each below --output;
-what has finished is not run again, so a stopped ablation goes on with the same line.
+finished runs are skipped, so the same command resumes a stopped ablation.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ BAG = {  # He et al., Bag of Tricks (CVPR 2019)
     "ResNet-D": ['model.tweaks=["b", "c", "d"]'],
     "label smoothing 0.1": ["loss.smoothing=0.1"],
     "mixup 0.2": ["mix.mixup=0.2"],
-    "colour": ["augment.color={brightness=[0.6, 1.4], saturation=[0.6, 1.4], hue=144}"],
+    "color": ["augment.color={brightness=[0.6, 1.4], saturation=[0.6, 1.4], hue=144}"],
     "lighting noise 0.1": ["augment.pca_noise=0.1"],
 }
 TOGETHER = f"the {len(BAG)} above together"

@@ -78,16 +78,16 @@ def transform_matrix(transform: Transform, block: int) -> Pixels:
 
 
 def read_square(path: Path, block: int) -> Pixels:
-    """A square of a image as (side, side, 3) in 0..1: at most PIXELS a side, and a multiple of the block.
+    """A square of an image as (side, side, 3) in 0..1: at most PIXELS a side, and a multiple of the block.
 
     It is cut from the middle, in upright images from above it: portraits keep their heads.
     """
     if not path.is_file():
-        raise UserError(f"{path}: no such file; expected a image")
+        raise UserError(f"{path}: no such file; expected an image")
     try:
         image = ImageOps.exif_transpose(Image.open(path)).convert("RGB")
     except (UnidentifiedImageError, OSError) as error:
-        raise UserError(f"{path}: not a image that can be read: {error}") from None
+        raise UserError(f"{path}: not an image that can be read: {error}") from None
     if min(image.size) < block:
         raise UserError(f"--block: {block} given, but {path} has {image.width} x {image.height} pixels")
     scale = PIXELS / min(image.size)
@@ -112,10 +112,10 @@ def block_of(matrix: Pixels) -> int:
 
 
 def displayed(bands: Pixels, matrix: Pixels) -> tuple[Pixels, int]:
-    """Bands as colours in 0..1, and the factor that stretches the contrast of the details; 0 where there are none.
+    """Bands as colors in 0..1, and the factor that stretches the contrast of the details; 0 where there are none.
 
-    A band whose row of the matrix has a sum is low: divided by the sum, it is the image in natural colour. All
-    others are details: on the scale of the low band, times one common factor, around mid-grey.
+    A band whose row of the matrix has a sum is low: divided by the sum, it is the image in natural color. All
+    others are details: on the scale of the low band, times one common factor, around mid-gray.
     """
     sums = matrix.sum(axis=1)
     low = np.abs(sums) > 1e-9
@@ -189,7 +189,7 @@ def draw_photograph(axes: Axes, square: Pixels, block: int, place: Place) -> Non
 def draw_transform(
     axes: Axes, square: Pixels, block: int, place: Place, transform: Transform, colors: list[Color]
 ) -> None:
-    """The enlarged block above, its coefficients in the colours of their bands below."""
+    """The enlarged block above, its coefficients in the colors of their bands below."""
     row, column = (index * block for index in place)
     paint(axes, square[row : row + block, column : column + block], BLOCK_X, PIXELS_Y, CELLS)
     paint(axes, np.array(colors).reshape(block, block, 3), BLOCK_X, COEFFICIENTS_Y, CELLS)
@@ -218,7 +218,7 @@ def draw_bands(axes: Axes, shown: Pixels, factor: int, colors: list[Color]) -> N
         name = f"band {k}" if block <= 4 else str(k)
         axes.text(left, bottom + side + 0.05, name, fontsize=10 if block <= 3 else 9, color=color)
     height, width = shown.shape[1:3]
-    caption = f"details: grey is 0, contrast × {factor}" if factor else "each in natural colour"
+    caption = f"details: gray is 0, contrast × {factor}" if factor else "each in natural color"
     titles(axes, BANDS_X + (SIDE + GAPS) / 2, f"{len(shown)} bands of {height} × {width}", caption)
 
 
@@ -251,7 +251,7 @@ def draw_fusion(axes: Axes) -> None:
 
 
 def paint(axes: Axes, image: Pixels, left: float, bottom: float, side: float, edge: Color | str = INK) -> None:
-    """A image (H, W, 3) in a frame."""
+    """An image (H, W, 3) in a frame."""
     extent = (left, left + side, bottom, bottom + side)
     axes.imshow(image, extent=extent, interpolation="nearest", aspect="auto")
     axes.add_patch(Rectangle((left, bottom), side, side, fill=False, ec=edge, lw=1.2, zorder=2))
@@ -270,7 +270,7 @@ def titles(axes: Axes, x: float, above: str, below: str) -> None:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Writes the drawing with 256 colours chosen for it: a fraction of the size, and the eye sees no difference."""
+    """Writes the drawing with 256 colors chosen for it: a fraction of the size, and the eye sees no difference."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     image = Image.open(buffer).convert("RGB").quantize(256)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From nothing to a trained spectral ensemble and its plots; 2 minutes on 2 cores once the packages are there.
-# Interrupted, it goes on where it was; finished, it draws the plots again.  Arguments go to src/train.py.
+# Interrupted, it resumes; finished, it draws the plots again.  Arguments go to src/train.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source script/setup.sh

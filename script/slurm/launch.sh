@@ -10,7 +10,7 @@ if [[ -z ${CONTAINER:-} && -d $clone/.venv ]]; then export PATH="$clone/.venv/bi
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 rendezvous=(--standalone)
 
-# train PROCESSES [arguments of src/train.py …]: trains to the end, or to a signal, and goes on where it was before.
+# train PROCESSES [arguments of src/train.py …]: trains to the end or to a signal, and resumes where it stopped.
 train() {
     local processes=${NPROC_PER_NODE:-$1} requeue="" pid="" status run_dir
     shift
@@ -31,7 +31,7 @@ train() {
     # Preempted, the job has a time of grace; ending within it counts as done, and Slurm would not queue it again.
     [[ $(scontrol show job "$job") != *JobState=RUNNING*PreemptTime=[0-9]* ]] || requeue=yes
     if [[ $requeue ]]; then
-        echo "job $job is queued again and will go on from its checkpoint; the traceback above is torchrun's way to stop"
+        echo "job $job is requeued and will resume from its checkpoint; the traceback above is how torchrun stops"
         scontrol requeue "$job"
         trap - TERM
         sleep 600 # Slurm ends this script: an exit code of its own means nothing

@@ -63,7 +63,7 @@ def numbered(tmp_path: Path) -> ImageFiles:
 
 @pytest.fixture
 def flat(config_file: Path, tmp_path: Path) -> Callable[..., Array]:
-    """What becomes of images of one colour: (images, height, width, channels)."""
+    """What becomes of images of one color: (images, height, width, channels)."""
 
     def make(color: tuple[int, int, int], keys: list[str], batches: int = 4, size: int = 8) -> Array:
         path = tmp_path / "flat.png"
@@ -160,11 +160,11 @@ def test_validation_is_never_augmented(config_file: Path, numbered: ImageFiles, 
         ("saturation", lambda out: (out[:, 0] - out[:, 1]) / (160 - 100)),
     ],
 )
-def test_factors_on_colours_fill_their_range(
+def test_factors_on_colors_fill_their_range(
     flat: Callable[..., Array], key: str, factor: Callable[[Array], Array]
 ) -> None:
     out = flat((160, 100, 80), [f"augment.color.{key}=[0.6, 1.3]"])
-    assert (out == out[:, :1, :1]).all()  # one factor a image
+    assert (out == out[:, :1, :1]).all()  # one factor an image
     found = factor(out[:, 0, 0].astype(float))
     assert 0.58 < found.min() < 0.63
     assert 1.27 < found.max() < 1.33
@@ -187,9 +187,9 @@ def test_hues_turn_both_ways_up_to_their_angle(flat: Callable[..., Array]) -> No
     assert np.abs(np.abs(after[0] + 1j * after[1]) / abs(complex(*before)) - 1).max() < 0.06
 
 
-def test_lighting_noise_has_the_spread_of_imagenets_colours(flat: Callable[..., Array]) -> None:
+def test_lighting_noise_has_the_spread_of_imagenets_colors(flat: Callable[..., Array]) -> None:
     out = flat((128, 128, 128), ["augment.pca_noise=0.1"], batches=16)
-    assert (out == out[:, :1, :1]).all()  # one triple a image
+    assert (out == out[:, :1, :1]).all()  # one triple an image
     noise = out[:, 0, 0].astype(float) - 128
     components = 0.1 * np.array(augmentation.EIGENVECTORS) * augmentation.EIGENVALUES
     expected = components @ components.T + np.eye(3) / 12  # values are rounded
@@ -272,7 +272,7 @@ def test_operations_are_left_out_by_chance(flat: Callable[..., Array], monkeypat
     assert shares == pytest.approx([0.49, 0.42, 0.09], abs=0.06)
 
 
-TIMMS = {  # in timm's names, with how far a image may be off in the mean, of 255
+TIMMS = {  # in timm's names, with how far an image may be off in the mean, of 255
     "AutoContrast": 1, "Equalize": 2, "Invert": 0, "Rotate": 2, "PosterizeIncreasing": 0, "SolarizeIncreasing": 0,
     "SolarizeAdd": 0, "ColorIncreasing": 2, "ContrastIncreasing": 1, "BrightnessIncreasing": 1,
     "SharpnessIncreasing": 0.7, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1,
@@ -284,7 +284,7 @@ TIMMS = {  # in timm's names, with how far a image may be off in the mean, of 25
 def test_timms_operations_are_timms(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, name: str, strength: int
 ) -> None:
-    """A image by DALI and by timm's own code with Pillow, with both signs where the operation has one."""
+    """An image by DALI and by timm's own code with Pillow, with both signs where the operation has one."""
     timms = pytest.importorskip("timm.data.auto_augment")
     assert list(TIMMS) == timms._RAND_INCREASING_TRANSFORMS
     noise = np.random.default_rng(0).integers(40, 220, (20, 20, 3), dtype=np.uint8)
@@ -372,7 +372,7 @@ def test_a_config_with_augmentations_survives_being_written(config_file: Path) -
         ("augment.auto.type=rand", "augment.auto.type: 'rand' given; allowed: 'rand_augment'"),
         ("augment.auto={type='rand_augment', m=11}", "augment.auto.m: 11 given; it should be less than or equal to 10"),
         ("augment.auto={type='auto_augment', m=3}", "augment.auto.m: unknown key"),
-        ("augment.colour.hue=3", "augment.colour: unknown key; did you mean augment.color?"),
+        ("augment.color.hue=3", "augment.color: unknown key; did you mean augment.color?"),
     ],
 )
 def test_mistakes_are_refused_with_one_message(config_file: Path, override: str, message: str) -> None:

@@ -54,7 +54,7 @@ def test_files_are_jpeg_of_many_kinds(data: Path) -> None:
             assert SIDE[0] <= short <= SIDE[1]
             assert long / short < 4 / 3 + 0.01
             sizes.add(image.size)
-            samplings.add(JpegImagePlugin.get_sampling(image) if image.mode == "RGB" else "grey")
+            samplings.add(JpegImagePlugin.get_sampling(image) if image.mode == "RGB" else "gray")
             quantizations.add(tuple(image.quantization[0]))
     assert len(sizes) > 50  # of 70 images
     assert {0, 1, 2} <= samplings  # 4:4:4, 4:2:2, 4:2:0
@@ -62,7 +62,7 @@ def test_files_are_jpeg_of_many_kinds(data: Path) -> None:
 
 
 def test_some_images_are_grayscale(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(demo, "GREY", 0.5)
+    monkeypatch.setattr(demo, "GRAY", 0.5)
     generate(tmp_path / "data", train_per_class=2, val_per_class=0, workers=1)
     modes = [Image.open(path).mode for path in (tmp_path / "data").rglob("*.jpg")]
     assert 2 < modes.count("L") < 18

@@ -37,7 +37,7 @@ def test_suffixes_in_any_case_count_and_other_files_do_not(copy: Path) -> None:
     files = sorted(folder.iterdir())
     files[0].rename(folder / "a.JPEG")
     files[1].rename(folder / "b.JpG")
-    (folder / "notes.txt").write_text("not a image")
+    (folder / "notes.txt").write_text("not an image")
     (copy / "val" / "readme.txt").write_text("not a class")
     assert len(scan(copy / "val")) == 10 * VAL_PER_CLASS
 

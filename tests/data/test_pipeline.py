@@ -115,7 +115,7 @@ def test_no_image_is_mixed_with_its_own_copy(
         assert (of_itself < 1).sum() in (0, batch_size)  # 0: a box of no size, the same for the whole batch
 
 
-def test_copies_are_neighbours_only_where_it_cannot_be_avoided() -> None:
+def test_copies_are_neighbors_only_where_it_cannot_be_avoided() -> None:
     for batch_size in range(1, 65):
         for repeats in range(2, 9):
             places = pipeline.repeated_indices(batch_size, repeats)
@@ -273,7 +273,7 @@ def test_crops_have_the_areas_that_the_config_allows(config_file: Path, tmp_path
     batch = next(TrainingLoader(loading.load(config_file, keys), found, [share(batch_size=64)])).inputs[0]
     red, green = (batch[:, c] * std for c, std in enumerate(schema.Data(name="d", root="r", classes=2).std[:2]))
     areas = (red[:, :, -1] - red[:, :, 0]).mean(1) / 255 * (green[:, -1] - green[:, 0]).mean(1) / 255
-    # the outermost pixels of a crop have their centres half a pixel inside
+    # the outermost pixels of a crop have their centers half a pixel inside
     assert 0.17 < areas.min() < 0.24
     assert 0.33 < areas.max() < 0.41
 
@@ -320,10 +320,10 @@ def test_grayscale_cmyk_and_mixed_files_work_in_one_batch(config: schema.RunConf
     assert [batch.labels.tolist() for batch in batches] == [[0, 1, 2], [3, -1, -1]]
     low = torch.cat([batch.inputs[0] for batch in batches])
     assert low.isfinite().all()
-    torch.testing.assert_close(low[0], low[3], atol=0.1, rtol=0)  # the same image, once gray and once in colour
+    torch.testing.assert_close(low[0], low[3], atol=0.1, rtol=0)  # the same image, once gray and once in color
 
 
-@pytest.mark.parametrize("content", [b"", b"not a image", None], ids=["empty", "text", "truncated"])
+@pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "truncated"])
 def test_a_image_that_cannot_be_decoded_is_named(
     config: schema.RunConfig, numbered: ImageFiles, tmp_path: Path, content: bytes | None
 ) -> None:

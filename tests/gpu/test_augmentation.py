@@ -74,7 +74,7 @@ def jpegs(config_file: Path) -> ImageFiles:
 
 @pytest.fixture
 def flat(tmp_path: Path) -> ImageFiles:
-    """13 files of one colour each, whose label is their own number: the same pixels from any decoder and any crop."""
+    """13 files of one color each, whose label is their own number: the same pixels from any decoder and any crop."""
     files = [str(tmp_path / f"{n}.png") for n in range(13)]
     for file, color in zip(files, np.random.default_rng(1).integers(40, 216, (13, 3)).tolist(), strict=True):
         Image.new("RGB", (48, 40), tuple(color)).save(file)

@@ -92,7 +92,7 @@ def test_blocks_that_the_compiler_does_not_know(block: int, output_layout: str) 
 @pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("channels", [1, 2, 4])
 @pytest.mark.parametrize("block", [2, 3])
-def test_any_number_of_colour_channels(block: int, channels: int, output_layout: str) -> None:
+def test_any_number_of_color_channels(block: int, channels: int, output_layout: str) -> None:
     images = images_of(SIZES[:3], channels)
     assert_same(*both_backends(images, block, groups=[[0, 3], [1], [2, 3, 0]], output_layout=output_layout))
 

@@ -79,7 +79,7 @@ def test_resnets_take_images_that_are_not_square() -> None:
     assert built("resnet18", width=0.125)(torch.zeros(2, 3, 64, 48)).shape == (2, 10)
 
 
-def test_initialisation_is_torchvisions() -> None:
+def test_initialization_is_torchvisions() -> None:
     ours = built("resnet18", classes=1000, size=224).state_dict()
     theirs = torchvision.models.resnet18().state_dict()
     for name in ("conv1.weight", "layer1.0.conv1.weight", "layer4.1.conv2.weight", "fc.weight"):
@@ -87,7 +87,7 @@ def test_initialisation_is_torchvisions() -> None:
 
 
 @pytest.mark.parametrize(("arch", "size"), [("alexnet", 224), ("vgg16_bn", 32), *((a, 32) for a in MOBILENETS)])
-def test_initialisation_of_the_others_is_torchvisions(arch: str, size: int) -> None:
+def test_initialization_of_the_others_is_torchvisions(arch: str, size: int) -> None:
     torch.manual_seed(0)
     ours = built(arch, classes=1000, size=size).state_dict()
     theirs = torchvision.models.get_model(arch, weights=None).state_dict()
@@ -105,7 +105,7 @@ def test_initialisation_of_the_others_is_torchvisions(arch: str, size: int) -> N
     assert compared > 10
 
 
-def test_initialisation_of_inception_is_torchvisions() -> None:
+def test_initialization_of_inception_is_torchvisions() -> None:
     for name, value in built("inception_v3", size=75).state_dict().items():
         if name.endswith("conv.weight") or name == "fc.weight":
             assert float(value.std()) == pytest.approx(0.1, rel=0.05), name

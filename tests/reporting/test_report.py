@@ -90,7 +90,7 @@ def test_configurations_of_one_name_are_told_apart_by_the_keys_that_differ(tmp_p
     assert len({group.color for group in groups}) == 3
 
 
-def test_a_run_in_progress_stays_apart_from_finished_ones_in_their_colour(tmp_path: Path) -> None:
+def test_a_run_in_progress_stays_apart_from_finished_ones_in_their_color(tmp_path: Path) -> None:
     done = write_run(tmp_path / "done", finished([50, 60]))
     growing = write_run(tmp_path / "growing", curve([51]), seed=1)
     first, second = groups_of(growing, done)
@@ -380,7 +380,7 @@ def test_a_read_only_run_is_drawn_elsewhere(read_only_run: Path, tmp_path: Path)
     assert (tmp_path / "out/table.md").exists()
 
 
-def test_more_than_ten_configurations_have_colours_of_their_own(tmp_path: Path) -> None:
+def test_more_than_ten_configurations_have_colors_of_their_own(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / str(n), finished([50]), name=f"net{n}") for n in range(14)]
     assert len({group.color for group in groups_of(*folders)}) == 14
 

@@ -1,4 +1,4 @@
-"""The ablation by one command: its table is what its runs' metrics say, and it goes on where it was."""
+"""The ablation by one command: its table is what its runs' metrics say, and it resumes."""
 
 from __future__ import annotations
 

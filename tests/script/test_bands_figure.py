@@ -57,7 +57,7 @@ def test_details_share_one_factor(image: Path) -> None:
     assert np.mean((shown[1:] == 0) | (shown[1:] == 1)) < 0.05
 
 
-def test_pixels_of_the_identity_are_all_in_natural_colour(image: Path) -> None:
+def test_pixels_of_the_identity_are_all_in_natural_color(image: Path) -> None:
     matrix = transforms.transform_matrix("identity", 2)
     square = bands_figure.read_square(image, 2)
     shown, factor = bands_figure.displayed(bands_figure.split(square, matrix), matrix)
@@ -71,14 +71,14 @@ def test_missing_file_ends_with_one_message(tmp_path: Path) -> None:
     command = [sys.executable, str(SCRIPT), str(path), "--output", str(output)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr == f"error: {path}: no such file; expected a image\n"
+    assert result.stderr == f"error: {path}: no such file; expected an image\n"
     assert not output.exists()
 
 
 def test_what_is_no_image_or_too_small_is_named(tmp_path: Path) -> None:
     text = tmp_path / "notes.txt"
     text.write_text("no image")
-    with pytest.raises(UserError, match="notes.txt: not a image"):
+    with pytest.raises(UserError, match="notes.txt: not an image"):
         bands_figure.read_square(text, 2)
     small = tmp_path / "small.png"
     Image.new("RGB", (9, 3)).save(small)

@@ -130,7 +130,7 @@ def test_every_transform_type_and_layout(kind: transforms.Kind, block: int, dtyp
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_unnormalised_dct1d_of_the_method(block: int) -> None:
+def test_unnormalized_dct1d_of_the_method(block: int) -> None:
     images, matrix = images_of(SIZES), transforms.transform_matrix("dct1d", block, "none")
     assert_equal_bands(run_operator(images, matrix, block), reference(images, matrix, block))
 
@@ -150,13 +150,13 @@ def scipy_coefficients(kind: str, squares: npt.NDArray[np.float64]) -> npt.NDArr
 
 
 @pytest.mark.parametrize(("kind", "block"), ALL)
-def test_bands_are_scipys_coefficients_of_the_normalised_pixels(kind: transforms.Kind, block: int) -> None:
+def test_bands_are_scipys_coefficients_of_the_normalized_pixels(kind: transforms.Kind, block: int) -> None:
     images = images_of(SIZES, seed=1)
     got = run_operator(images, transforms.transform_matrix(kind, block), block)
     for sample, image in enumerate(images):
         height, width = (side // block for side in image.shape[:2])
-        normalised = (image.astype(np.float64) - MEAN) / STD
-        squares = normalised.reshape(height, block, width, block, 3).transpose(0, 2, 4, 1, 3)
+        normalized = (image.astype(np.float64) - MEAN) / STD
+        squares = normalized.reshape(height, block, width, block, 3).transpose(0, 2, 4, 1, 3)
         expected = scipy_coefficients(kind, squares)
         bands = np.stack([got[band][sample] for band in range(block * block)], axis=-1)
         np.testing.assert_allclose(bands, expected, atol=1e-4 * np.ptp(expected))
@@ -202,7 +202,7 @@ def test_threads_do_not_change_a_bit(batch: int) -> None:
 @pytest.mark.parametrize("channels", [1, 2, 4])
 @pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("groups", [None, [[0, 3], [1]]], ids=str)
-def test_any_number_of_colour_channels(channels: int, output_layout: str, groups: Groups) -> None:
+def test_any_number_of_color_channels(channels: int, output_layout: str, groups: Groups) -> None:
     image = np.random.default_rng(2).integers(0, 256, (6, 10, channels), dtype=np.uint8)
     mean, std = [100.0, 110.0, 120.0, 130.0][:channels], [50.0, 60.0, 70.0, 80.0][:channels]
     matrix = transforms.transform_matrix("dct2d", 2)
@@ -351,7 +351,7 @@ PICTURE = np.zeros((4, 6, 3), np.uint8)
         ([PICTURE, PICTURE[..., :2]], {}, "sample 1 of shape 4 x 6 x 2 has 2 channels: mean and std have 3 entries"),
         ([PICTURE, PICTURE[:, :5]], {}, "sample 1 of shape 4 x 5 x 3: block = 2 does not divide its height and width"),
         ([PICTURE], {"matrix": np.eye(9)}, "matrix has 81 entries: block = 2 needs 4 x 4 = 16"),
-        ([PICTURE], {"mean": [0.0]}, "mean has 1 and std 3 entries: both need one a colour channel"),
+        ([PICTURE], {"mean": [0.0]}, "mean has 1 and std 3 entries: both need one a color channel"),
         ([PICTURE], {"std": [1.0, 0.0, 1.0]}, "std[1] = 0: must be positive"),
         ([PICTURE], {"groups": [[0], [1, 4]]}, "groups[2] = 4: the bands of block = 2 are 0 to 3"),
         ([PICTURE], {"groups": [[0], [-1]]}, "groups[1] = -1: the bands of block = 2 are 0 to 3"),

@@ -38,7 +38,7 @@ def pointer(array: Array) -> ctypes.c_void_p:
     return ctypes.c_void_p(array.ctypes.data)
 
 
-def colours(channels: int) -> tuple[Array, Array]:
+def colors(channels: int) -> tuple[Array, Array]:
     mean, std = np.float32(MEAN[:channels]), np.float32(STD[:channels])
     return 1 / std, -mean / std
 
@@ -56,7 +56,7 @@ def run_tiles(
 ) -> list[Array] | None:  # fmt: skip
     samples, height, width = images.shape[0], images.shape[1] // block, images.shape[2] // block
     matrix = transforms.transform_matrix(kind, block).astype(np.float32)
-    scale, shift = colours(3)
+    scale, shift = colors(3)
     factors = None if dense else factors_of_dct2d(block)
     shapes = [(height, width, 3 * len(g)) if channels_last else (3 * len(g), height, width) for g in groups]
     outputs = [np.full((samples, *shape), np.nan, np.float32) for shape in shapes]
@@ -127,11 +127,11 @@ def test_a_row_that_does_not_fit_into_shared_memory_is_refused(library: ctypes.C
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize("channels", [1, 3, 4])
 @pytest.mark.parametrize("block", [1, 2, 3, 5])
-def test_any_block_colours_and_bands(library: ctypes.CDLL, block: int, channels: int, channels_last: bool) -> None:
+def test_any_block_colors_and_bands(library: ctypes.CDLL, block: int, channels: int, channels_last: bool) -> None:
     images = np.random.default_rng(0).integers(0, 256, (3, 2 * block, 5 * block, channels), dtype=np.uint8)
     matrix, mirror = transforms.transform_matrix("dct1d", block).astype(np.float32), np.array([1, 0, 1], np.uint8)
     group = np.int32([block * block - 1, 0, 0])  # twice the same band too
-    scale, shift = colours(channels)
+    scale, shift = colors(channels)
     output = np.full((3, 2, 5, 3 * channels) if channels_last else (3, 3 * channels, 2, 5), np.nan, np.float32)
     library.split_any(
         pointer(images), 3, 2, 5, block, channels, pointer(mirror), pointer(scale), pointer(shift), pointer(matrix),

@@ -52,7 +52,7 @@ def test_dct1d_is_scipys_dct_of_every_flattened_block(images: Tensor, block: int
 
 
 @pytest.mark.parametrize("block", BLOCKS)
-def test_unnormalised_dct1d_is_the_formula_of_the_method(block: int) -> None:
+def test_unnormalized_dct1d_is_the_formula_of_the_method(block: int) -> None:
     count = block * block
     matrix = transforms.transform_matrix("dct1d", block, "none")
     for k in range(count):
@@ -143,8 +143,8 @@ def test_stack_lays_bands_side_by_side(images: Tensor) -> None:
     assert [tuple(branch.shape) for branch in stacked] == [(2, 3 * len(group), 12, 18) for group in groups]
     for group, branch in zip(groups, stacked, strict=True):
         for i, band in enumerate(group):
-            for colour in range(3):
-                assert torch.equal(branch[:, i * 3 + colour], bands[band, :, colour])
+            for color in range(3):
+                assert torch.equal(branch[:, i * 3 + color], bands[band, :, color])
 
 
 def test_split_images_is_the_chain_of_its_steps() -> None:

@@ -115,7 +115,7 @@ def test_gradients_that_are_not_finite_change_nothing(
 
 
 def test_a_first_step_that_is_left_out_leaves_no_momentum(config_file: Path) -> None:
-    """Not even where only the schedule asks for momentum: torch leaves its buffers uninitialised then."""
+    """Not even where only the schedule asks for momentum: torch leaves its buffers uninitialized then."""
     for keys in (["optim.momentum=0.9"], ["optim.momentum=0", "schedule.type=one_cycle"]):
         learner, trap = trained(config_file, [*keys, "train.on_nonfinite=skip"], [])
         trap.armed = True

@@ -32,7 +32,7 @@ class Sources:
             self.add_file(value, path, keys)
 
     def of(self, keys: tuple[str, ...]) -> str:
-        """Where `keys` or something below it was set, or else its nearest neighbours, in a file if possible.
+        """Where `keys` or something below it was set, or else its nearest neighbors, in a file if possible.
 
         Of several sources the one that was added last; the config itself where none is near.
         """

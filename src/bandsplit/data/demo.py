@@ -4,8 +4,8 @@ A class is a shape in a fine texture. The mean of every 2x2 block shows the shap
 the ten classes look like the other five. The detail bands show the texture, but little of the shape: outlines are soft
 and the texture catches the light in one spot only. Bands together tell all ten classes apart.
 
-Lengths are in units of a image's shorter side, so that a resized image keeps its look; x goes right and y down from
-the image's middle. Colours are RGB, 0 to 255.
+Lengths are in units of an image's shorter side, so that a resized image keeps its look; x goes right and y down from
+the image's middle. Colors are RGB, 0 to 255.
 """
 
 import colorsys
@@ -35,21 +35,21 @@ Array = NDArray[np.float64]
 SHAPES = ("disc", "heart", "ring", "star", "triangle")
 PERIOD = {"checkered": 2.7 / 72, "striped": 2.4 / 72}
 """Period of each texture, along both axes or the one it varies in. Once the shorter side is resized to 72 pixels, it is
-more than the 2 pixels that a image can show, and so much less than the 4 that half its resolution can show that the
+more than the 2 pixels that an image can show, and so much less than the 4 that half its resolution can show that the
 mean of 2x2 blocks keeps a tenth of the texture's energy at most."""
 CLASSES = tuple(f"{shape}_{texture}" for shape in SHAPES for texture in PERIOD)
 SPLITS = ("train", "val")
 
 SIDE = (72, 144)
 """Shorter side, pixels."""
-GREY = 0.04
+GRAY = 0.04
 """Share of images saved as grayscale JPEG files."""
 EDGE_BLUR = 0.02
 """Standard deviation of the blur on outlines: so soft that the detail bands show them faintly."""
 OVERSAMPLING = 4
 """Outlines are drawn this many times larger and averaged down."""
 BRIGHTEST = 220.0
-"""Largest channel of a plain colour: leaves room for lights and texture."""
+"""Largest channel of a plain color: leaves room for lights and texture."""
 
 # ------------------------------------------------------------------------------------------------------------ data set
 
@@ -131,7 +131,7 @@ def _write_all(root: Path, images: list[ImageSpec], workers: int) -> None:
 def _write(root: Path, spec: ImageSpec) -> None:
     rng = np.random.default_rng([spec.seed, spec.split, spec.label, spec.index])
     image = Image.fromarray(draw(rng, *CLASSES[spec.label].split("_")))
-    if rng.random() < GREY:
+    if rng.random() < GRAY:
         image = image.convert("L")
     subsampling = str(rng.choice(["4:4:4", "4:2:2", "4:2:0"]))
     encoded = io.BytesIO()  # Pillow writes to files without noticing that a full disk took only a part
@@ -139,7 +139,7 @@ def _write(root: Path, spec: ImageSpec) -> None:
     (root / spec.path).write_bytes(encoded.getbuffer())
 
 
-# ---------------------------------------------------------------------------------------------------------- a image
+# ---------------------------------------------------------------------------------------------------------- an image
 
 
 def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
@@ -151,7 +151,7 @@ def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     width, height = round(side * max(1.0, aspect)), round(side * max(1.0, 1 / aspect))
     x, y = _axis(width, side)[None, :], _axis(height, side)[:, None]
-    back, front = _colours(rng)
+    back, front = _colors(rng)
 
     outline = _outline(rng, shape)
     mask = _blur(_mask(shape, outline, x, y, side), EDGE_BLUR * side)
@@ -165,26 +165,26 @@ def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
 
 
 def _axis(pixels: int, side: int) -> Array:
-    """Coordinates of pixel centres (pixels,)."""
+    """Coordinates of pixel centers (pixels,)."""
     return (np.arange(pixels) + 0.5 - pixels / 2) / side
 
 
-def _colours(rng: Generator) -> tuple[Array, Array]:
-    """Background and shape, (3,) each: the shape is darker and more colourful, in some images only a little."""
+def _colors(rng: Generator) -> tuple[Array, Array]:
+    """Background and shape, (3,) each: the shape is darker and more colorful, in some images only a little."""
     hue = rng.random()
     apart = rng.uniform(0.06, 0.5) * rng.choice([-1, 1])
     luma = rng.uniform(135, 185)
-    back = _colour(hue, rng.uniform(0.05, 0.25), luma)
-    front = _colour(hue + apart, rng.uniform(0.45, 0.7), luma - rng.uniform(20, 60))
+    back = _color(hue, rng.uniform(0.05, 0.25), luma)
+    front = _color(hue + apart, rng.uniform(0.45, 0.7), luma - rng.uniform(20, 60))
     return back, back + rng.uniform(0.4, 1) * (front - back)
 
 
-def _colour(hue: float, saturation: float, luma: float) -> Array:
+def _color(hue: float, saturation: float, luma: float) -> Array:
     """RGB (3,) of a given luma; a hue too dark for it (blue) is mixed with white."""
-    colour = BRIGHTEST * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1))
-    pure = float(colour @ (0.299, 0.587, 0.114))  # ITU-R BT.601, as in JPEG
+    color = BRIGHTEST * np.array(colorsys.hsv_to_rgb(hue % 1, saturation, 1))
+    pure = float(color @ (0.299, 0.587, 0.114))  # ITU-R BT.601, as in JPEG
     white = max(0.0, (luma - pure) / (BRIGHTEST - pure))
-    return colour * min(1.0, luma / pure) * (1 - white) + BRIGHTEST * white
+    return color * min(1.0, luma / pure) * (1 - white) + BRIGHTEST * white
 
 
 def _outline(rng: Generator, shape: str) -> Array:
@@ -238,14 +238,14 @@ def _distance(x: Array, y: Array, a: float, b: float) -> Array:
     return np.sqrt((x - a) ** 2 + (y - b) ** 2)
 
 
-def _background(rng: Generator, colour: Array, x: Array, y: Array) -> Array:
+def _background(rng: Generator, color: Array, x: Array, y: Array) -> Array:
     """A gradient with lights far out of focus, each a pale disc as a lens makes it: (height, width, 3)."""
     light = 1 + 0.1 * _ramp(rng, x, y)
     for _ in range(rng.integers(5, 11)):
         a, b, radius, power = rng.uniform((-0.65, -0.65, 0.06, 0.03), (0.65, 0.65, 0.22, 0.14))
         light += power * np.clip((radius - _distance(x, y, a, b)) / (3 * EDGE_BLUR) + 0.5, 0, 1)
     tint = 1 + 0.08 * _ramp(rng, x, y)[..., None] * rng.uniform(-1, 1, 3)
-    return light[..., None] * tint * colour
+    return light[..., None] * tint * color
 
 
 def _relief(rng: Generator, texture: str, x: Array, y: Array, mask: Array, side: int) -> Array:
@@ -266,12 +266,12 @@ def _relief(rng: Generator, texture: str, x: Array, y: Array, mask: Array, side:
 
 
 def _grain(rng: Generator, size: tuple[int, int], side: int) -> Array:
-    """Film grain, partly coloured, of three sizes: one pixel, a 72nd and a 30th of the side: (height, width, 3)."""
+    """Film grain, partly colored, of three sizes: one pixel, a 72nd and a 30th of the side: (height, width, 3)."""
     grain = rng.normal(0, 1, (*size, 3))
     for grains, strength in ((72, rng.uniform(2.5, 6.5)), (30, rng.uniform(0.5, 1.5))):
         rows, columns = (round(grains * pixels / side) for pixels in size)
-        grey, *colours = rng.normal(0, strength, (4, rows, columns)).astype(np.float32)  # as PIL resizes them
-        for channel, colour in enumerate(colours):
-            noise = Image.fromarray(grey + colour / 2).resize(size[::-1], Image.Resampling.BICUBIC)
+        gray, *colors = rng.normal(0, strength, (4, rows, columns)).astype(np.float32)  # as PIL resizes them
+        for channel, color in enumerate(colors):
+            noise = Image.fromarray(gray + color / 2).resize(size[::-1], Image.Resampling.BICUBIC)
             grain[..., channel] += np.asarray(noise)
     return grain

@@ -172,7 +172,7 @@ def repeated_indices(batch_size: int, repeats: int) -> list[int]:
     """Which of the ceil(batch_size / repeats) files that are used is at each place of a batch, each at most `repeats`
     times.
 
-    Mixup and CutMix pair an image with its neighbour, and the first one with the last.  So copies are placed round by
+    Mixup and CutMix pair an image with its neighbor, and the first one with the last.  So copies are placed round by
     round, and no image is paired with its own copy, unless that cannot be avoided: with one file, or with two in a
     batch of odd size.
     """

@@ -19,7 +19,7 @@ class Mesh:
 
     Ranks of one replica hold different branches and exchange bands of their images; ranks of one branch group hold the
     same branches and average their gradients.  Rank r is in replica r // branch_groups and group r % branch_groups, so
-    that neighbouring ranks, often on one machine, exchange bands.
+    that neighboring ranks, often on one machine, exchange bands.
     """
 
     def __init__(self, ranks: Ranks, branches: int, branch_groups: int = 1) -> None:
@@ -34,7 +34,7 @@ class Mesh:
         """Process group of this rank's replica, which exchanges bands; None: one rank."""
         self.data_group: Any = None
         """Process group of the ranks that train the same branches; None: one rank."""
-        self._neighbours: dict[int, Any] = {}
+        self._neighbors: dict[int, Any] = {}
         if ranks.world_size > 1:
             names = ("data", "branch")
             mesh = init_device_mesh(ranks.device.type, (self.replicas, branch_groups), mesh_dim_names=names)
@@ -47,17 +47,17 @@ class Mesh:
         """Which of the replicas of its branches this rank is."""
         return self.ranks.rank // self.branch_groups
 
-    def neighbours(self, count: int) -> Any:
-        """Process group of this rank and its neighbours, `count` replicas of its branches; every rank calls it."""
-        if count not in self._neighbours:
+    def neighbors(self, count: int) -> Any:
+        """Process group of this rank and its neighbors, `count` replicas of its branches; every rank calls it."""
+        if count not in self._neighbors:
             first = range(0, self.replicas, count)
             sets = [
                 [(r + i) * self.branch_groups + b for i in range(count)]
                 for b in range(self.branch_groups)
                 for r in first
             ]
-            self._neighbours[count], _ = dist.new_subgroups_by_enumeration(sets, timeout=self.ranks.timeout)
-        return self._neighbours[count]
+            self._neighbors[count], _ = dist.new_subgroups_by_enumeration(sets, timeout=self.ranks.timeout)
+        return self._neighbors[count]
 
     def replicate(self, branch: nn.Module) -> nn.Module:
         """Wraps a branch so that backward averages its gradients over the replicas.

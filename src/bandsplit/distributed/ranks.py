@@ -222,7 +222,7 @@ def _who_tells(error: Exception, store: Any, rank: int, seconds: float = 8.0) ->
     if missing:
         named = ", ".join(map(str, missing))
         what = f"ranks {named} have ended or hang" if len(missing) > 1 else f"rank {named} has ended or hangs"
-        message = f"{what}; the others cannot go on alone; see logs/rank{missing[0]}.log of the run"
+        message = f"{what}; the others cannot continue without; see logs/rank{missing[0]}.log of the run"
     else:
         message = f"a collective failed on every rank: {error}; see logs/rank*.log of the run"
     speaks = UserError(message)

@@ -112,7 +112,7 @@ def evaluate_runs(
 
 
 def _require_same_data(one: Restored, other: Restored) -> None:
-    """Branches of one ensemble see the same validation images, cut, normalised and transformed alike."""
+    """Branches of one ensemble see the same validation images, cut, normalized and transformed alike."""
     for table, keys in (
         ("data", ("name", "classes", "image_size", "val_image_size", "resize_size", "interpolation", "mean", "std")),
         ("split", ("block", "transform", "norm")),

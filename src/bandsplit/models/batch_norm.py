@@ -99,7 +99,7 @@ def fit(branch: nn.Module, images: int, at_once: int, mesh: Mesh) -> nn.Module:
         return _converted(branch, lambda norm: GhostBatchNorm2d(images, norm.num_features))
     if images == at_once:
         return branch
-    group = mesh.neighbours(images // at_once)
+    group = mesh.neighbors(images // at_once)
     if mesh.ranks.device.type == "cuda":
         converted: nn.Module = nn.SyncBatchNorm.convert_sync_batchnorm(branch, group)  # type: ignore[no-untyped-call]
         return converted
@@ -167,16 +167,16 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         assert self.momentum is not None
         ranks = dist.get_world_size(self.group)
         mean = _Sum.apply(x.mean(dim=(0, 2, 3)), self.group) / ranks
-        centred = x - mean[:, None, None]
-        variance = _Sum.apply(centred.square().mean(dim=(0, 2, 3)), self.group) / ranks
+        centered = x - mean[:, None, None]
+        variance = _Sum.apply(centered.square().mean(dim=(0, 2, 3)), self.group) / ranks
         with torch.no_grad():
             count = ranks * x.numel() / self.num_features
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(variance * count / (count - 1), self.momentum)
             self.num_batches_tracked.add_(1)
         scale = self.weight * (variance + self.eps).rsqrt()
-        normalised: Tensor = centred * scale[:, None, None] + self.bias[:, None, None]
-        return normalised
+        normalized: Tensor = centered * scale[:, None, None] + self.bias[:, None, None]
+        return normalized
 
 
 class _Sum(torch.autograd.Function):

@@ -31,7 +31,7 @@ def build(config: schema.Model, in_channels: int, classes: int, size: int) -> nn
             network = _ResNet(config, in_channels, classes)
         else:
             network = _of_torchvision(config, in_channels, classes, size)
-    _initialise(network, config)
+    _initialize(network, config)
     return network
 
 
@@ -273,7 +273,7 @@ def _refusal(network: nn.Module, in_channels: int, size: int) -> Exception | Non
 # ---------------------------------------------------------------------------------------------------- initialization
 
 
-def _initialise(network: nn.Module, config: schema.Model) -> None:
+def _initialize(network: nn.Module, config: schema.Model) -> None:
     """Applies `init` and `zero_gamma` where they differ from the architecture's own initialization."""
     if config.init != "default":
         for module in network.modules():

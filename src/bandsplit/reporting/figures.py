@@ -105,7 +105,7 @@ def group_curve(group: Group, x: str, panel: Panel) -> pd.DataFrame:
 
 
 def running_mean(series: pd.Series) -> pd.Series:
-    """A centred moving average over 2 % of the points, and over 5 points at least; gaps stay gaps."""
+    """A centered moving average over 2 % of the points, and over 5 points at least; gaps stay gaps."""
     mean = series.rolling(max(5, len(series) // 50), center=True, min_periods=1).mean()
     return mean.where(series.notna())
 
@@ -165,7 +165,7 @@ def branch_frame(run: Run) -> pd.DataFrame:
 
 
 def branches_figure(groups: Sequence[Group]) -> Figure | None:
-    """A panel a group that has several branches: each branch's top-1 in colour and the ensemble's in black."""
+    """A panel a group that has several branches: each branch's top-1 in color and the ensemble's in black."""
     groups = [group for group in groups if all(branch_frame(run).shape[1] > 1 for run in group.runs)]
     if not groups:
         return None
@@ -186,7 +186,7 @@ def branches_figure(groups: Sequence[Group]) -> Figure | None:
 
 
 def draw_branches(axes: Axes, group: Group, divisor: float) -> None:
-    """Thin lines from dark (first branch) to bright (last) with a colour bar; the ensemble on top."""
+    """Thin lines from dark (first branch) to bright (last) with a color bar; the ensemble on top."""
     frames = [branch_frame(run) for run in group.runs]
     colors = sns.color_palette("viridis", frames[0].shape[1])
     for branch, color in enumerate(colors):

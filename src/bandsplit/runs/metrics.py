@@ -71,7 +71,7 @@ def _is_up_to(line: str, step: int) -> bool:
 
 
 class Stopwatch:
-    """Seconds of training: stands still during validation and checkpoints, goes on where a resumed run stopped."""
+    """Seconds of training: paused during validation and checkpoints; a resumed run continues its count."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._before, self._since = seconds, time.perf_counter()

@@ -169,7 +169,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 
 
 def learners_of(config: RunConfig, at_once: int, precision: Precision, mesh: Mesh) -> tuple[Ensemble, list[Learner]]:
-    """This rank's branches, freshly initialised, and a learner for each.
+    """This rank's branches, freshly initialized, and a learner for each.
 
     `at_once`: images that a rank takes through a branch at once.
     """

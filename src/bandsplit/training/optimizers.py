@@ -29,7 +29,7 @@ def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimi
         case schema.SGD():
             sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, fused=True, **shared)
             if optim.momentum or _schedule_sets_momentum(config):
-                # torch allocates these in the first step, and leaves them uninitialised where that step is skipped
+                # torch allocates these in the first step, and leaves them uninitialized where that step is skipped
                 for p in parameters:
                     sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
             return sgd

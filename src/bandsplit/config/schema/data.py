@@ -31,7 +31,7 @@ class Decoder(Table):
     fancy_upsampling: bool = False
     """GPU: smooth chroma as the CPU's decoder does."""
     device_padding_mib: int = Field(16, ge=0)
-    """GPU: MiB reserved a image on the GPU, so that larger ones need no new allocation while training."""
+    """GPU: MiB reserved an image on the GPU, so that larger ones need no new allocation while training."""
     host_padding_mib: int = Field(8, ge=0)
     """GPU: the same in pinned memory of the host."""
     read_ahead: int = Field(2, ge=1)
@@ -53,7 +53,7 @@ class Data(Table):
     val_image_size: int | None = Field(None, ge=1)
     """Validation: the same; unset: as in training."""
     resize_size: int = Field(256, ge=1)
-    """Validation: length in pixels of the shorter side before the centre crop."""
+    """Validation: length in pixels of the shorter side before the center crop."""
     scale: Range = (0.08, 1.0)
     """Training: share of the image's area that the random crop covers."""
     ratio: Range = (3 / 4, 4 / 3)

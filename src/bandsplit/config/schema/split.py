@@ -38,7 +38,7 @@ class Split(Table):
     """Side s of the pixel block; s² bands. 1: the ordinary classifier."""
     transform: Literal["dct2d", "dct1d", "hadamard", "identity"] = "dct2d"
     norm: Literal["ortho", "none"] = "ortho"
-    """`none`: the un-normalised transform, as the published dct1d runs used it."""
+    """`none`: the un-normalized transform, as the published dct1d runs used it."""
     branches: Annotated[Literal["each", "all"] | tuple[tuple[int, ...], ...], BeforeValidator(_branches)] = "each"
     """Bands of each branch: "each" band its own, "all" in one network, or explicit groups."""
     only: Annotated[tuple[int, ...] | None, BeforeValidator(_only)] = None

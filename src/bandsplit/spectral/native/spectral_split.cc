@@ -22,8 +22,8 @@ DALI_SCHEMA(SpectralSplit)
     .DocStr(R"(Splits images into spectral sub-bands.
 
 Each ``block`` x ``block`` square of pixels is turned into N = ``block``² coefficients by a matrix; coefficient k of
-every square, kept at its place, is band k. One pass mirrors, normalises to (x - mean) / std, transforms, and writes
-each group of bands as one output in the asked layout and type. Channel i * C + c of an output is colour c of the
+every square, kept at its place, is band k. One pass mirrors, normalizes to (x - mean) / std, transforms, and writes
+each group of bands as one output in the asked layout and type. Channel i * C + c of an output is color c of the
 group's i-th band.)")
     .NumInput(1)
     .InputLayout(0, "HWC")
@@ -32,9 +32,9 @@ group's i-th band.)")
     .AddOptionalArg("block", "Side of the square of pixels.", 2)
     .AddArg("matrix", "The transform, N x N, row by row: row k weighs the pixels of a square for band k.",
             DALI_FLOAT_VEC)
-    .AddOptionalArg("mean", "What is subtracted from each colour channel, in units of the pixel values.",
+    .AddOptionalArg("mean", "What is subtracted from each color channel, in units of the pixel values.",
                     std::vector<float>{0, 0, 0})
-    .AddOptionalArg("std", "What each colour channel is then divided by.", std::vector<float>{1, 1, 1})
+    .AddOptionalArg("std", "What each color channel is then divided by.", std::vector<float>{1, 1, 1})
     .AddOptionalArg("mirror", "Not 0 flips the image left to right, before everything else.", 0, true)
     .AddOptionalArg("groups", "The bands of all groups, one group after the other; by default each band is a group.",
                     std::vector<int>{})
@@ -272,10 +272,10 @@ struct Image {
   std::vector<void *> outputs;  ///< one a group
 };
 
-/// Rows of blocks of a image, and where their planes lie in scratch memory.
+/// Rows of blocks of an image, and where their planes lie in scratch memory.
 ///
-/// Plane n holds pixel n of every block, all colours, so that one vector instruction works on many blocks. Its order is
-/// that of the output: block by block with the colours together (HWC: one run), or colour by colour (CHW: a run each).
+/// Plane n holds pixel n of every block, all colors, so that one vector instruction works on many blocks. Its order is
+/// that of the output: block by block with the colors together (HWC: one run), or color by color (CHW: a run each).
 /// The planes of coefficients lie alike.
 struct Chunk {
   Chunk(const Image &image, int first, int rows, int channels, bool channels_last)
@@ -300,9 +300,9 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
       row_sums_.push_back(static_cast<float>(std::accumulate(row, row + plan_.pixels, 0.0)));
     }
     for (int i = 0; i < kStretch * plan_.channels(); i++) {
-      const int colour = plan_.channels_last ? i % plan_.channels() : i / kStretch;
-      scale_.push_back(plan_.scale[colour]);
-      shift_.push_back(plan_.shift[colour]);
+      const int color = plan_.channels_last ? i % plan_.channels() : i / kStretch;
+      scale_.push_back(plan_.scale[color]);
+      shift_.push_back(plan_.shift[color]);
     }
   }
 
@@ -406,9 +406,9 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     PixelsToPlanes(chunk, planes);
     for (int run = 0; run < chunk.runs; run++) {
       for (int i = 0; i < chunk.run_length; i += kStretch) {
-        const int colour = plan_.channels_last ? i % plan_.channels() : run * kStretch;
+        const int color = plan_.channels_last ? i % plan_.channels() : run * kStretch;
         const int at = run * chunk.run_stride + i;
-        StretchToBands(planes + at, &scale_[colour], &shift_[colour], middles, bands + at, chunk.plane_stride,
+        StretchToBands(planes + at, &scale_[color], &shift_[color], middles, bands + at, chunk.plane_stride,
                        std::min(kStretch, chunk.run_length - i));
       }
     }
@@ -450,7 +450,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     const auto bytes = [=](int n, int place) { return Load(planes + n * stride + place); };
     const auto pixels = [=](int n, int place) { return bytes(n, place) * Load(scale + place) + Load(shift + place); };
     const auto to_bands = [=](int k, int place, Lanes lanes) { Store(bands + k * stride + place, lanes); };
-    if (first_.empty() && 2 * plan_.row_count() < plan_.pixels) {  // fewer bands than pixels to normalise
+    if (first_.empty() && 2 * plan_.row_count() < plan_.pixels) {  // fewer bands than pixels to normalize
       const float *row_sums = row_sums_.data();
       Multiply(last_[0], places, bytes, [=](int k, int place, Lanes lanes) {
         to_bands(k, place, lanes * Load(scale + place) + row_sums[k] * Load(shift + place));
@@ -492,7 +492,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
 
   std::vector<Product> first_, last_;  ///< pixels to middles, and middles to bands; or only pixels to bands
   int middles_ = 0;
-  std::vector<float> row_sums_;       ///< Σ_n of each row: by linearity, the normalisation may come after the product
+  std::vector<float> row_sums_;       ///< Σ_n of each row: by linearity, the normalization may come after the product
   std::vector<float> scale_, shift_;  ///< (channels, kStretch): of the lanes of a stretch, wherever it starts
   std::vector<Scratch> scratch_;      ///< one a thread
 };

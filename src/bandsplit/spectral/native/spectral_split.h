@@ -1,4 +1,4 @@
-// The DALI operator fn.spectral_split: mirror, normalise, transform, layout and dtype of images in one pass.
+// The DALI operator fn.spectral_split: mirror, normalize, transform, layout and dtype of images in one pass.
 //
 // Here: its arguments, checked, and what both backends share. spectral_split.cc holds the schema and the CPU kernel,
 // spectral_split.cu the CUDA kernel. The same computation in Python: bandsplit.spectral.split_images.
@@ -92,11 +92,11 @@ inline std::optional<Factors> FactorsOf(const std::vector<float> &matrix, int bl
 /// The arguments of the operator, checked, in the form that the kernels use.
 ///
 /// Only the bands that a group names are computed, each once: they are numbered as rows, which the groups name.
-/// Normalised is a pixel x times scale plus shift.
+/// Normalized is a pixel x times scale plus shift.
 struct Plan {
   explicit Plan(const ::dali::OpSpec &spec)
       : block(BlockOf(spec)), pixels(block * block), dtype(spec.GetArgument<::dali::DALIDataType>("dtype")) {
-    ReadColours(spec);
+    ReadColors(spec);
     ReadGroups(spec);
     Require(dtype == DALI_FLOAT || dtype == DALI_FLOAT16,
             "dtype = ", dtype, ": allowed are FLOAT and FLOAT16");
@@ -112,18 +112,18 @@ struct Plan {
   int pixels;  ///< N = block²
   ::dali::DALIDataType dtype;
   bool channels_last;
-  std::vector<float> scale, shift;       ///< one a colour channel: 1 / std, -mean / std
+  std::vector<float> scale, shift;       ///< one a color channel: 1 / std, -mean / std
   std::vector<std::vector<int>> groups;  ///< for each output its rows
   std::vector<int> bands;                ///< of each row its band
   std::vector<float> matrix;             ///< (N, N), row-major: a row each band
   std::optional<Factors> factors;        ///< of the matrix
 
  private:
-  void ReadColours(const ::dali::OpSpec &spec) {
+  void ReadColors(const ::dali::OpSpec &spec) {
     const auto mean = spec.GetRepeatedArgument<float>("mean");
     const auto std = spec.GetRepeatedArgument<float>("std");
     Require(!mean.empty() && mean.size() == std.size(), "mean has ", mean.size(), " and std ", std.size(),
-            " entries: both need one a colour channel");
+            " entries: both need one a color channel");
     for (size_t c = 0; c < std.size(); c++) {
       Require(std[c] > 0 && std::isfinite(std[c]), "std[", c, "] = ", std[c], ": must be positive");
       scale.push_back(1 / std[c]);

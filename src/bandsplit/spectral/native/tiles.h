@@ -43,7 +43,7 @@ struct Tiles {
   unsigned start[kFastBands];      ///< of each group in shared memory, in numbers from outputs_start
   int channels[kFastBands];        ///< of each group
   int16_t group_of[kFastBands];    ///< of each band, or -1
-  int16_t channel_of[kFastBands];  ///< in its group, of colour 0
+  int16_t channel_of[kFastBands];  ///< in its group, of color 0
 };
 static_assert(sizeof(Tiles) <= 4096, "the limit of a kernel's arguments");
 
@@ -115,7 +115,7 @@ __device__ inline void CopyTogether(void *to, const void *from, unsigned bytes, 
 
 /// RGB images: blockIdx.y is the sample, blockIdx.x the tile.
 ///
-/// Three steps with shared memory between them, because reading and writing want neighbouring threads at neighbouring
+/// Three steps with shared memory between them, because reading and writing want neighboring threads at neighboring
 /// addresses and whole words, and the arithmetic wants all pixels of a block in one thread.
 template <int kBlock, bool kIsProduct, typename Out>
 __global__ void SplitTiles(const __grid_constant__ Tiles tiles) {
@@ -134,22 +134,22 @@ __global__ void SplitTiles(const __grid_constant__ Tiles tiles) {
                places * (kBlock * kBlock * 3), thread, threads);
   __syncthreads();
 
-  // 2. The coefficients: one colour of one block at a time.
-  const unsigned colour_step = tiles.channels_last ? 1 : places;
+  // 2. The coefficients: one color of one block at a time.
+  const unsigned color_step = tiles.channels_last ? 1 : places;
   for (unsigned item = thread; item < places * 3; item += threads) {
-    const unsigned place = item / 3, colour = item % 3;
+    const unsigned place = item / 3, color = item % 3;
     const unsigned row = uint64_t(place) * tiles.inverse_width >> 32, column = place - row * width;
-    const float scale = tiles.scale[colour], shift = tiles.shift[colour];
+    const float scale = tiles.scale[color], shift = tiles.shift[color];
     // A mirrored image is read from its right end.
     const bool mirror = images.is_mirrored(sample);
     const uint8_t *corner = pixels + row * kBlock * row_bytes + (mirror ? row_bytes - 3 - column * kBlock * 3
-                                                                        : column * kBlock * 3) + colour;
+                                                                        : column * kBlock * 3) + color;
     const int step = mirror ? -3 : 3;
     const auto pixel = [&](int r, int s) { return float(corner[r * int(row_bytes) + s * step]) * scale + shift; };
     const auto put = [&](int band, float value) {
       const int group = tiles.group_of[band], channel = tiles.channel_of[band];
       outputs[tiles.start[group] + place * (tiles.channels_last ? tiles.channels[group] : 1) +
-              (channel + colour) * colour_step] = Out(value);
+              (channel + color) * color_step] = Out(value);
     };
     float x[kBlock * kBlock];
     if constexpr (kIsProduct) {
@@ -211,7 +211,7 @@ struct Numbers {
   Images images;
   int samples, block, channels;
   bool channels_last;
-  const float *scale, *shift;  ///< one a colour channel
+  const float *scale, *shift;  ///< one a color channel
   const float *matrix;         ///< (N, N)
   const int *bands;            ///< of the output
   int band_count;
@@ -229,16 +229,16 @@ __global__ void SplitAny(const __grid_constant__ Numbers numbers) {
     const size_t sample = i / of_sample, rest = i % of_sample;
     const size_t place = numbers.channels_last ? rest / stacked : rest % (height * width);
     const int channel = int(numbers.channels_last ? rest % stacked : rest / (height * width));
-    const int colour = channel % channels;
+    const int color = channel % channels;
     const float *weights = numbers.matrix + size_t(numbers.bands[channel / channels]) * pixels;
-    const float scale = numbers.scale[colour], shift = numbers.shift[colour];
+    const float scale = numbers.scale[color], shift = numbers.shift[color];
     const bool mirror = images.is_mirrored(unsigned(sample));
     const size_t y = (sample * height + place / width) * block, x = place % width * block;
     float sum = 0;
     for (int r = 0; r < block; r++) {
       for (int s = 0; s < block; s++) {
         const size_t column = mirror ? width * block - 1 - (x + s) : x + s;
-        const uint8_t pixel = images.pixels[((y + r) * width * block + column) * channels + colour];
+        const uint8_t pixel = images.pixels[((y + r) * width * block + column) * channels + color];
         sum += weights[r * block + s] * (float(pixel) * scale + shift);
       }
     }
