@@ -238,9 +238,8 @@ def test_an_error_of_the_disk_is_not_taken_for_damage(
     save(tmp_path, 2)
     before = files_in(tmp_path)
     fails_once(monkeypatch, name, number)
-    with pytest.raises(
-        UserError, match=f"cannot be read: .*{os.strerror(number)}.*{name}.*Nothing was changed"
-    ) as told:
+    message = f"{name}: cannot be read: {os.strerror(number)}. Nothing was changed"
+    with pytest.raises(UserError, match=message) as told:
         checkpoint.latest(tmp_path)
     assert told.value.one_rank
     assert files_in(tmp_path) == before
@@ -345,33 +344,6 @@ def test_what_is_set_aside_twice_has_two_names(tmp_path: Path) -> None:
         "step_00000005.2/branch_00.pt": b"second",
         "step_00000005.3/branch_00.pt": b"third",
     }
-
-
-@pytest.mark.parametrize("wrong", [float("nan"), float("inf"), -float("inf")])
-@pytest.mark.parametrize("where", ["network", "optimizer", "buffers"])
-def test_values_that_are_not_finite_are_not_written(tmp_path: Path, where: str, wrong: float) -> None:
-    save(tmp_path, 1, best=1)
-    files = states(2, best=2)
-    value = torch.ones(5, dtype=torch.bfloat16 if where == "buffers" else torch.float32)
-    value[3] = wrong
-    state: dict[str, checkpoint.State] = {
-        "network": {"branch_03.pt": {"network": {"w": value}}},
-        "optimizer": {"branch_03.pt": {"network": {}, "optimizer": {"state": {0: {"exp_avg": value}}}}},
-        "buffers": {"stream_00.pt": {"buffers": [torch.ones(1), value]}},
-    }[where]
-    writer = saver.Writer(tmp_path, leads=True, keep=2)
-    writer.start(2, {**files, **state}, FILES)
-    wait(writer)
-    assert writer.error is not None
-    tensor = {"network": "network.w", "optimizer": "optimizer.state.0.exp_avg", "buffers": "buffers.1"}[where]
-    assert f"{next(iter(state))}: {tensor} holds values that are infinite or not a number" in str(writer.error)
-    assert "the last good one is step_00000001" in str(writer.error)
-    assert names(tmp_path) == {"step_00000001", "last", "best"}
-    assert value_of_links(tmp_path) == (1, 1)
-
-
-def value_of_links(folder: Path) -> tuple[float, float]:
-    return value(folder / "best"), value(folder / "last")
 
 
 @pytest.mark.parametrize(("found", "by"), [(None, "an earlier"), (0, "an earlier"), (2, "a later")])

@@ -218,7 +218,7 @@ def test_a_disk_that_cannot_be_read_costs_no_checkpoint(
     before = times()
     done = run("train.py", *arguments)
     assert done.returncode == 2
-    assert f"error: {newest}: cannot be read: [Errno 40] Too many levels of symbolic links: '{file}'" in done.stderr
+    assert f"error: {file}: cannot be read: Too many levels of symbolic links. Nothing was changed" in done.stderr
     assert times() == before
     file.unlink()
     good.rename(file)
@@ -460,6 +460,6 @@ def test_weights_that_overflow_in_the_last_step_do_not_end_well(config_file: Pat
     assert done.returncode == 2, done.stderr
     assert "done after" not in done.stderr
     assert done.stderr.count("error: ") == 1
-    assert re.search(r"step 1 is not (written: branch_0\d.pt: .* holds values that are inf|finite)", done.stderr)
+    assert re.search(r"branch \d: the state .* after step 1 is not finite", done.stderr)
     assert not list((run_dir / "checkpoints").iterdir())
-    assert all(line["event"] != "end" for line in metrics(run_dir))
+    assert not (run_dir / "metrics.jsonl").exists()

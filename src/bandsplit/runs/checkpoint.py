@@ -206,17 +206,6 @@ def on_host(state: Any) -> Any:
     return [on_host(value) for value in state] if isinstance(state, list | tuple) else state
 
 
-def nonfinite(state: Any, name: str = "") -> str | None:
-    """Name of a tensor of a state on the CPU with a value that is infinite or not a number; None: there is none."""
-    if isinstance(state, torch.Tensor):
-        if state.is_floating_point() and state.numel() and not torch.stack(torch.aminmax(state)).isfinite().all():
-            return name
-        return None
-    entries = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, list | tuple) else ()
-    found = (nonfinite(value, f"{name}.{key}" if name else str(key)) for key, value in entries)
-    return next((tensor for tensor in found if tensor is not None), None)
-
-
 def link(folder: Path, last: Path, best: int) -> None:
     """Points the links `last` and `best` to a checkpoint and the one of step `best` (0: none), for people to use.
 

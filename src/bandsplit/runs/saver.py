@@ -26,7 +26,7 @@ class Writer:
 
     The first rank's thread waits until the files of all ranks are there, then names the folder, points the links
     ``last`` and ``best`` and removes checkpoints that are not kept.  A kill at any moment leaves the previous
-    checkpoints.  A checkpoint with a value that is infinite or not a number is not written.
+    checkpoints.
     """
 
     def __init__(self, folder: Path, leads: bool, keep: int) -> None:
@@ -76,7 +76,6 @@ class Writer:
     def _run(self, temporary: Path, files: Mapping[str, State], everybodys: Sequence[str]) -> None:
         began, step = time.perf_counter(), checkpoint.step_of(Path(temporary.name[1:]))
         try:
-            self._require_finite(step, files)
             temporary.mkdir(exist_ok=True)
             for name, state in files.items():
                 _write_file(temporary / name, state)
@@ -86,27 +85,14 @@ class Writer:
                 self._name(temporary, files[checkpoint.RUN]["progress"]["best_step"])
                 seconds = time.perf_counter() - began
                 logger.debug(f"checkpoint of step {step}: {size:,.1f} MiB in {seconds:.1f} s beside the training")
-        except UserError as error:
-            self.error = error
         except Exception as error:  # whatever it is, the run has to hear of it
             logger.opt(exception=error).debug("the checkpoint of step {} cannot be written", step)
             self.error = UserError(
                 f"{self._folder}: the checkpoint of step {step} cannot be written: {_cause(error)}; "
                 f"{self._last_good()}. Once that is mended, --resume continues from there"
             )
-        if self.error is not None:
             self.error.one_rank = True
         self._written.set()
-
-    def _require_finite(self, step: int, files: Mapping[str, State]) -> None:
-        for name, state in files.items():
-            tensor = checkpoint.nonfinite(state) if name != checkpoint.RUN else None
-            if tensor is not None:
-                raise UserError(
-                    f"{self._folder}: the checkpoint of step {step} is not written: {name}: {tensor} holds values that "
-                    f"are infinite or not a number; {self._last_good()}. A lower optim.lr or a longer "
-                    "schedule.warmup_epochs may help"
-                )
 
     def _last_good(self) -> str:
         try:
