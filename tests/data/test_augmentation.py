@@ -357,7 +357,7 @@ def test_a_config_with_augmentations_survives_being_written(config_file: Path) -
     [
         ("augment.color.brightness=[1.2, 0.3]", r"brightness: \[1.2, 0.3\] given; allowed: 0 <= smallest <= largest"),
         ("augment.color.contrast=[-1, 1]", r"contrast: \[-1.0, 1.0\] given; allowed: 0 <= smallest <= largest"),
-        ("augment.color.saturation=[0, inf]", "saturation: .* given; allowed: 0 <= smallest <= largest"),
+        ("augment.color.saturation=[0, inf]", r"saturation: \[0, inf\] given; inf should be a finite number"),
         ("augment.color.brightness=[1]", r"brightness: \[1\] given; expected 2 numbers"),
         ("augment.color.hue=200", "augment.color.hue: 200 given; it should be less than or equal to 180"),
         ("augment.pca_noise=-0.1", "augment.pca_noise: -0.1 given; it should be greater than or equal to 0"),
@@ -372,7 +372,7 @@ def test_a_config_with_augmentations_survives_being_written(config_file: Path) -
         ("augment.auto.type=rand", "augment.auto.type: 'rand' given; allowed: 'rand_augment'"),
         ("augment.auto={type='rand_augment', m=11}", "augment.auto.m: 11 given; it should be less than or equal to 10"),
         ("augment.auto={type='auto_augment', m=3}", "augment.auto.m: unknown key"),
-        ("augment.color.hue=3", "augment.color: unknown key; did you mean augment.color?"),
+        ("augment.colour.hue=3", "augment.colour: unknown key; did you mean augment.color?"),
     ],
 )
 def test_mistakes_are_refused_with_one_message(config_file: Path, override: str, message: str) -> None:

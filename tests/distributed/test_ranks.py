@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bandsplit.distributed import ranks
 from bandsplit.distributed.ranks import joined
 from bandsplit.errors import ToldElsewhere, UserError
 from tests.conftest import Launch, on_ranks
@@ -64,6 +65,18 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(UserError, match=r"4 ranks on .*, which has 2 GPUs: .*--nproc-per-node 2") as told, joined():
             pass
         assert told.value.one_rank == (local_rank == 0)
+
+
+def test_torch_takes_no_more_threads_than_there_are_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        for available, threads in ((8, 4), (2, 2)):
+            monkeypatch.setattr(ranks, "available_cpus", lambda available=available: available)
+            with joined():
+                assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
 
 
 def test_ranks_that_torchrun_did_not_start(monkeypatch: pytest.MonkeyPatch) -> None:

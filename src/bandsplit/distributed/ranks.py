@@ -17,6 +17,7 @@ import torch.distributed as dist
 from loguru import logger
 from torch import Tensor
 
+from bandsplit.cpus import available_cpus
 from bandsplit.errors import ToldElsewhere, UserError
 
 T = TypeVar("T")
@@ -128,6 +129,7 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = _device(local_rank, local_world_size)
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))  # torch does not look at CPU quotas
     if world_size() == 1:
         yield Ranks(rank(), 1, local_rank, local_world_size, device)
         return
