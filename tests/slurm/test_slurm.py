@@ -13,6 +13,8 @@ from tests.compare import assert_same_run, metrics
 from tests.conftest import DATA_TOML, REPOSITORY, TRAIN_TOML, run
 from tests.slurm.conftest import Slurm
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]  # one Slurm for all
+
 SCRIPTS = REPOSITORY / "script/slurm"
 SEEDS = [0, *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
 TWO_RANKS = {"NPROC_PER_NODE": "2"}

@@ -33,6 +33,8 @@ KINDS = ["dct2d", "dct1d", "hadamard", "identity"]
 ALL = [(kind, block) for kind in KINDS for block in BLOCKS if (kind, block) != ("hadamard", 6)]
 SIZES = [(24, 36), (12, 12), (48, 12), (36, 60), (12, 132)]  # divided by 4 and by 6; wide enough for odd vector ends
 
+compiles = pytest.mark.xdist_group("compilation")  # whole builds, one after the other
+
 Groups = Sequence[Sequence[int]] | None
 ImageSpec = npt.NDArray[np.uint8]
 
@@ -318,6 +320,7 @@ def test_photographs(kind: transforms.Kind, block: int) -> None:
         assert_equal_bands(got, reference(images, matrix, block, groups, mirror))
 
 
+@compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_random_calls_with_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A build with AddressSanitizer and UBSan over random shapes, blocks, bands, batches and threads."""
@@ -418,6 +421,7 @@ def write_compiler(path: Path, script: str) -> str:
     return str(path)
 
 
+@compiles
 @pytest.mark.skipif(native._find_cxx() is None, reason="no C++ compiler")
 def test_two_processes_build_one_plugin_that_a_third_without_a_compiler_loads(tmp_path: Path) -> None:
     cache, log = tmp_path / "cache", tmp_path / "log"
@@ -564,6 +568,7 @@ def test_without_a_home_the_cache_lies_among_temporary_files(tmp_path: Path, mon
         native.build(cuda=False)
 
 
+@compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_nvcc_of_the_python_packages_builds_the_gpu_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with a driver but no toolkit.  The CPU operator of that plugin needs no GPU.
