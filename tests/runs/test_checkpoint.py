@@ -325,7 +325,7 @@ def test_what_is_not_there_is_told_with_what_is(tmp_path: Path) -> None:
     save(tmp_path, 2)
     with pytest.raises(UserError, match="no checkpoint of step 7; there are those of steps 1, 2"):
         checkpoint.find(tmp_path, "7")
-    with pytest.raises(UserError, match="no best checkpoint, for want of a validation; there are those of steps 1, 2"):
+    with pytest.raises(UserError, match="no best checkpoint, since nothing has been validated yet; there are"):
         checkpoint.find(tmp_path, "best")
     with pytest.raises(UserError, match="'newest' given; allowed: best, last or a step; there are those of steps 1, 2"):
         checkpoint.find(tmp_path, "newest")

@@ -56,7 +56,7 @@ def test_what_ends_a_run_is_in_the_log_with_its_traceback(
     with pytest.raises(KeyError):
         end(tmp_path / "logs", rank, KeyError("nothing"), begun)
     text = (tmp_path / f"logs/rank{rank}.log").read_text()
-    assert text.index("before") < text.index("this rank ends of an error: 'nothing'") < text.index("Traceback")
+    assert text.index("before") < text.index("this rank failed: 'nothing'") < text.index("Traceback")
     assert "in end\n    raise error" in text
     assert "Traceback" not in capsys.readouterr().err  # Python or torchrun print it
 

@@ -163,7 +163,7 @@ def test_a_teacher_of_other_classes_or_of_one_size_is_refused(finished: Callable
     config = loading.load(other / "config.toml", [f"distillation.teacher={other}"])
     classes = Restored.of(other, "best").classes
     more = config.model_copy(update={"data": config.data.model_copy(update={"classes": 11})})
-    with pytest.raises(UserError, match="tiny tells 10 classes apart, but data.classes is 11"):
+    with pytest.raises(UserError, match="tiny has 10 classes, but data.classes is 11"):
         Teacher.of(more, classes, FP32)
     renamed = sorted([*classes[1:], "zulu"])
     with pytest.raises(

@@ -491,7 +491,7 @@ def test_a_plugin_that_cannot_be_loaded_is_a_build_error(tmp_path: Path, monkeyp
 def test_a_missing_compiler_is_a_build_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("CXX", "no-such-compiler")
-    with pytest.raises(native.BuildError, match="CXX names the compiler 'no-such-compiler', which is not here"):
+    with pytest.raises(native.BuildError, match="CXX = 'no-such-compiler' is not installed"):
         native.build(cuda=False)
     monkeypatch.delenv("CXX")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -522,7 +522,7 @@ def test_the_command_prints_a_build_error_and_ends_with_2(tmp_path: Path) -> Non
     output, errors = command.communicate()
     assert command.returncode == 2
     assert output == ""
-    assert errors.startswith("the build of spectral_split: CXX names the compiler 'no-such-compiler'")
+    assert errors.startswith("the build of spectral_split: CXX = 'no-such-compiler'")
     assert "Traceback" not in errors
 
 

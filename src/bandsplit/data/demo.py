@@ -123,8 +123,8 @@ def _write_all(root: Path, images: list[ImageSpec], workers: int) -> None:
             follow(pool.map(write, images, chunksize=16))
         except BrokenProcessPool as error:
             raise UserError(
-                f"{root.name}: one of the {workers} processes that draw these images was killed, perhaps for want of "
-                "memory; start again"
+                f"{root.name}: one of the {workers} processes that draw these images was killed, perhaps out of "
+                "memory; try again"
             ) from error
 
 

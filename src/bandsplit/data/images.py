@@ -50,11 +50,11 @@ def scan(folder: Path) -> ImageFiles:
 
 def _scan(folder: Path) -> ImageFiles:
     if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected one folder a class with {', '.join(SUFFIXES)} files")
+        raise UserError(f"{folder}: no such folder; expected one folder per class with {', '.join(SUFFIXES)} files")
     with os.scandir(folder) as entries:
         classes = sorted(entry.name for entry in entries if entry.is_dir())
     if not classes:
-        raise UserError(f"{folder}: no class folders in it; expected one folder a class")
+        raise UserError(f"{folder}: no class folders in it; expected one folder per class")
     paths: list[str] = []
     labels: list[int] = []
     for label, name in enumerate(classes):

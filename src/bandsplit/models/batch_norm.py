@@ -29,7 +29,7 @@ def bn_batch_size(config: RunConfig, at_once: int, replicas: int) -> int:
     possible += [at_once * n for n in range(1, replicas + 1) if replicas % n == 0]
     if wanted not in ("rank", "all", *possible):
         raise UserError(
-            f"model.bn_batch_size: {wanted} given, but a rank takes {at_once} images through a branch at once and "
+            f"model.bn_batch_size: {wanted} given, but {at_once} images pass through a branch at once on each rank and "
             f"{replicas} rank{'s train' if replicas > 1 else ' trains'} each branch; allowed: "
             f"{', '.join(map(str, possible))}, 'rank' or 'all'"
         )

@@ -172,7 +172,7 @@ def find(folder: Path, which: str) -> Path:
     if which == "best":
         step = best_step(folder)
         if not step:
-            raise UserError(f"{folder}: no best checkpoint, for want of a validation; {there}")
+            raise UserError(f"{folder}: no best checkpoint, since nothing has been validated yet; {there}")
     elif which.isdecimal():
         step = int(which)
     else:

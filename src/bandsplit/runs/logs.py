@@ -85,7 +85,7 @@ def logged(folder: Path, rank: int) -> Iterator[LogFile]:
             logger.opt(exception=error).debug("this rank ends: {}", error)
         raise
     except Exception as error:
-        logger.opt(exception=error).error("this rank ends of an error: {}", error)
+        logger.opt(exception=error).error("this rank failed: {}", error)
         raise
     finally:
         logger.remove(written)

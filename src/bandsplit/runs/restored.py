@@ -113,9 +113,7 @@ def _require_same_networks(own: RunConfig, config: RunConfig, run_dir: Path) -> 
 
 def _require_fit(teacher: RunConfig, config: RunConfig) -> None:
     if teacher.data.classes != config.data.classes:
-        raise UserError(
-            f"{teacher.name} tells {teacher.data.classes} classes apart, but data.classes is {config.data.classes}"
-        )
+        raise UserError(f"{teacher.name} has {teacher.data.classes} classes, but data.classes is {config.data.classes}")
     sizes = {config.image_size_at(epoch) for epoch in range(config.train.epochs)}
     for size in sorted(sizes):
         if size % teacher.split.block:

@@ -89,7 +89,7 @@ class Writer:
             logger.opt(exception=error).debug("the checkpoint of step {} cannot be written", step)
             self.error = UserError(
                 f"{self._folder}: the checkpoint of step {step} cannot be written: {_cause(error)}; "
-                f"{self._last_good()}. Once that is mended, --resume continues from there"
+                f"{self._last_good()}. Once that is fixed, --resume continues from there"
             )
             self.error.one_rank = True
         self._written.set()

@@ -81,7 +81,7 @@ def log_start(session: Session, directory: RunDirectory) -> None:
     several = ranks.world_size > 1
     logger.info(f"{ranks.world_size} rank{'s' * several} on {device_name(ranks)}; run directory {directory.path}")
     sent = step_traffic(config, ranks.world_size, mesh.branch_groups, parameters, plan.precision.half_bands)
-    share = f"each trains {sent.branches} of {len(parameters)} branches and sends {sent.bytes / 1e6:,.1f} MB a step; "
+    share = f"each trains {sent.branches} of {len(parameters)} branches and sends {sent.bytes / 1e6:,.1f} MB per step; "
     logger.info(f"{share if several else ''}batch norm over {plan.bn_batch_size(session.streams)} images")
     if plan.teacher is not None:
         logger.info(f"distills from {plan.teacher.name}")

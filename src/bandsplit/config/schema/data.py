@@ -45,7 +45,7 @@ class Data(Table):
     root: str = Field(min_length=1)
     """Folder of the data set; `~` and `$VARIABLES` are expanded."""
     train: str = "train"
-    """Folder below `root` with one folder a class."""
+    """Folder below `root` with one folder per class."""
     val: str = "val"
     classes: int = Field(ge=2)
     image_size: int = Field(224, ge=1)

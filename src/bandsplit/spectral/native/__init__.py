@@ -99,8 +99,8 @@ def build(cuda: bool | None = None) -> Path:
         if prebuilt is None:
             missing = "a C++ compiler (g++, or set CXX)" if cxx is None else "nvcc (pip install bandsplit[nvcc])"
             raise BuildError(
-                f"the build of spectral_split needs {missing}, which is not here; nor has the cache {_cache_folder()} "
-                "a plugin for this machine: build one where the compilers are, with "
+                f"the build of spectral_split needs {missing}, which is not installed; nor has the cache "
+                f"{_cache_folder()} a plugin for this machine: build one on a machine with compilers, with "
                 "`python -m bandsplit.spectral.native`"
             )
         return prebuilt
@@ -258,7 +258,7 @@ def _find_cxx() -> list[str] | None:
     """The command of the C++ compiler: $CXX, which may have several words ("ccache g++"), g++ or c++."""
     if chosen := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(chosen[0]) is None:
-            raise BuildError(f"the build of spectral_split: CXX names the compiler {chosen[0]!r}, which is not here")
+            raise BuildError(f"the build of spectral_split: CXX = {chosen[0]!r} is not installed")
         return chosen
     return next(([name] for name in ("g++", "c++") if shutil.which(name)), None)
 
