@@ -1,4 +1,4 @@
-"""Exceptions that mean "the user can mend this", or that somebody else has already told the user."""
+"""Exceptions for what the user can fix, and for what another rank has already reported."""
 
 
 class UserError(ValueError):
@@ -8,15 +8,15 @@ class UserError(ValueError):
     """
 
     one_rank = False
-    """Whether a single rank met the mistake, so that it has to tell it itself."""
+    """Whether only this rank met the mistake, so that it has to report it."""
 
 
 class ToldElsewhere(Exception):
-    """This rank ends because of another one, which tells the user why."""
+    """This rank ends because of another one, which reports the reason."""
 
 
 class Interrupted(Exception):
-    """The run was asked to stop by a signal, and has: all that it did is in its last checkpoint."""
+    """A signal has stopped the run, whose last checkpoint holds all of its steps."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")

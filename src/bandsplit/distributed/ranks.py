@@ -1,4 +1,4 @@
-"""Ranks: joining, leaving, agreeing, and who tells the user what went wrong."""
+"""Ranks: process groups, agreement between ranks, and which rank reports an error."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Ranks:
-    """Where this process stands among all."""
+    """This process and the process groups it belongs to."""
 
     rank: int
     world_size: int
@@ -33,9 +33,9 @@ class Ranks:
     local_world_size: int
     device: torch.device
     hosts: Any = None
-    """Process group of all ranks that joins their hosts (gloo), whatever joins their devices; None: one rank."""
+    """Process group of all ranks over their hosts (gloo), independent of the devices' backend; None: one rank."""
     timeout: timedelta = timedelta(minutes=5)
-    """After which a collective of the devices fails."""
+    """Time after which a collective of the devices fails."""
 
     @property
     def is_first(self) -> bool:
@@ -48,13 +48,13 @@ class Ranks:
         return counts
 
     def smallest(self, values: Tensor) -> Tensor:
-        """The smallest of each value over all ranks, in place."""
+        """Element-wise minimum over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, dist.ReduceOp.MIN)
         return values
 
     def largest(self, values: Sequence[int]) -> list[int]:
-        """The largest of each value over all ranks; does not wait for the device."""
+        """Element-wise maximum over all ranks; does not wait for the device."""
         if self.world_size == 1:
             return list(values)
         together = torch.tensor(values, dtype=torch.int64)
@@ -62,7 +62,7 @@ class Ranks:
         return together.tolist()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """What `make` returns on the first rank, or the UserError it raises there, on every rank."""
+        """Runs `make` on rank 0 only; its result, or the UserError it raises, is passed on to every rank."""
         if self.world_size == 1:
             return make()
         told: list[Any] = [None, None]
@@ -79,9 +79,9 @@ class Ranks:
         return value
 
     def each(self, make: Callable[[], T]) -> T:
-        """What `make` returns on this rank, where it returns on all of them.
+        """Runs `make` on every rank and returns this rank's result if none of them failed.
 
-        Raises the UserError of the first rank where it does not, on that rank, and ToldElsewhere on the others.
+        Otherwise the lowest rank that failed raises its UserError, and all others raise ToldElsewhere.
         """
         made, error = None, None
         try:
@@ -99,12 +99,12 @@ class Ranks:
         raise error
 
     def wait(self) -> None:
-        """Until every rank is here."""
+        """Barrier over all ranks."""
         if self.world_size > 1:
             dist.barrier(group=self.hosts)
 
     def synchronize(self) -> None:
-        """Until the device has done all that was asked of it."""
+        """Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -121,9 +121,9 @@ def rank() -> int:
 
 @contextmanager
 def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
-    """Joins the other ranks (NCCL on GPUs, gloo on CPUs) and leaves them again at the end.
+    """Process groups of all ranks (NCCL on GPUs, gloo on CPUs), destroyed at the end.
 
-    Raises ToldElsewhere or UserError in place of the broken connections that follow when another rank ends or hangs;
+    Raises ToldElsewhere or UserError instead of the connection errors that follow when another rank ends or hangs;
     their traceback is logged.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
@@ -135,11 +135,11 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
         return
     store = _store()
     if local_world_size == world_size():
-        # torchrun starts again with the same store, where the addresses of the attempt before may still be read.  Nodes
-        # count their attempts each for itself, so several need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+        # torchrun restarts with the same store, which may still hold addresses of the previous attempt.  Each node
+        # counts its own attempts, so several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_gpu, hosts_timeout = device.type == "cuda", timedelta(seconds=timeout_seconds)
-    # NCCL ends the process without a word, so the hosts' group is to notice first who is missing
+    # NCCL kills the process silently, so the hosts' group has to time out first and find who is missing
     timeout = hosts_timeout + timedelta(seconds=60) if on_gpu else hosts_timeout
     try:
         dist.init_process_group(
@@ -182,7 +182,7 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
 
 
 def _store() -> Any:
-    """What the ranks find each other by.  Raises UserError where they cannot."""
+    """The rendezvous store.  Raises UserError where the ranks cannot find each other."""
     try:
         store, _, _ = next(dist.rendezvous("env://", rank(), world_size()))
     except (ValueError, RuntimeError) as error:  # a variable that only torchrun sets, or a host that does not answer
@@ -193,7 +193,7 @@ def _store() -> Any:
 
 
 def _comes_from_others(error: Exception) -> bool:
-    """Whether an error is a collective's, which fails where another rank has ended or hangs."""
+    """Whether an error comes from a collective, which fails when another rank has ended or hangs."""
     words = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|socket"
     return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
 
@@ -203,10 +203,10 @@ _OWN, _OF_COLLECTIVE = "of its own error", "of a collective"
 
 
 def _who_tells(error: Exception, store: Any, rank: int, seconds: float = 8.0) -> Exception:
-    """After a collective has failed, on every rank that noticed: the UserError of the rank that tells the user.
+    """Called on every rank where a collective has failed: the UserError on the rank that reports, else ToldElsewhere.
 
-    Where some ranks did not notice, those have ended or hang, and the first of the others says so.  Where all did, the
-    collective failed by itself, and the first rank tells how.  A rank that ended of its own error has told it.
+    Ranks that did not notice have ended or hang; the lowest of the others reports them.  If every rank noticed, the
+    collective itself failed, and the lowest rank reports why.  A rank that failed by itself has reported already.
     """
     deadline = time.monotonic() + seconds
     try:

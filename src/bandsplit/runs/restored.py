@@ -1,4 +1,4 @@
-"""Runs that were restored: their branches at a checkpoint, to be validated or to teach others."""
+"""Restored runs: the branches of a run at a checkpoint, for validation or as a teacher."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from bandsplit.runs.directory import RunDirectory, flatten, require_same_classes
 from bandsplit.spectral.view import View
 
 TRAINED = ("model.", "branch", "split.", "data.classes", "data.mean", "data.std")
-"""Keys that say what the weights of a run mean."""
+"""Keys that the weights of a run depend on."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Restored:
     ensemble: Ensemble
     step: int
     classes: list[str]
-    """Names of the classes that it tells apart, in the order of its logits."""
+    """Class names in the order of the logits."""
 
     @classmethod
     def of(cls, run_dir: Path, which: str, overrides: Sequence[str] = ()) -> Restored:
@@ -63,13 +63,13 @@ class Restored:
 
 
 class Teacher:
-    """A restored ensemble whose fused logits others learn from; it never learns itself."""
+    """A restored ensemble, frozen, whose fused logits are distilled."""
 
     def __init__(self, restored: Restored, precision: Precision) -> None:
         self._precision = precision
         self.name = f"{restored.config.name}, step {restored.step}, {restored.run_dir}"
         self.view = View.of(restored.config)
-        """What it reads of an image."""
+        """Its split and normalization."""
         ensemble = restored.ensemble.to(precision.device).to(memory_format=torch.channels_last)
         self._ensemble = ensemble.eval().requires_grad_(False)
 
@@ -77,7 +77,7 @@ class Teacher:
     def of(cls, config: RunConfig, classes: Sequence[str], precision: Precision) -> Teacher | None:
         """The teacher that a config names, for data of these classes; None: it names none.
 
-        Raises UserError where there is no such run, or it cannot read this config's images or tell its classes.
+        Raises UserError where there is no such run, or it does not fit this config's images or classes.
         """
         if config.distillation is None:
             return None
