@@ -203,6 +203,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "keys"), CASES)
 def test_it_trains_on_real_files(
     name: str, keys: tuple[str, ...], image_root: Path, finished: Callable[..., Path], tmp_path: Path

@@ -142,8 +142,10 @@ def test_errors_of_workers_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.fixture
-def full_disk() -> Iterator[None]:
+def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Files of more than 2,000 bytes cannot be written, also by the processes that are started: as on a full disk."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would leave modules cut off in the cache
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
     yield

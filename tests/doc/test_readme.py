@@ -138,6 +138,7 @@ def lines_to_run(pages: list[Path], but: list[Path]) -> Iterator[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.xdist_group("pages")  # starts early: it takes long
 @pytest.mark.parametrize(("pages", "but"), [([README], []), (PAGES, [README])], ids=["README.md", "doc"])
 def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path]) -> None:
     """From top to bottom, as a reader would."""

@@ -103,6 +103,7 @@ def test_a_teacher_never_learns(finished: Callable[..., Path], config_file: Path
     assert not torch.equal(ensemble([torch.ones(8, 3, 16, 16)] * 4), own)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_distilled_run_does_not_depend_on_the_launch(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path, groups: int

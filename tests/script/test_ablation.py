@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.compare import metrics
 from tests.conftest import REPOSITORY
 
@@ -19,6 +21,7 @@ def ablation(config_file: Path, output: Path, *more: str) -> subprocess.Complete
     return subprocess.run(command, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_an_ablation_is_what_its_runs_say(config_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "ablation"
     done = ablation(config_file, output)

@@ -65,6 +65,7 @@ def test_pixels_of_the_identity_are_all_in_natural_color(image: Path) -> None:
     np.testing.assert_allclose(shown[1], square[0::2, 1::2])
 
 
+@pytest.mark.slow
 def test_missing_file_ends_with_one_message(tmp_path: Path) -> None:
     path = tmp_path / "none.jpg"
     output = tmp_path / "bands.png"

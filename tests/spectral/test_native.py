@@ -320,6 +320,7 @@ def test_photographs(kind: transforms.Kind, block: int) -> None:
         assert_equal_bands(got, reference(images, matrix, block, groups, mirror))
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_random_calls_with_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -421,6 +422,7 @@ def write_compiler(path: Path, script: str) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.skipif(native._find_cxx() is None, reason="no C++ compiler")
 def test_two_processes_build_one_plugin_that_a_third_without_a_compiler_loads(tmp_path: Path) -> None:
@@ -568,6 +570,7 @@ def test_without_a_home_the_cache_lies_among_temporary_files(tmp_path: Path, mon
         native.build(cuda=False)
 
 
+@pytest.mark.slow
 @compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_nvcc_of_the_python_packages_builds_the_gpu_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -26,6 +26,8 @@ from bandsplit.runs import checkpoint
 from tests.compare import assert_same_run, metrics, wait_for
 from tests.conftest import REPOSITORY, Done, Launch, command, run
 
+pytestmark = pytest.mark.slow
+
 LONGER = "train.epochs=4"  # 52 steps, a checkpoint every 3
 SEEDS = [pytest.param(0), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
 

@@ -114,7 +114,11 @@ def test_runs_that_saw_other_data_are_not_joined(
 GROWING = "augment.progressive={min_size=16, ramp_end=1, multiple=2}"
 
 
-@pytest.mark.parametrize(("ranks", "keys"), [(1, []), (2, []), (1, [GROWING])], ids=["1", "2", "growing images"])
+@pytest.mark.parametrize(
+    ("ranks", "keys"),
+    [(1, []), (2, []), pytest.param(1, [GROWING], marks=pytest.mark.slow)],
+    ids=["1", "2", "growing images"],
+)
 def test_killed_and_resumed_equals_undisturbed(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path, ranks: int, keys: list[str]
 ) -> None:

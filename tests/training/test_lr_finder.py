@@ -54,6 +54,7 @@ def test_smoothing_has_no_bias_and_keeps_what_is_missing() -> None:
     assert step[-1] > 0.99
 
 
+@pytest.mark.slow
 def test_on_real_files(config_file: Path, tmp_path: Path, run_here: Callable[..., Done]) -> None:
     """Every branch has its curve, those that diverge stop, and the suggestion can be pasted."""
     larger = ("--set", "train.batch_size=80", "--set", "model.stem=small")
