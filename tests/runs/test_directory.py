@@ -125,12 +125,14 @@ def test_classes_are_compared_by_name(tmp_path: Path, config_file: Path) -> None
     assert json.loads((tmp_path / "run/classes.json").read_text()) == CLASSES
     directory.check_classes(CLASSES, "/data")
     for found, message in (
-        (["bravo", "charlie", "zulu"], "missing alpha; not known to it zulu"),
+        (["bravo", "charlie", "zulu"], "missing alpha; new zulu"),
         (["alpha", "bravo"], "missing charlie"),
         (["bravo", "alpha", "charlie"], "the same in another order"),
-        ([*CLASSES, *map(str, range(8))], "not known to it 0, 1, 2, 3, 4 and 3 more"),
+        ([*CLASSES, *map(str, range(8))], "new 0, 1, 2, 3, 4 and 3 more"),
     ):
-        with pytest.raises(UserError, match=f"^/data: other classes than {tmp_path}/run learnt: {message}$"):
+        with pytest.raises(
+            UserError, match=f"^/data: the classes are not those that {tmp_path}/run was trained on: {message}$"
+        ):
             directory.check_classes(found, "/data")
 
 

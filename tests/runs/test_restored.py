@@ -168,7 +168,7 @@ def test_a_teacher_of_other_classes_or_of_one_size_is_refused(finished: Callable
         Teacher.of(more, classes, FP32)
     renamed = sorted([*classes[1:], "zulu"])
     with pytest.raises(
-        UserError, match=f"teacher: the data .* other classes than {other} learnt: missing {classes[0]}; .* zulu"
+        UserError, match=f"teacher: the data .* not those that {other} was trained on: missing {classes[0]}; .* zulu"
     ):
         Teacher.of(config, renamed, FP32)
     assert Teacher.of(config, classes, FP32) is not None

@@ -220,8 +220,11 @@ def test_classes_are_compared_by_name(
     before = contents(copy)
     teacher = f"distillation.teacher={copy}"
     for command, told in (
-        (("evaluate.py", copy, *moved), f"{root}: other classes than {copy} learnt"),
-        (("train.py", "--resume", "--run-dir", copy, *moved), f"{root}: other classes than {copy} learnt"),
+        (("evaluate.py", copy, *moved), f"{root}: the classes are not those that {copy} was trained on"),
+        (
+            ("train.py", "--resume", "--run-dir", copy, *moved),
+            f"{root}: the classes are not those that {copy} was trained on",
+        ),
         (("train.py", config_file, "--run-dir", tmp_path / "new", *moved, "--set", teacher), f"than {copy} learnt"),
         (("evaluate.py", copy, other), f"{copy}: other classes than {other} learnt"),
     ):

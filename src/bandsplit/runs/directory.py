@@ -127,15 +127,16 @@ class RunDirectory:
 
 
 def require_same_classes(trained: Sequence[str], by: str, found: Sequence[str], where: str) -> None:
-    """Raises UserError where classes differ by name: those that `by` learnt from those that were found in `where`."""
+    """Raises UserError where the class names that run `by` was trained on differ from those found in `where`."""
     if list(trained) != list(found):
         missing, new = (sorted({*some} - {*others}) for some, others in ((trained, found), (found, trained)))
         told = [
             f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for what, names in (("missing", missing), ("not known to it", new))
+            for what, names in (("missing", missing), ("new", new))
             if names
         ]
-        raise UserError(f"{where}: other classes than {by} learnt: {'; '.join(told) or 'the same in another order'}")
+        difference = "; ".join(told) or "the same in another order"
+        raise UserError(f"{where}: the classes are not those that {by} was trained on: {difference}")
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:
