@@ -62,9 +62,8 @@ def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path
 def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
     """Losses (branches, steps); NaN once a branch has diverged."""
     with logged(output / "logs", rank()), joined(config.parallel.timeout_seconds) as ranks:
-        plan = Plan.of(config, ranks)
+        session = Session(Plan.of(config, ranks))
         ranks.from_first(partial(make_folder, output))  # tells now what would lose the result later
-        session = Session(plan)
         mesh, branches = session.mesh, len(session.plan.parameters)
         losses = np.full((branches, len(lrs)), np.nan)
         alive = np.ones(branches, dtype=bool)
