@@ -63,8 +63,8 @@ def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
     """Losses (branches, steps); NaN once a branch has diverged."""
     with logged(output / "logs", rank()), joined(config.parallel.timeout_seconds) as ranks:
         plan = Plan.of(config, ranks)
-        ranks.from_first(partial(make_folder, output))  # tells now what would lose the result later
         session = Session(plan)
+        ranks.from_first(partial(make_folder, output))  # tells now what would lose the result later
         mesh, branches = session.mesh, len(session.plan.parameters)
         losses = np.full((branches, len(lrs)), np.nan)
         alive = np.ones(branches, dtype=bool)
