@@ -163,6 +163,7 @@ def test_the_end_is_told_where_a_run_was_killed_before_it(finished: Callable[...
     assert_same_run(copy, finished(1))
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_its_own_config(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:
