@@ -36,7 +36,10 @@ EVERY = {
     "trivial_augment": [TRIVIAL],
     "all": [RAND, *COLOR, *PCA, *ERASING],
 }
-each = pytest.mark.parametrize("keys", EVERY.values(), ids=EVERY.keys())
+SLOW = ("rand_augment", "auto_augment", "all")  # dozens of operations
+each = pytest.mark.parametrize(
+    "keys", [pytest.param(keys, id=name, marks=[pytest.mark.slow] * (name in SLOW)) for name, keys in EVERY.items()]
+)
 
 
 def share(batch_size: int = 6) -> Shard:

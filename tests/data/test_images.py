@@ -123,6 +123,7 @@ def test_a_folder_that_cannot_be_read_is_named(
     assert done.stdout == f"UserError('{copy / named}: cannot be read: Permission denied')\n", done.stderr
 
 
+@pytest.mark.slow
 def test_a_training_whose_images_cannot_be_read_ends_with_one_message(
     copy: Path, config_file: Path, unprivileged: Callable[..., Done]
 ) -> None:

@@ -155,7 +155,13 @@ def exchange_and_give_back(groups: tuple[tuple[int, ...], ...], half: bool) -> l
 
 
 @pytest.mark.parametrize("half", [False, True])
-@pytest.mark.parametrize("groups", [((0,), (1,), (2,), (3,)), ((0,), (1, 2)), ((0, 1, 2), (3,), (1,), (2, 3))])
+@pytest.mark.parametrize(
+    "groups",
+    [
+        *(pytest.param(each, marks=pytest.mark.slow) for each in (((0,), (1,), (2,), (3,)), ((0,), (1, 2)))),
+        ((0, 1, 2), (3,), (1,), (2, 3)),
+    ],
+)
 def test_every_band_arrives_where_it_is_learnt(groups: tuple[tuple[int, ...], ...], half: bool) -> None:
     for right in on_ranks(RANKS, exchange_and_give_back, groups, half):
         assert all(right), right

@@ -49,6 +49,7 @@ def sets(keys: str) -> list[str]:
     return [argument for key in keys.split() for argument in ("--set", key)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keys", REFUSED, ids=lambda keys: keys[0])
 def test_one_value_per_channel_is_refused(
     config_file: Path, tmp_path: Path, run_here: Callable[..., Done], keys: tuple[str, int]
@@ -79,7 +80,7 @@ def test_larger_maps_and_more_images_are_not(
 
 @pytest.mark.parametrize("arch", ["resnet18", "resnet50", "mobilenet_v2", "mobilenet_v3_small", "vgg16_bn", "alexnet"])
 @pytest.mark.parametrize("stem", ["standard", "small"])
-@pytest.mark.parametrize("size", [32, 63, 64, 66, 128])
+@pytest.mark.parametrize("size", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 63, 66, 128))])
 def test_what_is_refused_is_what_torch_refuses(config_file: Path, arch: str, stem: str, size: int) -> None:
     """A forward pass of one image in training is the judge."""
     keys = [

@@ -62,7 +62,8 @@ def test_for_whole_images_it_is_torchvisions_network(arch: str) -> None:
 @pytest.mark.parametrize(
     ("arch", "size"),
     [
-        *(("resnet18", 64), ("resnet50", 64), ("alexnet", 224), ("vgg16_bn", 224), ("inception_v3", 75)),
+        *(("resnet18", 64), ("resnet50", 64), ("alexnet", 224), ("inception_v3", 75)),
+        pytest.param("vgg16_bn", 224, marks=pytest.mark.slow),
         *((arch, 64) for arch in MOBILENETS),
     ],
 )
@@ -86,7 +87,13 @@ def test_initialization_is_torchvisions() -> None:
         assert float(ours[name].std()) == pytest.approx(float(theirs[name].std()), rel=0.05)
 
 
-@pytest.mark.parametrize(("arch", "size"), [("alexnet", 224), ("vgg16_bn", 32), *((a, 32) for a in MOBILENETS)])
+@pytest.mark.parametrize(
+    ("arch", "size"),
+    [
+        *(pytest.param(arch, size, marks=pytest.mark.slow) for arch, size in (("alexnet", 224), ("vgg16_bn", 32))),
+        *((arch, 32) for arch in MOBILENETS),
+    ],
+)
 def test_initialization_of_the_others_is_torchvisions(arch: str, size: int) -> None:
     torch.manual_seed(0)
     ours = built(arch, classes=1000, size=size).state_dict()

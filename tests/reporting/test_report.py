@@ -300,7 +300,9 @@ def test_messages_name_what_is_missing(tmp_path: Path) -> None:
         report.report([write_run(tmp_path / "full", finished([50]))], tmp_path / "file")
 
 
-def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(tmp_path: Path) -> None:
+def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """runs/*, which holds whatever has gathered there."""
     folder = tmp_path / "runs"
     write_run(folder / "good", finished([50]))
@@ -314,9 +316,8 @@ def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(tmp_pat
     (folder / "joined.json").write_text("{}")
     (write_run(folder / "half", finished([50])) / "metrics.jsonl").unlink()
     (folder / "gone").symlink_to(tmp_path / "nowhere")
-    result = command(*sorted(folder.iterdir()), "--output", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
-    assert [line.replace(f"{folder}/", "") for line in result.stdout.splitlines() if "left out" in line] == [
+    report.report(sorted(folder.iterdir()), tmp_path / "out")
+    assert [line.replace(f"{folder}/", "") for line in capsys.readouterr().out.splitlines() if "left out" in line] == [
         "left out: broken/config.toml: not valid TOML: Invalid value (at end of document)",
         "left out: gone: no such folder; expected a run directory, as written by src/train.py",
         "left out: half: not a run directory, metrics.jsonl is missing",
@@ -370,13 +371,11 @@ def read_only_run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Pa
 
 
 def test_a_read_only_run_is_drawn_elsewhere(read_only_run: Path, tmp_path: Path) -> None:
-    result = command(read_only_run)
-    assert result.returncode == 2
-    (line,) = result.stderr.splitlines()
-    assert line.startswith(f"error: {read_only_run / 'plots'}: cannot be written: ")
-    assert line.endswith("; --output names another folder")
-    result = command(read_only_run, "--output", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
+    with pytest.raises(UserError) as told:
+        report.report([read_only_run])
+    assert str(told.value).startswith(f"{read_only_run / 'plots'}: cannot be written: ")
+    assert str(told.value).endswith("; --output names another folder")
+    report.report([read_only_run], tmp_path / "out")
     assert (tmp_path / "out/table.md").exists()
 
 

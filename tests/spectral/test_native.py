@@ -467,6 +467,8 @@ def test_a_plugin_that_was_cut_off_is_not_loaded(
         native.build(cuda=False)
 
 
+@pytest.mark.slow
+@compiles
 @pytest.mark.skipif(native._find_cxx() is None, reason="no C++ compiler")
 def test_a_plugin_that_was_cut_off_is_built_again(built: Path, tmp_path: Path) -> None:
     shutil.copyfile(built, tmp_path / built.name)

@@ -21,7 +21,7 @@ def chosen(output: str) -> int:
 
 
 @pytest.mark.parametrize("precision", ["auto", "fp32", "tf32", "bf16", "fp16"])
-@pytest.mark.parametrize("planned", [True, False])
+@pytest.mark.parametrize("planned", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_the_branch_groups_are_those_of_the_run(
     config_file: Path,
     capsys: pytest.CaptureFixture[str],
