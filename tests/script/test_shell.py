@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -47,3 +48,26 @@ def test_set_up_takes_nvcc_where_there_is_a_gpu(tmp_path: Path, gpu: bool, extra
     done = subprocess.run(["bash", "-c", script], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True)
     expected = ",".join([*([extras] if extras else []), *(["nvcc"] if gpu else [])])
     assert done.stdout.split()[-2:] == ["--editable", f".[{expected}]" if expected else "."]
+
+
+@pytest.mark.parametrize("given", [[], ["-k", "a b"], ["--quick"], ["--quick", "tests/data", "-x"]], ids=str)
+def test_what_test_sh_calls(tmp_path: Path, given: list[str]) -> None:
+    """Says what it installs, then runs every check in turn, and pytest with its arguments."""
+    (tmp_path / "script").mkdir()
+    shutil.copy(REPOSITORY / "script/test.sh", tmp_path / "script")
+    (tmp_path / "script/setup.sh").write_text('echo "setup $1"\n')
+    for tool in ("ruff", "lint-imports", "mypy", "python", "apt-get"):
+        (tmp_path / tool).write_text(f"#!/usr/bin/env bash\necho {tool}; printf ' %s\\n' \"$@\"\n")
+        (tmp_path / tool).chmod(0o755)
+    environment = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    line = ["bash", tmp_path / "script/test.sh", *given]
+    done = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
+    told, called = done.stdout.split("setup dev\n")
+    assert "installing into" in told
+    checks, arguments = called.split("python\n")
+    assert "".join(checks.split()) == "ruffcheck.ruffformat--check.lint-importsmypy"
+    quick, *rest = given if given[:1] == ["--quick"] else ["", *given]
+    selection = ["-m", "not slow and not long"] if quick else []
+    module, pytest_, n, _, *options = [argument.strip() for argument in arguments.splitlines()]
+    assert [module, pytest_, n] == ["-m", "pytest", "-n"]
+    assert options == ["--dist", "loadgroup", "--no-loadscope-reorder", *selection, *rest]
