@@ -23,6 +23,7 @@ echo "installing into ${VENV:-.venv} what is missing there: the packages of pypr
 source script/setup.sh dev
 
 unset PYTHONDONTWRITEBYTECODE # every rank would compile torch anew
+export OMP_NUM_THREADS=1      # the processes of the tests share the cores
 ruff check .
 ruff format --check .
 lint-imports
