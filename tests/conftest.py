@@ -174,6 +174,7 @@ def _rank(env: dict[str, str], function: Callable[..., None], *args: object) -> 
     import torch
 
     os.environ.update(env)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
     torch.set_num_threads(1)
     function(*args)
 

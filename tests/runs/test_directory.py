@@ -76,13 +76,14 @@ def test_versions_are_those_of_the_packages_in_use(tmp_path: Path) -> None:
     for entry in site.iterdir():
         if entry.suffix not in (".dist-info", ".egg-info"):
             (tmp_path / entry.name).symlink_to(entry)
+    (tmp_path / "bandsplit").symlink_to(REPOSITORY / "src/bandsplit")  # without the metadata of an editable install
     code = """
 import importlib.metadata, json, numpy, nvidia.dali
 from bandsplit.runs.directory import environment
 assert not [*importlib.metadata.distributions()]
 print(json.dumps(environment(1, "cpu")["versions"]))
 """
-    env = {**os.environ, "PYTHONPATH": f"{tmp_path}:{REPOSITORY / 'src'}"}
+    env = {**os.environ, "PYTHONPATH": str(tmp_path)}
     done = subprocess.run([sys.executable, "-S", "-c", code], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     versions = json.loads(done.stdout)
