@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from bandsplit.config import schema
-from bandsplit.data.images import open_data, scan
+from bandsplit.data.images import open_data, open_validation, scan
 from bandsplit.errors import UserError
 from tests.conftest import REPOSITORY, TRAIN_PER_CLASS, VAL_PER_CLASS, Done
 
@@ -42,6 +42,50 @@ def test_suffixes_in_any_case_count_and_other_files_do_not(copy: Path) -> None:
     assert len(scan(copy / "val")) == 10 * VAL_PER_CLASS
 
 
+def test_what_is_no_image_is_passed_over_and_counted(copy: Path) -> None:
+    """AppleDouble files, folders of notebooks and NAS devices, notes, broken and circular links."""
+    folder = min((copy / "val").iterdir())
+    (folder / "._00000.jpg").write_bytes(b"\0\5\26\7")
+    (copy / "val" / ".ipynb_checkpoints").mkdir()
+    shutil.copy(folder / "00000.jpg", copy / "val" / ".ipynb_checkpoints")
+    (folder / "@eaDir").mkdir()
+    shutil.copy(folder / "00000.jpg", folder / "@eaDir")
+    (folder / "notes.txt").write_text("no image")
+    (folder / "gone.jpg").symlink_to(copy / "nowhere.jpg")
+    (folder / "loop").symlink_to(folder)
+    shutil.copy(folder / "00000.jpg", folder / "a\nb.jpg")
+    found = scan(copy / "val")
+    assert (len(found), len(found.classes)) == (10 * VAL_PER_CLASS, 10)
+    assert found.passed_over == (
+        f"1 broken links or special files, such as '{folder.name}/gone.jpg'",
+        # an entry that is hidden is not entered
+        *(told for told in found.passed_over if told.startswith("2 hidden, such as ")),
+        f"1 links to a folder above, such as '{folder.name}/loop'",
+        f"1 of another type, such as '{folder.name}/notes.txt'",
+        f"1 with a line break in the name, such as '{folder.name}/a\\nb.jpg'",
+    )
+
+
+def test_classes_are_walked_to_their_bottom_and_a_folder_may_have_the_name_of_an_image(copy: Path) -> None:
+    folder = min((copy / "val").iterdir())
+    before = scan(copy / "val")
+    deep = folder / "x.jpg" / "deeper"
+    deep.mkdir(parents=True)
+    (folder / "00000.jpg").rename(deep / "00000.jpg")
+    found = scan(copy / "val")
+    assert found.labels == before.labels
+    assert str(deep / "00000.jpg") in found.paths
+    assert found.passed_over == ()
+
+
+def test_validation_alone_needs_no_training_images(copy: Path) -> None:
+    whole = open_data(data(copy))[1]
+    shutil.rmtree(copy / "train")
+    assert open_validation(data(copy)) == whole
+    with pytest.raises(UserError, match="data.classes: 9 given"):
+        open_validation(data(copy, classes=9))
+
+
 def test_root_takes_variables(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PICTURES", str(image_root))
     assert len(open_data(data(Path("$PICTURES")))[1]) == 10 * VAL_PER_CLASS
@@ -67,7 +111,7 @@ def test_missing_and_empty_folders_are_named(copy: Path) -> None:
 
 
 def test_classes_have_to_agree(copy: Path) -> None:
-    with pytest.raises(UserError, match="data.classes: 9 given, but .*/train has 10 classes"):
+    with pytest.raises(UserError, match="data.classes: 9 given, but .*/train has 10 classes: disc_checkered, .*"):
         open_data(data(copy, classes=9))
     gone = min((copy / "val").iterdir())
     shutil.rmtree(gone)

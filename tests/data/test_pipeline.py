@@ -16,7 +16,7 @@ from torchvision.transforms import v2
 
 from bandsplit.config import loading, schema
 from bandsplit.data import loader, pipeline
-from bandsplit.data.images import ImageFiles, scan
+from bandsplit.data.images import SUFFIXES, ImageFiles, scan
 from bandsplit.data.loader import TrainingLoader, UndecodableImage, ValidationLoader
 from bandsplit.data.pipeline import Shard
 from bandsplit.distributed.ranks import Ranks
@@ -321,6 +321,37 @@ def test_grayscale_cmyk_and_mixed_files_work_in_one_batch(config: schema.RunConf
     low = torch.cat([batch.inputs[0] for batch in batches])
     assert low.isfinite().all()
     torch.testing.assert_close(low[0], low[3], atol=0.1, rtol=0)  # the same image, once gray and once in color
+
+
+NAMES = ["a b", " blank", "tab\t", "quote'\"", "back\\slash", "#", "gr\udcfcn", "grün", "5 7"]
+
+
+def test_any_name_is_read(config: schema.RunConfig, tmp_path: Path) -> None:
+    """Blanks, quotes, bytes that are no UTF-8: in training and in validation, each with its label."""
+    paths = [str(tmp_path / f"{name}.jpg") for name in NAMES]
+    for n, path in enumerate(paths):
+        with Path(path).open("wb") as file:
+            Image.new("RGB", (48, 48), (25 * n, 25 * n, 25 * n)).save(file, "JPEG")
+    found = ImageFiles(paths, list(range(len(paths))), ["all"])
+    validated = torch.cat([batch.inputs[0] for batch in ValidationLoader(config, found, share(batch_size=3))])
+    brightness = validated.mean(dim=(1, 2, 3))
+    assert (brightness.diff() > 0).all()
+    batches = TrainingLoader(config, found, [share(batch_size=3)])
+    for batch in (next(batches) for _ in range(6)):
+        torch.testing.assert_close(batch.inputs[0].mean(dim=(1, 2, 3)), brightness[batch.labels], atol=0.02, rtol=0)
+
+
+@pytest.mark.parametrize("suffix", SUFFIXES)
+def test_every_suffix_is_decoded(config: schema.RunConfig, tmp_path: Path, suffix: str) -> None:
+    ramp = np.tile(np.arange(0, 240, 5, dtype=np.uint8)[:, None, None], (1, 48, 3))
+    path = tmp_path / f"x{suffix.upper()}"
+    image = Image.fromarray(ramp)
+    (image.convert("1") if suffix == ".pbm" else image.convert("L") if suffix == ".pgm" else image).save(path)
+    (batch,) = ValidationLoader(config, ImageFiles([str(path)], [0], ["all"]), share(batch_size=1))
+    if suffix != ".pbm":  # black and white
+        image.save(tmp_path / "x.bmp")
+        (expected,) = ValidationLoader(config, ImageFiles([str(tmp_path / "x.bmp")], [0], ["all"]), share(batch_size=1))
+        torch.testing.assert_close(batch.inputs[0], expected.inputs[0], atol=0.1, rtol=0)
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "truncated"])

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shutil
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from bandsplit.distributed.ranks import Ranks
 from bandsplit.evaluation.evaluate import count_correct, evaluate
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
+from tests.conftest import Done
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 4)
 
@@ -68,3 +70,13 @@ def test_a_missing_image_is_noticed(config_file: Path) -> None:
     batch = Batch([torch.zeros(3, 3, 16, 16)] * 4, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(AssertionError, match="validated 3 images of 4"):
         evaluate(ensemble, [batch], 4, ALONE, Precision("fp32", ALONE.ranks.device))
+
+
+def test_validation_images_alone_are_enough(
+    finished: Callable[..., Path], image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    for root, output in ((image_root, "whole.json"), (tmp_path, "alone.json")):
+        done = run_here("evaluate.py", finished(1), "--set", f"data.root={root}", "--output", tmp_path / output)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "alone.json").read_text() == (tmp_path / "whole.json").read_text()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
@@ -11,6 +11,7 @@ from typing import Any, Protocol, TypedDict
 
 import torch
 from einops import rearrange
+from loguru import logger
 from torch import Tensor
 
 from bandsplit.config.schema import RunConfig
@@ -57,14 +58,32 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[ImageFiles, ImageFiles]:
 
     Raises UserError as `images.open_data` does, and where a rank finds other images than rank 0.
     """
-    both = ranks.each(partial(images.open_data, config.data))
+    train, val = ranks.each(partial(images.open_data, config.data))
+    _require_same_everywhere({"training": train, "validation": val}, config, ranks)
+    return train, val
+
+
+def open_validation(config: RunConfig, ranks: Ranks) -> ImageFiles:
+    """Validation files alone, otherwise as `open_data`."""
+    val = ranks.each(partial(images.open_validation, config.data))
+    _require_same_everywhere({"validation": val}, config, ranks)
+    return val
+
+
+def _require_same_everywhere(parts: Mapping[str, ImageFiles], config: RunConfig, ranks: Ranks) -> None:
+    """Logs what was passed over; raises UserError on a rank that has other images than rank 0."""
+    if ranks.is_first:
+        for part, files in parts.items():
+            if files.passed_over:
+                logger.info("{} images: passed over {}", part, "; ".join(files.passed_over))
     if ranks.world_size == 1:
-        return both
-    here = [(len(files), files.digest) for files in both]
+        return
+    here = {part: (len(files), files.digest) for part, files in parts.items()}
     first = ranks.from_first(lambda: here)
 
     def check() -> None:
-        for part, mine, theirs in zip(("training", "validation"), here, first, strict=True):
+        for part, mine in here.items():
+            theirs = first[part]
             if mine != theirs:
                 other = ", of other names or classes" if mine[0] == theirs[0] else ""
                 raise UserError(
@@ -73,7 +92,6 @@ def open_data(config: RunConfig, ranks: Ranks) -> tuple[ImageFiles, ImageFiles]:
                 )
 
     ranks.each(check)
-    return both
 
 
 class UndecodableImage(UserError):

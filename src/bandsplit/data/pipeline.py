@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
+import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -129,6 +132,8 @@ def _build(
         checkpoint=checkpoint,
     )
     pipe.build()
+    for listing in Path(_lists().name).iterdir():
+        listing.unlink()  # read by now
     return pipe
 
 
@@ -142,8 +147,7 @@ def augmented(shard: Shard, config: RunConfig, files: ImageFiles) -> tuple[Any, 
     order_seed = seeds.derived(config.seed, "order")  # the same on every rank
     order = np.random.default_rng(order_seed).permutation(len(files))  # DALI shuffles only after the first pass
     encoded, labels = fn.readers.file(
-        files=[files.paths[i] for i in order],
-        labels=[files.labels[i] for i in order],
+        file_list=_listed([files.paths[i] for i in order], [files.labels[i] for i in order]),
         shard_id=shard.rank,
         num_shards=shard.world_size,
         shuffle_after_epoch=True,
@@ -182,6 +186,23 @@ def repeated_indices(batch_size: int, repeats: int) -> list[int]:
     return [i % files + (i >= whole_rounds) for i in range(batch_size)]
 
 
+@cache
+def _lists() -> tempfile.TemporaryDirectory[str]:
+    """A folder of this process, removed when it ends."""
+    return tempfile.TemporaryDirectory(prefix="bandsplit-files-")
+
+
+def _listed(paths: Sequence[str], labels: Sequence[int]) -> str:
+    """A file that names the images for DALI's reader: faster than a list in memory, and a name may have any bytes.
+
+    The reader takes what is behind the last blank of a line as the label.
+    """
+    descriptor, name = tempfile.mkstemp(dir=_lists().name)
+    with os.fdopen(descriptor, "wb") as file:
+        file.writelines(b"%b %d\n" % (os.fsencode(path), label) for path, label in zip(paths, labels, strict=True))
+    return name
+
+
 def _decoding(decoder: Decoder, shard: Shard) -> dict[str, Any]:
     if shard.device == "cpu":
         return {"device": "cpu", **_DECODE}
@@ -198,8 +219,7 @@ def _decoding(decoder: Decoder, shard: Shard) -> dict[str, Any]:
 def _validation_graph(shard: Shard, config: RunConfig, files: ImageFiles, views: Sequence[View]) -> Any:
     data = config.data
     encoded, labels = fn.readers.file(
-        files=files.paths,
-        labels=files.labels,
+        file_list=_listed(files.paths, files.labels),
         pad_last_batch=True,
         stick_to_shard=True,
         prefetch_queue_depth=data.decoder.read_ahead,

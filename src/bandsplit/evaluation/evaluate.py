@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bandsplit.data.feed import BatchFeed
-from bandsplit.data.loader import Batch, ValidationLoader, open_data, shard_of
+from bandsplit.data.loader import Batch, ValidationLoader, open_validation, shard_of
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
@@ -98,7 +98,7 @@ def evaluate_runs(
         precision.apply()
         ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
-        _, files = open_data(config, ranks)
+        files = open_validation(config, ranks)
         runs[0].require_classes(files.classes, config.data.root)
         parts = ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)

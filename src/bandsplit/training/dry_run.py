@@ -196,4 +196,7 @@ def _show_steps(config: RunConfig) -> None:
         return
     steps = config.steps_per_epoch(len(train_files))
     print(f"data      {len(train_files)} training and {len(val_files)} validation images")
+    for part, files in (("training", train_files), ("validation", val_files)):
+        if files.passed_over:
+            print(f"          {part}: passed over {'; '.join(files.passed_over)}")
     print(f"steps     {config.train.epochs} epochs x {steps} = {config.train.epochs * steps}")
