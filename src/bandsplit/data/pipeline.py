@@ -16,6 +16,7 @@ import numpy as np
 from loguru import logger
 from nvidia.dali import Pipeline, pipeline_def, types
 from nvidia.dali import fn as dali_fn
+from nvidia.dali.pipeline import do_not_convert
 
 from bandsplit import seeds
 from bandsplit.config.schema import Decoder, RunConfig
@@ -192,6 +193,7 @@ def _lists() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="bandsplit-files-")
 
 
+@do_not_convert  # type: ignore[untyped-decorator]  # DALI would rewrite it where a graph has conditionals
 def _listed(paths: Sequence[str], labels: Sequence[int]) -> str:
     """A file that names the images for DALI's reader: faster than a list in memory, and a name may have any bytes.
 
