@@ -94,3 +94,18 @@ def test_told_elsewhere_is_no_error_of_its_own() -> None:
     """What another rank tells is raised as it is, with one rank as with several."""
     with pytest.raises(ToldElsewhere), joined():
         raise ToldElsewhere()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        "Application timeout caused pair closure",
+        "[../third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:3000",
+        "Connection reset by peer",
+        "Timed out waiting 5000ms for recv operation to complete",
+        "NCCL error in: ProcessGroupNCCL.cpp:2000, remote process exited or there was a network error",
+    ],
+)
+def test_errors_of_collectives_are_known_by_their_words(message: str) -> None:
+    assert ranks._comes_from_others(RuntimeError(message))
+    assert not ranks._comes_from_others(ValueError(message))

@@ -194,7 +194,7 @@ def _store() -> Any:
 
 def _comes_from_others(error: Exception) -> bool:
     """Whether an error comes from a collective, which fails when another rank has ended or hangs."""
-    words = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|socket"
+    words = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|timeout|pair closure|socket"
     return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
 
 
