@@ -56,6 +56,7 @@ def test_what_is_no_image_is_passed_over_and_counted(copy: Path) -> None:
     shutil.copy(folder / "00000.jpg", folder / "a\nb.jpg")
     found = scan(copy / "val")
     assert (len(found), len(found.classes)) == (10 * VAL_PER_CLASS, 10)
+    assert any(told.startswith("2 hidden, such as ") for told in found.passed_over)
     assert found.passed_over == (
         f"1 broken links or special files, such as '{folder.name}/gone.jpg'",
         # an entry that is hidden is not entered
