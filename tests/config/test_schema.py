@@ -13,7 +13,7 @@ import tomli
 import tomli_w
 
 from bandsplit.config import loading, schema
-from bandsplit.config.messages import RENAMED
+from bandsplit.config.messages import REMOVED, RENAMED
 from bandsplit.errors import UserError
 from bandsplit.runs.directory import resolved
 from tests.conftest import REPOSITORY
@@ -166,6 +166,12 @@ def test_a_former_name_of_a_key_is_answered_with_its_new_one(config_file: Path, 
     with pytest.raises(UserError) as raised:  # the new name is a key: 'x' is wrong as its value, not as a key
         loading.load(config_file, [f"{new}=x"])
     assert "unknown key" not in str(raised.value)
+
+
+@pytest.mark.parametrize(("old", "reason"), REMOVED.items())
+def test_a_removed_key_is_answered_with_the_reason(config_file: Path, old: str, reason: str) -> None:
+    with pytest.raises(UserError, match=rf"--set {old}=1: {old}: unknown key; removed: {reason}$"):
+        loading.load(config_file, [f"{old}=1"])
 
 
 def test_image_sizes_grow_as_in_ffcvs_recipe(config_file: Path) -> None:

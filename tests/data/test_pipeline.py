@@ -53,12 +53,10 @@ def labels(batches: TrainingLoader, count: int) -> list[int]:
 def test_every_pass_sees_each_image_once_in_a_new_order(
     config: schema.RunConfig, numbered: ImageFiles, world_size: int
 ) -> None:
-    streams = [labels(TrainingLoader(config, numbered, [share(r, world_size, 1)]), 46) for r in range(world_size)]
-    passes: list[list[int]] = [[], []]
-    for rank, stream in enumerate(streams):
-        size = 23 * (rank + 1) // world_size - 23 * rank // world_size
-        for n in range(2):
-            passes[n] += stream[n * size : (n + 1) * size]
+    shares = [share(rank, world_size, batch_size=1) for rank in range(world_size)]
+    streams = [labels(TrainingLoader(config, numbered, [each]), 46) for each in shares]
+    seen = [label for step in zip(*streams, strict=True) for label in step]
+    passes = seen[:23], seen[23:46]
     assert [sorted(p) for p in passes] == [list(range(23))] * 2
     assert passes[0] != passes[1]
     assert passes[0] != sorted(passes[0])
@@ -113,19 +111,6 @@ def test_no_image_is_mixed_with_its_own_copy(
     for _ in range(6):
         of_itself = next(batches).labels.max(dim=1).values  # 1 where both images of a pair have the same class
         assert (of_itself < 1).sum() in (0, batch_size)  # 0: a box of no size, the same for the whole batch
-
-
-def test_copies_are_neighbors_only_where_it_cannot_be_avoided() -> None:
-    for batch_size in range(1, 65):
-        for repeats in range(2, 9):
-            places = pipeline.repeated_indices(batch_size, repeats)
-            counts = Counter(places)
-            files = len(counts)
-            assert counts.keys() == set(range(-(-batch_size // repeats)))
-            assert max(counts.values()) <= repeats
-            pairs = sum(a == b for a, b in zip(places, places[-1:] + places, strict=False))
-            unavoidable = batch_size if files == 1 else batch_size % 2 if files == 2 else 0
-            assert pairs == unavoidable, (batch_size, repeats)
 
 
 def test_validation_at_another_size(config_file: Path, numbered: ImageFiles) -> None:
@@ -323,11 +308,11 @@ def test_grayscale_cmyk_and_mixed_files_work_in_one_batch(config: schema.RunConf
     torch.testing.assert_close(low[0], low[3], atol=0.1, rtol=0)  # the same image, once gray and once in color
 
 
-NAMES = ["a b", " blank", "tab\t", "quote'\"", "back\\slash", "#", "gr\udcfcn", "grün", "5 7"]
+NAMES = ["a b", "line\nbreak", " blank", "tab\t", "quote'\"", "back\\slash", "#", "gr\udcfcn", "grün", "5 7"]
 
 
 def test_any_name_is_read(config: schema.RunConfig, tmp_path: Path) -> None:
-    """Blanks, quotes, bytes that are no UTF-8: in training and in validation, each with its label."""
+    """Blanks, quotes, line breaks, bytes that are not UTF-8: in training and in validation, each with its label."""
     paths = [str(tmp_path / f"{name}.jpg") for name in NAMES]
     for n, path in enumerate(paths):
         with Path(path).open("wb") as file:

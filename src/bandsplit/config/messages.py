@@ -26,6 +26,9 @@ RENAMED = {
 }
 """Former names of keys."""
 
+REMOVED = {"data.decoder.read_ahead": "files are read with the batches that data.prefetch counts"}
+"""Former keys, and why they are gone."""
+
 
 def explain(error: Mapping[str, Any], sources: Sources, table: Table) -> str:
     """One line for one of pydantic's errors."""
@@ -63,6 +66,8 @@ def _instead_of(loc: tuple[str, ...], table: Table) -> str:
     key = ".".join(loc)
     if key in RENAMED:
         return f"renamed to {RENAMED[key]}"
+    if key in REMOVED:
+        return f"removed: {REMOVED[key]}"
     known = list(table_at(loc[:-1], table).model_fields)
     near = difflib.get_close_matches(loc[-1], known, n=1)
     if near:

@@ -101,8 +101,6 @@ class _Walk:
                     self._pass_over("of another type", entry.path)
                 elif not entry.is_file():
                     self._pass_over("broken links or special files", entry.path)
-                elif "\n" in entry.path:
-                    self._pass_over("with a line break in the name", entry.path)
                 else:
                     yield entry.path
 

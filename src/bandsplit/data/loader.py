@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,6 +17,7 @@ from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
 from bandsplit.data import images, mixing, pipeline
 from bandsplit.data.images import ImageFiles
+from bandsplit.data.order import ValidationOrder
 from bandsplit.data.pipeline import Shard
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
@@ -215,18 +215,14 @@ class ValidationLoader:
     """
 
     def __init__(self, config: RunConfig, files: ImageFiles, shard: Shard) -> None:
-        mine = slice(shard.rank, None, shard.world_size)
-        self._views, self._shard, self._count = [View.of(config)], shard, len(files.paths[mine])
-        first = slice(self._count or 1)  # a rank without images pads its batches with the first one
-        paths, labels = files.paths[mine] or files.paths, files.labels[mine] or files.labels
-        self._files = replace(files, paths=paths[first], labels=labels[first])
-        self._batches = math.ceil(len(files) / shard.world_size / shard.batch_size)
-        self._pipeline = pipeline.validation(config, self._files, shard)
+        self._views, self._files, self._shard = [View.of(config)], files, shard
+        self._order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size)
+        self._pipeline = pipeline.validation(config, files, shard)
 
     def __iter__(self) -> Iterator[Batch]:
-        for n in range(self._batches):
+        for n in range(self._order.batches):
             batch = _next_batch(self._pipeline, self._views, self._files, self._shard)
-            batch.labels[max(0, self._count - n * self._shard.batch_size) :] = -1
+            batch.labels[self._order.own(n) :] = -1
             yield batch
 
 
@@ -249,7 +245,7 @@ def _next_batch(pipe: Any, views: Sequence[View], files: ImageFiles, shard: Shar
 
 def _culprit(error: str, files: ImageFiles, shard: Shard) -> str | None:
     """The file behind an error of DALI's reader or decoder, which do not always name it."""
-    if "fn.decoders" not in error and "fn.readers" not in error:
+    if "fn.decoders" not in error and "fn.io.file" not in error:
         return None
     return pipeline.first_undecodable(files.paths, shard.threads)
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-import math
 import os
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from loguru import logger
+from numpy.typing import NDArray
 from nvidia.dali import Pipeline, pipeline_def, types
 from nvidia.dali import fn as dali_fn
 from nvidia.dali.pipeline import do_not_convert
+from nvidia.dali.types import BatchInfo
 
 from bandsplit import seeds
 from bandsplit.config.schema import Decoder, RunConfig
 from bandsplit.data import augmentation
 from bandsplit.data.images import ImageFiles
+from bandsplit.data.order import TrainingOrder, ValidationOrder
 from bandsplit.spectral import native, transforms
 from bandsplit.spectral.view import View
 
@@ -68,11 +68,10 @@ def has_operator(device: str) -> bool:
 def training(
     config: RunConfig, files: ImageFiles, shard: Shard, checkpoint: bytes | None = None, also: Sequence[View] = ()
 ) -> Pipeline:
-    """An endless stream of batches: every pass over the data is a new shuffle of all images, from the seed.
+    """An endless stream of batches, in the order of `TrainingOrder`.
 
-    Outputs: the inputs of every branch, those of the views that are wanted `also`, and labels.  Ranks take disjoint
-    parts of each pass and never wait for each other at its end.  A checkpoint of such a pipeline continues exactly
-    after the last batch that was handed out.
+    Outputs: the inputs of every branch, those of the views in `also`, and labels (B,), int64.  A checkpoint of
+    such a pipeline continues exactly after the last batch that was handed out.
     """
     seed = seeds.derived(config.seed, "augmentation", shard.rank)
     conditionals = augmentation.needs_conditionals(config.augment)
@@ -80,7 +79,7 @@ def training(
 
 
 def validation(config: RunConfig, files: ImageFiles, shard: Shard) -> Pipeline:
-    """The images in their order, once; the last batch is filled up by repeating the last image."""
+    """The images in their order, this rank's share of them again and again; see `ValidationOrder`."""
     return _build(_validation_graph, shard, config, files)
 
 
@@ -133,8 +132,6 @@ def _build(
         checkpoint=checkpoint,
     )
     pipe.build()
-    for listing in Path(_lists().name).iterdir():
-        listing.unlink()  # read by now
     return pipe
 
 
@@ -145,21 +142,10 @@ def _training_graph(shard: Shard, config: RunConfig, files: ImageFiles, views: S
 def augmented(shard: Shard, config: RunConfig, files: ImageFiles) -> tuple[Any, Any, Any]:
     """The training graph up to the split: uint8 images, whether to mirror each, and labels."""
     data = config.data
-    order_seed = seeds.derived(config.seed, "order")  # the same on every rank
-    order = np.random.default_rng(order_seed).permutation(len(files))  # DALI shuffles only after the first pass
-    encoded, labels = fn.readers.file(
-        file_list=_listed([files.paths[i] for i in order], [files.labels[i] for i in order]),
-        shard_id=shard.rank,
-        num_shards=shard.world_size,
-        shuffle_after_epoch=True,
-        shuffle_after_epoch_seed=order_seed,
-        prefetch_queue_depth=data.decoder.read_ahead,
-        name="reader",
+    order = TrainingOrder(
+        len(files), shard.batch_size, config.seed, shard.rank, shard.world_size, config.augment.repeats
     )
-    if config.augment.repeats > 1:
-        # only the first files of every batch are used, so that an epoch has as many steps as without repeats
-        indices = repeated_indices(shard.batch_size, config.augment.repeats)
-        encoded, labels = (fn.permute_batch(part, indices=indices) for part in (encoded, labels))
+    encoded, labels = _read(files, order)
     crop = {"random_area": list(data.scale), "random_aspect_ratio": list(data.ratio)}
     resize = {"size": [data.image_size, data.image_size], "interp_type": _INTERPOLATION[data.interpolation]}
     crop_only = shard.device == "cpu" if data.decoder.crop_only is None else data.decoder.crop_only
@@ -173,36 +159,31 @@ def augmented(shard: Shard, config: RunConfig, files: ImageFiles) -> tuple[Any, 
     return augmentation.augmented(images, config, shard.rank), mirror, labels
 
 
-def repeated_indices(batch_size: int, repeats: int) -> list[int]:
-    """Which of the ceil(batch_size / repeats) files that are used is at each place of a batch, each at most `repeats`
-    times.
+def _read(files: ImageFiles, order: TrainingOrder | ValidationOrder) -> tuple[Any, Any]:
+    """The content of the files in their order, and labels.
 
-    Mixup and CutMix pair an image with its neighbor, and the first one with the last.  So copies are placed round by
-    round, and no image is paired with its own copy, unless that cannot be avoided: with one file, or with two in a
-    batch of odd size.
+    DALI reads the files, but their order is ours: `readers.file` would hold every name in memory, twice, and would not
+    say which files are in a batch.
     """
-    files = math.ceil(batch_size / repeats)
-    whole_rounds = batch_size - batch_size % files
-    # an incomplete last round skips the first file, which it would be paired with
-    return [i % files + (i >= whole_rounds) for i in range(batch_size)]
-
-
-@cache
-def _lists() -> tempfile.TemporaryDirectory[str]:
-    """A folder of this process, removed when it ends."""
-    return tempfile.TemporaryDirectory(prefix="bandsplit-files-")
+    names, labels = fn.external_source(
+        source=_source(files, order),
+        num_outputs=2,
+        batch_info=True,
+        dtype=[types.UINT8, types.INT64],
+        ndim=[1, 0],
+    )
+    # not mapped: a mapped file that is cut while it is decoded would kill the process (SIGBUS)
+    return fn.io.file.read(names, dont_use_mmap=True), labels
 
 
 @do_not_convert  # type: ignore[untyped-decorator]  # DALI would rewrite it where a graph has conditionals
-def _listed(paths: Sequence[str], labels: Sequence[int]) -> str:
-    """A file that names the images for DALI's reader: faster than a list in memory, and a name may have any bytes.
+def _source(files: ImageFiles, order: TrainingOrder | ValidationOrder) -> Callable[[BatchInfo], Any]:
+    def names_and_labels(about: BatchInfo) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
+        indices = order.batch(about.iteration)
+        names = [np.frombuffer(os.fsencode(files.paths[i]), dtype=np.uint8) for i in indices.tolist()]
+        return names, np.array([files.labels[i] for i in indices.tolist()], dtype=np.int64)
 
-    The reader takes what is behind the last blank of a line as the label.
-    """
-    descriptor, name = tempfile.mkstemp(dir=_lists().name)
-    with os.fdopen(descriptor, "wb") as file:
-        file.writelines(b"%b %d\n" % (os.fsencode(path), label) for path, label in zip(paths, labels, strict=True))
-    return name
+    return names_and_labels
 
 
 def _decoding(decoder: Decoder, shard: Shard) -> dict[str, Any]:
@@ -220,13 +201,8 @@ def _decoding(decoder: Decoder, shard: Shard) -> dict[str, Any]:
 
 def _validation_graph(shard: Shard, config: RunConfig, files: ImageFiles, views: Sequence[View]) -> Any:
     data = config.data
-    encoded, labels = fn.readers.file(
-        file_list=_listed(files.paths, files.labels),
-        pad_last_batch=True,
-        stick_to_shard=True,
-        prefetch_queue_depth=data.decoder.read_ahead,
-        name="reader",
-    )
+    order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size)
+    encoded, labels = _read(files, order)
     images = fn.decoders.image(encoded, **_decoding(data.decoder, shard))
     images = fn.resize(images, resize_shorter=data.resize_size, interp_type=_INTERPOLATION[data.interpolation])
     images = fn.crop(images, crop=(data.val_size, data.val_size))

@@ -31,7 +31,7 @@ State = dict[str, Any]
 
 RUN = "run.pt"
 
-FORMAT = 1
+FORMAT = 2
 """Raised whenever what a checkpoint holds changes, so that versions do not misread each other's."""
 
 

@@ -26,7 +26,7 @@ from bandsplit.errors import UserError
 from bandsplit.runs.files import make_folder, read_text, reading, replace_text, set_aside
 
 MAY_CHANGE = (
-    "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.decoder.read_ahead",
+    "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch",
     "train.log_every", "validation.batch_size", "distillation.teacher",
 )  # fmt: skip
 """Keys that say where and how a run is computed, not what: they may change when it is resumed."""

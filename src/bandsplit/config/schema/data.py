@@ -34,8 +34,6 @@ class Decoder(Table):
     """GPU: MiB reserved an image on the GPU, so that larger ones need no new allocation while training."""
     host_padding_mib: int = Field(8, ge=0)
     """GPU: the same in pinned memory of the host."""
-    read_ahead: int = Field(2, ge=1)
-    """Batches of files that are read ahead; more for a network file system."""
 
 
 class Data(Table):
