@@ -1,151 +1,185 @@
-"""The scan of the class folders: file order, class index and counts are ours, not the reader's."""
+"""The images of a data set: found on disk, examined once, and those that can be decoded in a fixed order."""
 
 from __future__ import annotations
 
 import os
-import zlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import overload
 
 import numpy as np
+import pyarrow as pa
 from filelock import FileLock
+from loguru import logger
+from numpy.typing import NDArray
 
 from bandsplit.config.schema import Data
-from bandsplit.data import demo
+from bandsplit.data import demo, folders, index
+from bandsplit.data.folders import Found
+from bandsplit.data.index import Index
 from bandsplit.errors import UserError
 from bandsplit.paths import expanded, reading_from, writing_to
 
-SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm")
-"""What DALI decodes, in upper and lower case."""
 
-NO_DATA = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
-"""What operating systems and NAS devices leave in folders, beside entries that begin with a dot."""
+class Paths(Sequence[str]):
+    """Absolute paths of many files; 14 million of them take 0.6 GiB.
+
+    Bytes of a name that are not UTF-8 are as os.fsdecode has them.
+    """
+
+    def __init__(self, folder: Path, names: pa.LargeBinaryArray, rows: NDArray[np.int32] | None = None) -> None:
+        """`rows`: which of the names, which are relative to `folder`; None: all."""
+        self._folder, self._names, self._rows = str(folder), names, rows
+
+    def __len__(self) -> int:
+        return len(self._names if self._rows is None else self._rows)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[j] for j in range(*i.indices(len(self)))]
+        row = i if self._rows is None else int(self._rows[i])
+        return os.path.join(self._folder, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageFiles:
-    """Files of one part of a data set with their class index; the classes in alphabetical order."""
+    """The images of one part of a data set, with their classes."""
 
-    paths: list[str]
-    """Absolute; bytes of a name that are not UTF-8 as os.fsdecode has them."""
-    labels: list[int]
+    paths: Sequence[str]
+    """(N,), absolute."""
+    labels: Sequence[int] | NDArray[np.int32]
+    """(N,), indices into `classes`."""
     classes: list[str]
-    passed_over: tuple[str, ...] = ()
-    """What was found and is not used, one phrase per reason with the number of files and an example."""
+    index: Index | None = None
+    """What is known of these images and of those that are left out."""
+
+    @classmethod
+    def of(cls, found: Index, folder: Path) -> ImageFiles:
+        """The images of an index that can be decoded."""
+        if found.good.all():
+            return cls(Paths(folder, found.names), found.column("label"), found.classes, found)
+        rows = np.flatnonzero(found.good).astype(np.int32)
+        return cls(Paths(folder, found.names, rows), found.column("label")[rows], found.classes, found)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     @property
-    def digest(self) -> int:
-        """CRC-32 of the names of all files and their classes, wherever they lie."""
-        value = zlib.crc32(np.array(self.labels, dtype=np.int64).tobytes())
-        for path in self.paths:
-            value = zlib.crc32(path.rpartition("/")[2].encode(errors="surrogateescape"), value)
-        return value
+    def digest(self) -> str:
+        return self.index.digest if self.index else ""
+
+    def renumbered(self, classes: Sequence[str], theirs: str) -> ImageFiles:
+        """The same images with labels that are indices into other class names, those of `theirs`.
+
+        Raises UserError where these lack a class.
+        """
+        if list(classes) == self.classes:
+            return self
+        unknown = sorted(set(self.classes) - set(classes))
+        if unknown:
+            raise UserError(
+                f"{len(unknown)} of {len(self.classes)} classes are not classes of {theirs}: "
+                f"{', '.join(unknown[:5])}{', …' * (len(unknown) > 5)}; classes are compared by name, and it has "
+                f"{', '.join(list(classes)[:5])}{', …' * (len(classes) > 5)}"
+            )
+        number = {name: i for i, name in enumerate(classes)}
+        new = np.array([number[name] for name in self.classes], dtype=np.int32)
+        return replace(self, labels=new[np.asarray(self.labels)], classes=list(classes))
 
 
-def scan(folder: Path) -> ImageFiles:
-    """Lists the images in ``folder/<class>``, at any depth and in sorted order, as torchvision's ImageFolder does.
+@dataclass(frozen=True)
+class Place:
+    """Where a rank finds the index of a part, so that it need not look at the files itself."""
 
-    Hidden entries are no data: `NO_DATA` and what begins with a dot.  Links are followed.  Raises UserError where the
-    folder is missing, has no class folders, a class folder has no images, or one of them cannot be read.
+    path: Path
+    folder: Path
+    digest: str
+
+
+def find(data: Data, parts: Sequence[str], generate: bool = True) -> dict[str, Found]:
+    """The image files of the parts ("train", "val"); generates them first where the config says how.
+
+    Raises UserError where folders or lists are missing, empty or cannot be read, and where classes differ from the
+    config or between the parts.
     """
-    with reading_from(folder):
-        return _scan(folder.absolute())
+    root = _root(data, generate)
+    found: dict[str, Found] = {}
+    for part in parts:
+        name = getattr(data, part)
+        if data.layout == "folders":
+            found[part] = folders.walk(root / name)
+        else:
+            found[part] = folders.listed(root / name, root, found["train"].classes if "train" in found else None)
+    if "train" in found:
+        _require_classes(data, found)
+    return found
 
 
-def _scan(folder: Path) -> ImageFiles:
-    expected = f"images ({' '.join(SUFFIXES)})"
-    if not folder.is_dir():
-        raise UserError(f"{folder}: no such folder; expected one folder per class with {expected}")
-    with os.scandir(folder) as entries:
-        classes = sorted(entry.name for entry in entries if entry.is_dir() and not _is_hidden(entry.name))
-    if not classes:
-        raise UserError(f"{folder}: no class folders in it; expected one folder per class")
-    walk = _Walk()
-    paths: list[str] = []
-    labels: list[int] = []
-    for label, name in enumerate(classes):
-        found = sorted(walk.images(str(folder / name)))
-        if not found:
-            raise UserError(f"{folder / name}: no images in this class folder; expected {expected}")
-        paths += found
-        labels += [label] * len(found)
-    return ImageFiles(paths, labels, classes, walk.passed_over(folder))
+def examine(data: Data, parts: Sequence[str]) -> Generator[None, None, dict[str, Place]]:
+    """Finds the images of the parts, and brings their indexes up to date.
+
+    A generator as `index.refresh` is.  Raises UserError as `find` does.
+    """
+    places = {}
+    for part, found in find(data, parts).items():
+        name = getattr(data, part)
+        path = index.place(_root(data, generate=False), name)
+        known = yield from index.refresh(found, path, data.check, f"checking {name}")
+        places[part] = Place(path, found.folder, known.digest)
+    return places
 
 
-class _Walk:
-    """Finds images, and remembers what it passes over: the number and the first of each kind."""
+def read_part(place: Place) -> ImageFiles | None:
+    """The images of an index that is up to date; None where it is not to be found here, such as on another node."""
+    known = index.read(place.path)
+    return ImageFiles.of(known, place.folder) if known and known.digest == place.digest else None
 
-    def __init__(self) -> None:
-        self._others: dict[str, list[Any]] = {}
 
-    def images(self, folder: str, above: frozenset[tuple[int, int]] = frozenset()) -> Iterator[str]:
-        """Paths of the images in a folder and in all folders below it, in any order."""
-        about = Path(folder).stat()
-        here = above | {(about.st_dev, about.st_ino)}
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if _is_hidden(entry.name):
-                    self._pass_over("hidden", entry.path)
-                elif entry.is_dir():
-                    below = entry.stat()
-                    if (below.st_dev, below.st_ino) in here:
-                        self._pass_over("links to a folder above", entry.path)
-                    else:
-                        yield from self.images(entry.path, here)
-                elif not entry.name.lower().endswith(SUFFIXES):
-                    self._pass_over("of another type", entry.path)
-                elif not entry.is_file():
-                    self._pass_over("broken links or special files", entry.path)
-                else:
-                    yield entry.path
+def log_left_out(files: ImageFiles, part: str) -> None:
+    """What was found in a part of the data set and is not used."""
+    if files.index is None:
+        return
+    if files.index.passed_over:
+        logger.info("{}: passed over {}", part, "; ".join(files.index.passed_over))
+    bad = files.index.bad()
+    if bad:
+        named = "; ".join(f"{name!r} ({reason})" for name, reason in bad[:10]) + "; …" * (len(bad) > 10)
+        logger.warning("{}: left out {} of {:,} images: {}", part, len(bad), len(files.index), named)
 
-    def _pass_over(self, reason: str, path: str) -> None:
-        count_and_example = self._others.setdefault(reason, [0, path])
-        count_and_example[0] += 1
 
-    def passed_over(self, folder: Path) -> tuple[str, ...]:
-        return tuple(
-            f"{count} {reason}, such as {os.path.relpath(example, folder)!r}"
-            for reason, (count, example) in sorted(self._others.items())
+def require_few_bad(data: Data, part: str, files: ImageFiles) -> None:
+    """Raises UserError where more than `data.max_bad` images are left out, or one where `data.on_bad` is "error"."""
+    bad = files.index.bad() if files.index else []
+    allowed = data.max_bad if data.on_bad == "replace" else 0
+    if len(bad) > allowed:
+        named = "".join(f"\n  {name!r}: {reason}" for name, reason in bad[:20]) + "\n  …" * (len(bad) > 20)
+        key = f"data.max_bad = {data.max_bad}" if data.on_bad == "replace" else 'data.on_bad = "error"'
+        raise UserError(
+            f"data.root: {data.root}: {len(bad)} of {len(bad) + len(files)} images in {part} cannot be used, and {key}; "
+            f"repair or remove them, or allow more with --set data.max_bad={len(bad)}. "
+            f"`python src/data.py scan` lists them all:{named}"
         )
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name in NO_DATA
-
-
-def open_data(data: Data, generate: bool = True) -> tuple[ImageFiles, ImageFiles]:
-    """Training and validation images of a data config; generates them first where the config says how.
-
-    Raises UserError where folders are missing, empty or cannot be read, or their classes differ from the config or from
-    each other.
-    """
-    root = _root(data, generate)
-    train, val = scan(root / data.train), scan(root / data.val)
+def _require_classes(data: Data, found: Mapping[str, Found]) -> None:
+    train = found["train"]
+    where = train.folder if data.layout == "folders" else train.folder / data.train
+    if data.classes is not None and len(train.classes) != data.classes:
+        names = ", ".join(train.classes[:20]) + ", …" * (len(train.classes) > 20)
+        raise UserError(f"data.classes: {data.classes} given, but {where} has {len(train.classes)} classes: {names}")
+    if len(train.classes) < 2:
+        raise UserError(f"{where}: one class only, {train.classes[0]}; expected at least 2")
+    val = found.get("val", train)
     if val.classes != train.classes:
         odd = sorted(set(val.classes) ^ set(train.classes))
-        raise UserError(f"{root}: {data.train} and {data.val} differ in the class folders {', '.join(odd[:5])}")
-    _require_classes(data, root / data.train, train)
-    return train, val
-
-
-def open_validation(data: Data) -> ImageFiles:
-    """Validation images alone, for which there need be no training images.  Raises as `open_data` does."""
-    root = _root(data, generate=True)
-    val = scan(root / data.val)
-    _require_classes(data, root / data.val, val)
-    return val
-
-
-def _require_classes(data: Data, folder: Path, found: ImageFiles) -> None:
-    if len(found.classes) != data.classes:
-        names = ", ".join(found.classes[:20]) + ", …" * (len(found.classes) > 20)
-        raise UserError(f"data.classes: {data.classes} given, but {folder} has {len(found.classes)} classes: {names}")
+        raise UserError(
+            f"{train.folder.parent}: {data.train} and {data.val} differ in the class folders {', '.join(odd[:5])}"
+        )
 
 
 def _root(data: Data, generate: bool) -> Path:

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import cycle
-from typing import Any, Protocol, TypedDict
+from typing import Any, Protocol, TypedDict, cast
 
 import torch
 from einops import rearrange
-from loguru import logger
 from torch import Tensor
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
 from bandsplit.data import images, mixing, pipeline
-from bandsplit.data.images import ImageFiles
+from bandsplit.data.images import ImageFiles, Place
 from bandsplit.data.order import ValidationOrder
 from bandsplit.data.pipeline import Shard
 from bandsplit.distributed.ranks import Ranks
@@ -53,45 +52,41 @@ class Teacher(Protocol):
         """Inputs of its view, one (B, channels, h, w) per branch -> fused logits (B, classes), float32."""
 
 
-def open_data(config: RunConfig, ranks: Ranks) -> tuple[ImageFiles, ImageFiles]:
-    """Training and validation files, verified to be the same on every rank; every rank calls it.
+def open_data(
+    config: RunConfig, ranks: Ranks, parts: Sequence[str] = ("train", "val"), signal: Callable[[], int] = lambda: 0
+) -> list[ImageFiles]:
+    """The images of each part of the data set, the same on every rank; every rank calls it.
 
-    Raises UserError as `images.open_data` does, and where a rank finds other images than rank 0.
+    Rank 0 looks at the files and examines those that are new or have changed; the other ranks read its index.  Where
+    they cannot, because their node has a copy of the data, they do as rank 0 does.
+
+    Raises UserError as `images.find` does, where too many images cannot be decoded, and where a rank has other images
+    than rank 0; Interrupted where a signal has stopped a rank meanwhile.
     """
-    train, val = ranks.each(partial(images.open_data, config.data))
-    _require_same_everywhere({"training": train, "validation": val}, config, ranks)
-    return train, val
-
-
-def open_validation(config: RunConfig, ranks: Ranks) -> ImageFiles:
-    """Validation files alone, otherwise as `open_data`."""
-    val = ranks.each(partial(images.open_validation, config.data))
-    _require_same_everywhere({"validation": val}, config, ranks)
-    return val
-
-
-def _require_same_everywhere(parts: Mapping[str, ImageFiles], config: RunConfig, ranks: Ranks) -> None:
-    """Logs what was passed over; raises UserError on a rank that has other images than rank 0."""
+    data = config.data
+    places = ranks.finish(images.examine(data, parts) if ranks.is_first else None, signal)
+    firsts = ranks.from_first(lambda: cast(dict[str, Place], places))
+    opened = {part: images.read_part(place) for part, place in firsts.items()}
+    if ranks.largest([None in opened.values()])[0]:
+        own = ranks.finish(images.examine(data, parts) if None in opened.values() else None, signal)
+        opened |= {part: images.read_part(place) for part, place in (own or {}).items()}
+    files = {part: cast(ImageFiles, each) for part, each in opened.items()}
+    ranks.each(partial(_require_same, config, files, firsts))
     if ranks.is_first:
-        for part, files in parts.items():
-            if files.passed_over:
-                logger.info("{} images: passed over {}", part, "; ".join(files.passed_over))
-    if ranks.world_size == 1:
-        return
-    here = {part: (len(files), files.digest) for part, files in parts.items()}
-    first = ranks.from_first(lambda: here)
+        for part, each in files.items():
+            images.log_left_out(each, getattr(data, part))
+    ranks.each(lambda: [images.require_few_bad(data, getattr(data, part), each) for part, each in files.items()])
+    return list(files.values())
 
-    def check() -> None:
-        for part, mine in here.items():
-            theirs = first[part]
-            if mine != theirs:
-                other = ", of other names or classes" if mine[0] == theirs[0] else ""
-                raise UserError(
-                    f"data.root: {config.data.root}: {mine[0]} {part} images, but rank 0 has {theirs[0]}{other}; "
-                    "every rank needs the same ones"
-                )
 
-    ranks.each(check)
+def _require_same(config: RunConfig, files: Mapping[str, ImageFiles], firsts: Mapping[str, Place]) -> None:
+    """Raises UserError on a rank that has other images than rank 0."""
+    for part, mine in files.items():
+        if mine.digest != firsts[part].digest:
+            raise UserError(
+                f"data.root: {config.data.root}: {len(mine)} images in {getattr(config.data, part)}, which are not "
+                f"those of rank 0, by name, class or size; every rank needs the same ones"
+            )
 
 
 class UndecodableImage(UserError):

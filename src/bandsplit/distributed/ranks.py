@@ -6,7 +6,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,9 +18,12 @@ from loguru import logger
 from torch import Tensor
 
 from bandsplit.cpus import available_cpus
-from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.errors import Interrupted, ToldElsewhere, UserError
 
 T = TypeVar("T")
+
+_SECONDS_OF_WORK = 10.0
+"""After which ranks that work tell those that wait that they still do."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,31 @@ class Ranks:
             error.one_rank = True
         raise error
 
+    def finish(self, work: Generator[None, None, T] | None, signal: Callable[[], int] = lambda: 0) -> T | None:
+        """Runs `work` on the ranks that have some, and returns its value there.
+
+        The others wait, for longer than a collective may take.  Errors of `work` are raised as `each` raises them.
+        Raises Interrupted on every rank where one of them has received a signal.
+        """
+        done = work is None
+        value, error = None, None
+        while True:
+            until = time.monotonic() + _SECONDS_OF_WORK
+            try:
+                while work is not None and not done and time.monotonic() < until and not signal():
+                    next(work)
+            except StopIteration as stop:
+                done, value = True, stop.value
+            except UserError as mistake:
+                done, error = True, mistake
+            busy, stopped_by = self.largest([not done, signal()])
+            if stopped_by:
+                if work is not None:
+                    work.close()
+                raise Interrupted(stopped_by)
+            if not busy:
+                return self.each(lambda: _value_or(error, value))
+
     def wait(self) -> None:
         """Barrier over all ranks."""
         if self.world_size > 1:
@@ -107,6 +135,12 @@ class Ranks:
         """Waits for the device."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _value_or(error: UserError | None, value: T) -> T:
+    if error is not None:
+        raise error
+    return value
 
 
 def world_size() -> int:

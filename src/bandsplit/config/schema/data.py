@@ -42,10 +42,21 @@ class Data(Table):
     name: str = Field(min_length=1)
     root: str = Field(min_length=1)
     """Folder of the data set; `~` and `$VARIABLES` are expanded."""
+    layout: Literal["folders", "list"] = "folders"
+    """Class folders, or lists of paths and labels."""
     train: str = "train"
-    """Folder below `root` with one folder per class."""
+    """Below `root`: a folder with one folder per class, or a list: CSV or text with one path and label per line."""
     val: str = "val"
-    classes: int = Field(ge=2)
+    """The same for validation images."""
+    classes: int | None = Field(None, ge=2)
+    """Unset: as many as the training images have."""
+    check: Literal["decode", "headers", "off"] = "decode"
+    """How a file that is new or has changed is examined before training: decoded, its header read, or not at all."""
+    on_bad: Literal["replace", "error"] = "replace"
+    """What happens with an image that cannot be read or decoded: left out, or replaced by another one of its class
+    where training has begun; or the run ends."""
+    max_bad: int = Field(100, ge=0)
+    """More bad images than these end the run."""
     image_size: int = Field(224, ge=1)
     """Side in pixels of the square that the network (block = 1) or the split sees."""
     val_image_size: int | None = Field(None, ge=1)

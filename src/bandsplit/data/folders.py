@@ -1,0 +1,271 @@
+"""The image files of a data set as they are on disk: walked folders of classes, or a list of paths and labels."""
+
+from __future__ import annotations
+
+import csv
+import multiprocessing
+import os
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from bandsplit.cpus import available_cpus
+from bandsplit.errors import UserError
+from bandsplit.paths import reading_from
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm")
+"""What DALI decodes, in upper and lower case."""
+
+NO_DATA = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
+"""What operating systems and NAS devices leave in folders, beside entries that begin with a dot."""
+
+MISSING = -1
+"""Size of a listed file that does not exist or cannot be looked at."""
+
+_IN_THIS_PROCESS = 200_000
+"""Files that are walked before worker processes are started for the remaining class folders."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """N image files below one folder, in order of their class and name, or in the order of a list."""
+
+    folder: Path
+    """Absolute; names are relative to it."""
+    names: pa.LargeBinaryArray
+    """(N,), as the file system has them: not necessarily UTF-8."""
+    labels: NDArray[np.int32]
+    """(N,), indices into `classes`."""
+    sizes: NDArray[np.int64]
+    """(N,) in bytes, or `MISSING`."""
+    mtimes: NDArray[np.int64]
+    """(N,), modification times in nanoseconds since the epoch."""
+    classes: list[str]
+    """Folders: in alphabetical order.  Lists: in alphabetical order, integers by value."""
+    passed_over: tuple[str, ...] = ()
+    """What was found and is not used, one phrase per reason with the number of files and an example."""
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def walk(folder: Path) -> Found:
+    """Finds the images in ``folder/<class>``, at any depth and in sorted order, as torchvision's ImageFolder does.
+
+    Hidden entries are no data: `NO_DATA` and what begins with a dot.  Links are followed.  Raises UserError where the
+    folder is missing, has no class folders, a class folder has no images, or one of them cannot be read.
+    """
+    folder = folder.absolute()
+    with reading_from(folder):
+        return _walk(folder)
+
+
+def _walk(folder: Path) -> Found:
+    expected = f"images ({' '.join(SUFFIXES)})"
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected one folder per class with {expected}")
+    others = _PassedOver()
+    classes = []
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if _is_hidden(entry.name):
+                others.add("hidden", entry.name)
+            elif entry.is_dir():
+                classes.append(entry.name)
+            elif entry.name.lower().endswith(SUFFIXES):
+                others.add("outside of the class folders", entry.name)
+    if not classes:
+        raise UserError(f"{folder}: no class folders in it; expected one folder per class")
+    classes.sort()
+    walked = list(_walk_classes(str(folder), classes))
+    for name, one in zip(classes, walked, strict=True):
+        if not len(one.names):
+            raise UserError(f"{folder / name}: no images in this class folder; expected {expected}")
+        others.merge(one.others)
+    return Found(
+        folder,
+        pa.concat_arrays([one.names for one in walked]),
+        np.repeat(np.arange(len(classes), dtype=np.int32), [len(one.names) for one in walked]),
+        np.concatenate([one.sizes for one in walked]),
+        np.concatenate([one.mtimes for one in walked]),
+        classes,
+        others.phrases(),
+    )
+
+
+class _PassedOver(dict[str, tuple[int, str]]):
+    """Reason -> number of entries that were passed over, and one of them, relative to the walked folder."""
+
+    def add(self, reason: str, example: str, count: int = 1) -> None:
+        known, first = self.get(reason, (0, example))
+        self[reason] = (known + count, first)
+
+    def merge(self, other: Mapping[str, tuple[int, str]]) -> None:
+        for reason, (count, example) in other.items():
+            self.add(reason, example, count)
+
+    def phrases(self) -> tuple[str, ...]:
+        return tuple(f"{count} {reason}, such as {example!r}" for reason, (count, example) in sorted(self.items()))
+
+
+@dataclass(frozen=True)
+class _Class:
+    """The images of one class folder, sorted by name."""
+
+    names: pa.LargeBinaryArray
+    sizes: NDArray[np.int64]
+    mtimes: NDArray[np.int64]
+    others: _PassedOver
+
+
+def _walk_classes(folder: str, classes: Sequence[str]) -> Iterator[_Class]:
+    """In worker processes once many files were found, since looking at a file takes the interpreter 2 µs."""
+    files = 0
+    for n, name in enumerate(classes):
+        if files > _IN_THIS_PROCESS:
+            break
+        yield (one := _walk_class(folder, name))
+        files += len(one.names)
+    else:
+        return
+    with ProcessPoolExecutor(available_cpus(), multiprocessing.get_context("spawn")) as pool:
+        yield from pool.map(partial(_walk_class, folder), classes[n:], chunksize=8)
+
+
+def _walk_class(folder: str, name: str) -> _Class:
+    others = _PassedOver()
+    files = sorted(_images(folder, name, frozenset(), others))
+    names = pa.array([os.fsencode(name) for name, _, _ in files], pa.large_binary())
+    facts = np.array([facts for _, *facts in files], dtype=np.int64).reshape(-1, 2)
+    return _Class(names, facts[:, 0].copy(), facts[:, 1].copy(), others)
+
+
+def _images(
+    root: str, folder: str, above: frozenset[tuple[int, int]], others: _PassedOver
+) -> Iterator[tuple[str, int, int]]:
+    """Name, size and modification time of the images in a folder and in all folders below it, in any order."""
+    here = os.stat(f"{root}/{folder}")  # noqa: PTH116  # a Path per entry would take longer than the walk
+    within = above | {(here.st_dev, here.st_ino)}
+    with os.scandir(f"{root}/{folder}") as entries:
+        for entry in entries:
+            name = f"{folder}/{entry.name}"
+            if _is_hidden(entry.name):
+                others.add("hidden", name)
+            elif entry.is_dir():
+                below = entry.stat()
+                if (below.st_dev, below.st_ino) in within:
+                    others.add("links to a folder above", name)
+                else:
+                    yield from _images(root, name, within, others)
+            elif not entry.name.lower().endswith(SUFFIXES):
+                others.add("of another type", name)
+            elif not entry.is_file():
+                others.add("broken links or special files", name)
+            else:
+                about = entry.stat()
+                yield name, about.st_size, about.st_mtime_ns
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name in NO_DATA
+
+
+# Lists ----------------------------------------------------------------------------------------------------------------
+
+_PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "img", "name", "id")
+_LABEL_COLUMNS = ("label", "class", "target", "category", "y", "wnid", "synset")
+
+
+def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Found:
+    """The images that a list names, in its order: CSV (`.csv`) or text with one path and label per line.
+
+    Paths are relative to `root`; blanks within them are allowed, since the label is what follows the last blank or tab
+    of a line.  Labels are class names or indices.  A CSV file may have a header, and further columns when it has one.
+
+    Args:
+        classes: of the training images, so that labels of a validation list mean the same; None: what the list has.
+
+    Raises UserError for a list that is missing, is empty or has a line that cannot be understood, with its number, and
+    where it has a label that is not one of `classes`.  Files that do not exist have the size `MISSING`.
+    """
+    with reading_from(path):
+        if not path.is_file():
+            raise UserError(f"{path}: no such list; expected CSV or text with one path and label per line")
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
+    rows = list(_csv_rows(path, text) if path.suffix.lower() == ".csv" else _text_rows(path, text))
+    if not rows:
+        raise UserError(f"{path}: no images in this list")
+    index = {name: i for i, name in enumerate(classes or _classes_of(label for _, _, label in rows))}
+    for line, _, label in rows:
+        if label not in index:
+            known = ", ".join(list(index)[:5]) + ", …" * (len(index) > 5)
+            raise UserError(f"{path}, line {line}: {label!r} given, which is no class of the training list: {known}")
+    facts = np.array([_facts(root / name) for _, name, _ in rows], dtype=np.int64)
+    return Found(
+        root.absolute(),
+        pa.array([os.fsencode(name) for _, name, _ in rows], pa.large_binary()),
+        np.array([index[label] for *_, label in rows], dtype=np.int32),
+        facts[:, 0].copy(),
+        facts[:, 1].copy(),
+        list(index),
+    )
+
+
+def _text_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
+    """(line number, name, label) of each line that is neither empty nor a comment."""
+    for number, line in enumerate(text.split("\n"), 1):
+        line = line.rstrip("\r")
+        if not line.strip() or line.startswith("#"):
+            continue
+        parts = line.rstrip().rsplit(None, 1)
+        if len(parts) != 2:
+            raise UserError(f"{path}, line {number}: {line!r} given; expected a path, a blank and a label")
+        yield number, parts[0], parts[1]
+
+
+def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
+    reader = csv.reader(text.splitlines(keepends=True))
+    columns: tuple[int, int] | None = None
+    for row in reader:
+        if not any(row):
+            continue
+        if columns is None:
+            header = [cell.strip().lower() for cell in row]
+            found = [next((header.index(n) for n in names if n in header), -1) for names in (_PATH_COLUMNS, _LABEL_COLUMNS)]
+            columns = (found[0], found[1]) if min(found) >= 0 else (0, 1)
+            if min(found) >= 0:
+                continue
+            if len(row) != 2:
+                raise UserError(
+                    f"{path}, line {reader.line_num}: {len(row)} columns given; expected two, a path and a label, or a "
+                    "header that names the columns path and label"
+                )
+        if len(row) <= max(columns):
+            raise UserError(f"{path}, line {reader.line_num}: {','.join(row)!r} given; expected a path and a label")
+        yield reader.line_num, row[columns[0]], row[columns[1]].strip()
+
+
+def _classes_of(labels: Iterable[str]) -> list[str]:
+    """Class names in order; of indices all from 0 to the largest one, so that a class may have no image.
+
+    Numbers with leading zeros, or of more than six digits, are names.
+    """
+    names = set(labels)
+    if all(name.isascii() and name.isdigit() and len(name) < 7 and name == str(int(name)) for name in names):
+        return [str(i) for i in range(max(map(int, names)) + 1)]
+    return sorted(names)
+
+
+def _facts(path: Path) -> tuple[int, int]:
+    try:
+        about = path.stat()
+    except (OSError, ValueError):
+        return MISSING, 0
+    return (about.st_size if stat.S_ISREG(about.st_mode) else MISSING), about.st_mtime_ns

@@ -1,0 +1,301 @@
+"""The index of a data set: what is known of every file, kept on disk so that each is examined once.
+
+An index is an Arrow IPC file of one row per image, in the order of the data set.  It is mapped into memory, so that the
+ranks of a node share it.  `pyarrow.feather.read_table`, pandas and polars read it too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from filelock import FileLock
+from loguru import logger
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from bandsplit import paths
+from bandsplit.cpus import available_cpus
+from bandsplit.data import check
+from bandsplit.data.folders import MISSING, Found
+
+VERSION = 1
+
+LEVELS = ("off", "headers", "decode")
+"""How far a file was examined; the values of `data.check`."""
+
+_TEXT = pa.dictionary(pa.int32(), pa.string())
+
+_EXAMINED: dict[str, pa.DataType] = {
+    "checked": pa.int8(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "format": _TEXT,
+    "color": _TEXT,
+    "orientation": pa.int8(),
+    "checksum": pa.uint64(),
+    "reason": _TEXT,
+    "note": _TEXT,
+}
+"""Columns that an examination fills: how far it went, an index into `LEVELS`, and the fields of `check.Verdict`."""
+
+SCHEMA = pa.schema(
+    {
+        "name": pa.large_binary(),
+        "label": pa.int32(),
+        "bytes": pa.int64(),
+        "mtime_ns": pa.int64(),
+        **_EXAMINED,
+    }
+)
+"""`name` is relative to the folder of the data set, or of its part where that has class folders."""
+
+_SECONDS_BETWEEN_WRITES = 120
+"""So much of a scan is lost when it is killed."""
+
+
+@dataclass(frozen=True, eq=False)
+class Index:
+    """The images of one part of a data set (training, validation) with all that is known of them."""
+
+    table: pa.Table
+    """Of `SCHEMA`."""
+    classes: list[str]
+    passed_over: tuple[str, ...] = ()
+    digest: str = ""
+    """Of names, classes and sizes in bytes, wherever the files lie: 32 hex digits."""
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def column(self, name: str) -> NDArray[Any]:
+        """A column of numbers."""
+        return self.table.column(name).combine_chunks().to_numpy(zero_copy_only=False)
+
+    @cached_property
+    def names(self) -> pa.LargeBinaryArray:
+        return self.table.column("name").combine_chunks()
+
+    @cached_property
+    def good(self) -> NDArray[np.bool_]:
+        """(N,), whether nothing speaks against a file."""
+        return pc.equal(self.table.column("reason"), "").combine_chunks().to_numpy(zero_copy_only=False)
+
+    def named(self, i: int) -> str:
+        return os.fsdecode(self.names[i].as_py())
+
+    def bad(self) -> list[tuple[str, str]]:
+        """Name and reason of every file that is left out."""
+        rows = np.flatnonzero(~self.good)
+        reasons = self.table.column("reason")
+        return [(self.named(i), reasons[i].as_py()) for i in rows.tolist()]
+
+
+# Files ----------------------------------------------------------------------------------------------------------------
+
+
+def write(index: Index, path: Path, compressed: bool = False) -> None:
+    """Whole or not at all; raises OSError."""
+    metadata = {"version": VERSION, "classes": index.classes, "passed_over": index.passed_over, "digest": index.digest}
+    table = index.table.replace_schema_metadata({"bandsplit": json.dumps(metadata)})
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    options = pa.ipc.IpcWriteOptions(compression="zstd" if compressed else None)
+    with temporary.open("wb") as file:
+        with pa.ipc.new_file(file, table.schema, options=options) as writer:
+            writer.write_table(table.combine_chunks())
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read(path: Path) -> Index | None:
+    """None where there is no index, or one that is damaged or of another version."""
+    try:
+        table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        metadata = json.loads((table.schema.metadata or {})[b"bandsplit"])
+        if metadata["version"] != VERSION or table.schema.remove_metadata() != SCHEMA:
+            return None
+        return Index(table, metadata["classes"], tuple(metadata["passed_over"]), metadata["digest"])
+    except FileNotFoundError:
+        return None
+    except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
+        logger.warning("{} cannot be read and is made anew: {}", path, error)
+        return None
+
+
+def place(folder: Path, part: str) -> Path:
+    """Where the index of a part of the data set in `folder` is kept: beside the data, else in the cache folder.
+
+    Raises UserError where neither can be written.
+    """
+    name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', part)}.arrow"
+    beside = folder / ".bandsplit"
+    with suppress(OSError):
+        beside.mkdir(exist_ok=True)
+        if os.access(beside, os.W_OK | os.X_OK):
+            return beside / name
+    known_as = hashlib.blake2b(os.fsencode(folder.absolute()), digest_size=8).hexdigest()
+    elsewhere = paths.cache_folder() / "index" / f"{folder.name}-{known_as}"
+    with paths.writing_to(elsewhere):
+        elsewhere.mkdir(parents=True, exist_ok=True)
+    return elsewhere / name
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """One process at a time examines the files of an index."""
+    with paths.writing_to(path):
+        lock = FileLock(path.with_name(f".{path.name}.lock"))
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+# Refreshing -----------------------------------------------------------------------------------------------------------
+
+
+def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None, None, Index]:
+    """The index of the files that were found; examines those that are new, changed or were examined less.
+
+    It is written to `path`, now and then also while files are examined, so that an interrupted scan continues.
+
+    Args:
+        level: one of `LEVELS`.
+        title: what the progress bar says.
+
+    Returns:
+        A generator that yields whenever a file was examined, so that the caller can tell other ranks that this one is
+        still working.  Its value is the index.
+    """
+    with locked(path):
+        known, wanted = read(path), LEVELS.index(level)
+        if known is not None and _is_current(known, found, wanted):
+            return known
+        facts = _Facts(found, known)
+        unwritten = time.monotonic()
+        try:
+            for _ in facts.examine(wanted, title):
+                if time.monotonic() - unwritten > _SECONDS_BETWEEN_WRITES:
+                    _write(facts.index(), path)
+                    unwritten = time.monotonic()
+                yield
+        finally:
+            _write(facts.index(), path)
+    return read(path) or facts.index()
+
+
+def _write(index: Index, path: Path) -> None:
+    with paths.writing_to(path):
+        write(index, path)
+
+
+def _is_current(known: Index, found: Found, wanted: int) -> bool:
+    return (
+        known.classes == found.classes
+        and known.passed_over == found.passed_over
+        and known.names.equals(found.names)
+        and np.array_equal(known.column("label"), found.labels)
+        and np.array_equal(known.column("bytes"), found.sizes)
+        and np.array_equal(known.column("mtime_ns"), found.mtimes)
+        and bool((known.column("checked") >= wanted).all())
+    )
+
+
+class _Facts:
+    """Columns of an index in the making."""
+
+    def __init__(self, found: Found, known: Index | None) -> None:
+        """Takes over what is known of files of the same name, size and modification time."""
+        self._found = found
+        count = len(found.names)
+        self._columns: dict[str, NDArray[Any]] = {
+            name: np.zeros(count, np.int32 if kind == _TEXT else kind.to_pandas_dtype())
+            for name, kind in _EXAMINED.items()
+        }
+        self._texts: dict[str, dict[str, int]] = {name: {"": 0} for name, kind in _EXAMINED.items() if kind == _TEXT}
+        if known is not None and len(known):
+            self._take_over(known)
+        missing = np.flatnonzero(found.sizes == MISSING)
+        self._columns["reason"][missing] = self._code("reason", "no such file")
+        self._columns["checked"][missing] = len(LEVELS)
+
+    def _take_over(self, known: Index) -> None:
+        found = self._found
+        if known.names.equals(found.names):
+            theirs = np.arange(len(known))
+        else:
+            theirs = pc.fill_null(pc.index_in(found.names, value_set=known.names), -1).to_numpy()
+        same = (
+            (theirs >= 0)
+            & (known.column("bytes")[theirs] == found.sizes)
+            & (known.column("mtime_ns")[theirs] == found.mtimes)
+            & (known.column("checked")[theirs] < len(LEVELS))
+        )
+        theirs = theirs[same]
+        for name in _EXAMINED:
+            if name in self._texts:
+                values = known.table.column(name).combine_chunks()
+                codes = np.array([self._code(name, text) for text in values.dictionary.to_pylist()], dtype=np.int32)
+                self._columns[name][same] = codes[values.indices.to_numpy()[theirs]]
+            else:
+                self._columns[name][same] = known.column(name)[theirs]
+
+    def _code(self, column: str, text: str) -> int:
+        return self._texts[column].setdefault(text, len(self._texts[column]))
+
+    def examine(self, wanted: int, title: str) -> Iterator[None]:
+        rows = np.flatnonzero(self._columns["checked"] < wanted)
+        if not len(rows):
+            return
+        root, names = str(self._found.folder), self._found.names
+        files = (f"{root}/{os.fsdecode(names[i].as_py())}" for i in rows.tolist())
+        verdicts = check.examine(files, available_cpus(), decode=LEVELS[wanted] == "decode")
+        bad = 0
+        with tqdm(total=len(rows), desc=title, unit=" images", disable=None) as bar:
+            for i, verdict in zip(rows.tolist(), verdicts, strict=True):
+                for name, value in asdict(verdict).items():
+                    self._columns[name][i] = self._code(name, value) if name in self._texts else value
+                self._columns["checked"][i] = wanted
+                bar.update()
+                if verdict.reason:
+                    bad += 1
+                    bar.set_postfix(bad=bad, refresh=False)
+                yield
+
+    def index(self) -> Index:
+        columns: dict[str, Any] = {
+            "name": self._found.names,
+            "label": self._found.labels,
+            "bytes": self._found.sizes,
+            "mtime_ns": self._found.mtimes,
+            **self._columns,
+        }
+        for name, codes in self._texts.items():
+            columns[name] = pa.DictionaryArray.from_arrays(columns[name], pa.array(list(codes), pa.string()))
+        table = pa.table([pa.array(columns[name]) for name in SCHEMA.names], schema=SCHEMA)
+        return Index(table, self._found.classes, self._found.passed_over, _digest(self._found))
+
+
+def _digest(found: Found) -> str:
+    """BLAKE2b of names, class of each and sizes."""
+    digest = hashlib.blake2b(json.dumps(found.classes).encode(), digest_size=16)
+    lengths = pc.binary_length(found.names).to_numpy()
+    for column in (lengths, found.labels, found.sizes):
+        digest.update(np.ascontiguousarray(column, dtype="<i8"))
+    for first in range(0, len(found.names), 2**16):
+        digest.update(b"".join(found.names[first : first + 2**16].to_pylist()))
+    return digest.hexdigest()
