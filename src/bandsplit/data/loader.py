@@ -14,7 +14,7 @@ from torch import Tensor
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
-from bandsplit.data import images, mixing, pipeline
+from bandsplit.data import check, images, mixing, pipeline
 from bandsplit.data.images import ImageFiles, Place
 from bandsplit.data.order import ValidationOrder
 from bandsplit.data.pipeline import Shard
@@ -228,7 +228,10 @@ def _next_batch(pipe: Any, views: Sequence[View], files: ImageFiles, shard: Shar
         culprit = _culprit(str(error), files, shard)
         if culprit is None:
             raise
-        raise UndecodableImage(f"{culprit}: this image cannot be read or decoded; repair or remove it") from error
+        path, reason = culprit
+        raise UndecodableImage(
+            f"{path}: this image cannot be read or decoded ({reason}); repair or remove it"
+        ) from error
     *outputs, labels = [torch.from_dlpack(output.as_tensor()) for output in outputs]
     if pipeline.has_operator(shard.device):
         inputs = [rearrange(x, "b h w c -> b c h w") for x in outputs]
@@ -238,11 +241,12 @@ def _next_batch(pipe: Any, views: Sequence[View], files: ImageFiles, shard: Shar
     return Batch(inputs, labels.flatten().long())
 
 
-def _culprit(error: str, files: ImageFiles, shard: Shard) -> str | None:
-    """The file behind an error of DALI's reader or decoder, which do not always name it."""
+def _culprit(error: str, files: ImageFiles, shard: Shard) -> tuple[str, str] | None:
+    """The file behind an error of DALI's reader or decoder, which do not always name it, and what is wrong with it."""
     if "fn.decoders" not in error and "fn.io.file" not in error:
         return None
-    return pipeline.first_undecodable(files.paths, shard.threads)
+    verdicts = zip(files.paths, check.examine(files.paths, shard.threads), strict=True)
+    return next(((path, verdict.reason) for path, verdict in verdicts if verdict.reason), None)
 
 
 def _split_in_torch(images: Tensor, mirror: Tensor, view: View, shard: Shard) -> list[Tensor]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -81,31 +80,6 @@ def training(
 def validation(config: RunConfig, files: ImageFiles, shard: Shard) -> Pipeline:
     """The images in their order, this rank's share of them again and again; see `ValidationOrder`."""
     return _build(_validation_graph, shard, config, files)
-
-
-def first_undecodable(paths: Sequence[str], threads: int) -> str | None:
-    """Decodes the files on the CPU and returns the first one that fails.
-
-    One at a time: DALI's decoder may crash the process when a file fails that it decodes together with others.
-    """
-    with ThreadPoolExecutor(threads) as pool:
-        failed = set(pool.map(_first_failure, [paths[i::threads] for i in range(threads)]))
-    return next((path for path in paths if path in failed), None)
-
-
-def _first_failure(files: Sequence[str]) -> str | None:
-    def graph() -> Any:
-        encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
-        return fn.decoders.image(encoded, device="cpu", **_DECODE)
-
-    pipe = pipeline_def(graph)(batch_size=1, num_threads=1, device_id=None, prefetch_queue_depth=1)
-    for file in files:
-        try:
-            pipe.feed_input("encoded", [np.fromfile(file, dtype=np.uint8)])
-            pipe.run()
-        except (OSError, RuntimeError):
-            return file
-    return None
 
 
 def _build(
