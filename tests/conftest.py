@@ -22,7 +22,8 @@ from typing import Any
 import pytest
 from filelock import FileLock
 
-from bandsplit.data import demo
+from bandsplit.data import demo, folders
+from bandsplit.data.images import ImageFiles, Paths
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 TRAIN_PER_CLASS, VAL_PER_CLASS = 16, 5  # 160 and 50 images: no multiple of the batch sizes below
@@ -92,6 +93,12 @@ def image_root(shared: Shared) -> Path:
         demo.generate(root, seed=1, train_per_class=TRAIN_PER_CLASS, val_per_class=VAL_PER_CLASS)
 
     return shared.once("images/demo", make)
+
+
+def image_files(folder: Path) -> ImageFiles:
+    """The images in class folders, unexamined."""
+    found = folders.walk(folder)
+    return ImageFiles(Paths(found.folder, found.names), found.labels, found.classes)
 
 
 @pytest.fixture

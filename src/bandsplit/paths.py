@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import stat
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,6 +25,33 @@ def expanded(path: str, key: str) -> Path:
     except RuntimeError:
         user = Path(text).parts[0]
         raise UserError(f"{key}: {path!r} given, but {user} has no home folder here; use --set {key}=…") from None
+
+
+def cache_folder() -> Path:
+    """Where files are kept that can be made again: $BANDSPLIT_CACHE, else bandsplit in $XDG_CACHE_HOME or ~/.cache.
+
+    Without a home folder, a folder for this user among the temporary files.  Raises OSError where that is impossible or
+    others may write to it, since whoever can write there can run code as this user.
+    """
+    if folder := os.environ.get("BANDSPLIT_CACHE"):
+        return Path(folder)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bandsplit"
+    except RuntimeError:  # a container's user without an entry in /etc/passwd
+        return _temporary_cache()
+
+
+def _temporary_cache() -> Path:
+    advice = "set BANDSPLIT_CACHE to a writable folder"
+    folder = Path(tempfile.gettempdir(), f"bandsplit-{os.getuid()}")
+    try:
+        folder.mkdir(mode=0o700, exist_ok=True)
+        found = folder.lstat()
+    except OSError as error:
+        raise OSError(f"cannot create a cache folder ({error}): {advice}") from error
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
+        raise OSError(f"{folder} is not a folder that only this user can write to: {advice}")
+    return folder
 
 
 @contextmanager

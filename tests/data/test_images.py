@@ -1,4 +1,4 @@
-"""The scan of the class folders, and every way in which folders can be wrong."""
+"""The images of a data set, and every way in which its folders can be wrong."""
 
 from __future__ import annotations
 
@@ -7,15 +7,26 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from bandsplit.config import schema
-from bandsplit.data.images import open_data, open_validation, scan
+from bandsplit.config import loading, schema
+from bandsplit.data import images, loader
+from bandsplit.data.folders import walk
+from bandsplit.data.images import ImageFiles
+from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
-from tests.conftest import REPOSITORY, TRAIN_PER_CLASS, VAL_PER_CLASS, Done
+from tests.conftest import REPOSITORY, TRAIN_PER_CLASS, VAL_PER_CLASS, Done, image_files
 
 
 def data(root: Path, **keys: object) -> schema.Data:
     return schema.Data.model_validate({"name": "d", "root": str(root), "classes": 10, **keys})
+
+
+def open_data(config: schema.Data, *parts: str) -> list[ImageFiles]:
+    """What a training in one process opens."""
+    ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
+    whole = loading.load(REPOSITORY / "config/train/demo.toml").model_copy(update={"data": config})
+    return loader.open_data(whole, ranks, parts or ("train", "val"))
 
 
 @pytest.fixture
@@ -29,7 +40,7 @@ def test_files_and_labels_are_sorted_and_complete(image_root: Path) -> None:
     assert (len(train), len(val)) == (10 * TRAIN_PER_CLASS, 10 * VAL_PER_CLASS)
     assert train.classes == val.classes == sorted(p.name for p in (image_root / "train").iterdir())
     assert [Path(file).parent.name for file in val.paths] == [val.classes[label] for label in val.labels]
-    assert val.paths == sorted(map(str, (image_root / "val").rglob("*.jpg")))
+    assert list(val.paths) == sorted(map(str, (image_root / "val").rglob("*.jpg")))
 
 
 def test_suffixes_in_any_case_count_and_other_files_do_not(copy: Path) -> None:
@@ -39,7 +50,7 @@ def test_suffixes_in_any_case_count_and_other_files_do_not(copy: Path) -> None:
     files[1].rename(folder / "b.JpG")
     (folder / "notes.txt").write_text("not an image")
     (copy / "val" / "readme.txt").write_text("not a class")
-    assert len(scan(copy / "val")) == 10 * VAL_PER_CLASS
+    assert len(image_files(copy / "val")) == 10 * VAL_PER_CLASS
 
 
 def test_what_is_no_image_is_passed_over_and_counted(copy: Path) -> None:
@@ -53,13 +64,13 @@ def test_what_is_no_image_is_passed_over_and_counted(copy: Path) -> None:
     (folder / "notes.txt").write_text("no image")
     (folder / "gone.jpg").symlink_to(copy / "nowhere.jpg")
     (folder / "loop").symlink_to(folder)
-    found = scan(copy / "val")
-    assert (len(found), len(found.classes)) == (10 * VAL_PER_CLASS, 10)
-    assert any(told.startswith("2 hidden, such as ") for told in found.passed_over)
+    found = walk(copy / "val")
+    assert (len(found.names), len(found.classes)) == (10 * VAL_PER_CLASS, 10)
+    assert any(told.startswith("3 hidden, such as ") for told in found.passed_over)
     assert found.passed_over == (
         f"1 broken links or special files, such as '{folder.name}/gone.jpg'",
         # an entry that is hidden is not entered
-        *(told for told in found.passed_over if told.startswith("2 hidden, such as ")),
+        *(told for told in found.passed_over if told.startswith("3 hidden, such as ")),
         f"1 links to a folder above, such as '{folder.name}/loop'",
         f"1 of another type, such as '{folder.name}/notes.txt'",
     )
@@ -67,22 +78,22 @@ def test_what_is_no_image_is_passed_over_and_counted(copy: Path) -> None:
 
 def test_classes_are_walked_to_their_bottom_and_a_folder_may_have_the_name_of_an_image(copy: Path) -> None:
     folder = min((copy / "val").iterdir())
-    before = scan(copy / "val")
+    before = image_files(copy / "val")
     deep = folder / "x.jpg" / "deeper"
     deep.mkdir(parents=True)
     (folder / "00000.jpg").rename(deep / "00000.jpg")
-    found = scan(copy / "val")
-    assert found.labels == before.labels
+    found = image_files(copy / "val")
+    assert list(found.labels) == list(before.labels)
     assert str(deep / "00000.jpg") in found.paths
-    assert found.passed_over == ()
+    assert walk(copy / "val").passed_over == ()
 
 
 def test_validation_alone_needs_no_training_images(copy: Path) -> None:
     whole = open_data(data(copy))[1]
     shutil.rmtree(copy / "train")
-    assert open_validation(data(copy)) == whole
-    with pytest.raises(UserError, match="data.classes: 9 given"):
-        open_validation(data(copy, classes=9))
+    (alone,) = open_data(data(copy), "val")
+    assert list(alone.paths) == list(whole.paths)
+    assert alone.digest == whole.digest
 
 
 def test_root_takes_variables(image_root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,7 +132,7 @@ def test_classes_have_to_agree(copy: Path) -> None:
 def test_images_are_generated_once_where_the_config_says_how(tmp_path: Path) -> None:
     config = data(tmp_path / "made", generate={"seed": 3, "train_per_class": 2, "val_per_class": 1})
     with pytest.raises(UserError, match="no such folder"):
-        open_data(config, generate=False)
+        images.find(config, ("train", "val"), generate=False)
     train, val = open_data(config)
     before = {file: Path(file).stat().st_mtime_ns for file in train.paths}
     assert (len(train), len(val)) == (20, 10)
@@ -147,9 +158,9 @@ def test_a_home_that_is_not_known() -> None:
 OPEN = """
 import sys
 from bandsplit.config.schema import Data
-from bandsplit.data.images import open_data
+from bandsplit.data.images import find
 try:
-    open_data(Data(name="d", root=sys.argv[1], classes=10))
+    find(Data(name="d", root=sys.argv[1], classes=10), ("train", "val"))
 except ValueError as error:
     print(repr(error))
 """

@@ -16,12 +16,13 @@ from torchvision.transforms import v2
 
 from bandsplit.config import loading, schema
 from bandsplit.data import loader, pipeline
-from bandsplit.data.images import SUFFIXES, ImageFiles, scan
+from bandsplit.data.folders import SUFFIXES
+from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import TrainingLoader, UndecodableImage, ValidationLoader
 from bandsplit.data.pipeline import Shard
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.spectral import transforms
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, image_files
 
 
 def share(rank: int = 0, world_size: int = 1, batch_size: int = 6) -> Shard:
@@ -161,7 +162,7 @@ def test_validation_sees_each_image_once_every_time(
 
 def test_inputs_are_channels_last_of_the_right_shape(config_file: Path, image_root: Path) -> None:
     config = loading.load(config_file, ["split.branches=[[0], [0, 1], [1, 2, 3]]"])
-    batch = next(TrainingLoader(config, scan(image_root / "train"), [share()]))
+    batch = next(TrainingLoader(config, image_files(image_root / "train"), [share()]))
     assert [tuple(x.shape) for x in batch.inputs] == [(6, 3 * n, 16, 16) for n in (1, 2, 3)]
     assert all(x.is_contiguous(memory_format=torch.channels_last) for x in batch.inputs)
     assert batch.labels.dtype == torch.int64

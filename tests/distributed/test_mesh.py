@@ -188,8 +188,11 @@ def test_data_that_one_rank_misses_or_has_differently(config_file: Path, image_r
     assert on_ranks(3, told_on_rank, [good, good, good], config) == ["160 images"] * 3
     for wrong, message in (
         ("/nowhere", "data.root: /nowhere: no such folder"),
-        (fewer, f"data.root: {fewer}: 159 training images, but rank 0 has 160; every rank needs the same ones"),
-        (renamed, "50 validation images, but rank 0 has 50, of other names or classes; every rank"),
+        (
+            fewer,
+            f"data.root: {fewer}: 159 images in train, which differ from the 160 of rank 0 in number, name, class or size",
+        ),
+        (renamed, "50 images in val, which differ from the 50 of rank 0 in number, name, class or size; every rank"),
     ):
         first, second, third = on_ranks(3, told_on_rank, [good, str(wrong), str(wrong)], config)
         assert re.search(f"UserError True rank 1 on .*: .*{message}", second)

@@ -14,7 +14,6 @@ import torch
 
 from bandsplit.config import loading
 from bandsplit.data import mixing
-from bandsplit.data.images import scan
 from bandsplit.data.loader import TrainingLoader
 from bandsplit.data.pipeline import Shard
 from bandsplit.distributed.mesh import Mesh
@@ -24,7 +23,7 @@ from bandsplit.models.precision import Precision
 from bandsplit.runs.restored import Restored, Teacher
 from bandsplit.training.learner import Learner, learners_of
 from tests.compare import assert_equal, assert_same_run, metrics, wait_for
-from tests.conftest import Done, Launch, run
+from tests.conftest import Done, Launch, image_files, run
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
 FP32 = Precision("fp32", ALONE.ranks.device)
@@ -48,7 +47,7 @@ def test_a_teacher_sees_the_images_of_the_batch(
     keys = [f"distillation.teacher={finished(1)}", f"split.block={block}", mix, "seed=5", "data.mean=[100, 100, 100]"]
     student = loading.load(config_file, keys)
     teachers = loading.load(finished(1) / "config.toml", ["seed=5"])
-    images, share = scan(Path(student.data.root) / "train"), Shard(0, 1, 6, threads=1, device_id=None)
+    images, share = image_files(Path(student.data.root) / "train"), Shard(0, 1, 6, threads=1, device_id=None)
     batches = TrainingLoader(student, images, [share], teacher=Teacher.of(student, images.classes, FP32))
     own, teacher = TrainingLoader(teachers, images, [share]), Restored.of(finished(1), "best").ensemble.eval()
     for n in range(4):
@@ -91,7 +90,7 @@ def test_a_teacher_never_learns(finished: Callable[..., Path], config_file: Path
     config = loading.load(config_file, [f"distillation.teacher={finished(1)}"])
     trained = Restored.of(finished(1), "best")
     teacher, before = Teacher(trained, FP32), copy.deepcopy(trained.ensemble.state_dict())
-    images, share = scan(Path(config.data.root) / "train"), Shard(0, 1, 12, threads=1, device_id=None)
+    images, share = image_files(Path(config.data.root) / "train"), Shard(0, 1, 12, threads=1, device_id=None)
     batches = TrainingLoader(config, images, [share], teacher=teacher)
     ensemble, learners = learners_of(config, 12, FP32, Mesh(ALONE.ranks, 4))
     own = ensemble([torch.ones(8, 3, 16, 16)] * 4)

@@ -26,6 +26,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2", "
 NO_DATA = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 """What operating systems and NAS devices leave in folders, beside entries that begin with a dot."""
 
+OWN_FOLDER = ".bandsplit"
+"""Where the index of a data set is kept beside it."""
+
 MISSING = -1
 """Size of a listed file that does not exist or cannot be looked at."""
 
@@ -76,7 +79,8 @@ def _walk(folder: Path) -> Found:
     with os.scandir(folder) as entries:
         for entry in entries:
             if _is_hidden(entry.name):
-                others.add("hidden", entry.name)
+                if entry.name != OWN_FOLDER:
+                    others.add("hidden", entry.name)
             elif entry.is_dir():
                 classes.append(entry.name)
             elif entry.name.lower().endswith(SUFFIXES):
@@ -127,16 +131,13 @@ class _Class:
 
 def _walk_classes(folder: str, classes: Sequence[str]) -> Iterator[_Class]:
     """In worker processes once many files were found, since looking at a file takes the interpreter 2 µs."""
-    files = 0
-    for n, name in enumerate(classes):
-        if files > _IN_THIS_PROCESS:
-            break
-        yield (one := _walk_class(folder, name))
+    files, remaining = 0, list(reversed(classes))
+    while remaining and files < _IN_THIS_PROCESS:
+        yield (one := _walk_class(folder, remaining.pop()))
         files += len(one.names)
-    else:
-        return
-    with ProcessPoolExecutor(available_cpus(), multiprocessing.get_context("spawn")) as pool:
-        yield from pool.map(partial(_walk_class, folder), classes[n:], chunksize=8)
+    if remaining:
+        with ProcessPoolExecutor(available_cpus(), multiprocessing.get_context("spawn")) as pool:
+            yield from pool.map(partial(_walk_class, folder), reversed(remaining), chunksize=8)
 
 
 def _walk_class(folder: str, name: str) -> _Class:
@@ -232,16 +233,16 @@ def _text_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
 
 def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
     reader = csv.reader(text.splitlines(keepends=True))
-    columns: tuple[int, int] | None = None
+    columns: list[int] | None = None
     for row in reader:
         if not any(row):
             continue
         if columns is None:
             header = [cell.strip().lower() for cell in row]
-            found = [next((header.index(n) for n in names if n in header), -1) for names in (_PATH_COLUMNS, _LABEL_COLUMNS)]
-            columns = (found[0], found[1]) if min(found) >= 0 else (0, 1)
-            if min(found) >= 0:
+            columns = _columns(header)
+            if columns:
                 continue
+            columns = [0, 1]
             if len(row) != 2:
                 raise UserError(
                     f"{path}, line {reader.line_num}: {len(row)} columns given; expected two, a path and a label, or a "
@@ -250,6 +251,12 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
         if len(row) <= max(columns):
             raise UserError(f"{path}, line {reader.line_num}: {','.join(row)!r} given; expected a path and a label")
         yield reader.line_num, row[columns[0]], row[columns[1]].strip()
+
+
+def _columns(header: Sequence[str]) -> list[int] | None:
+    """Which columns are the path and the label; None: this is no header."""
+    found = [next((name for name in names if name in header), None) for names in (_PATH_COLUMNS, _LABEL_COLUMNS)]
+    return None if None in found else [header.index(name) for name in found if name]
 
 
 def _classes_of(labels: Iterable[str]) -> list[str]:

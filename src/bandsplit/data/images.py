@@ -99,6 +99,7 @@ class Place:
     path: Path
     folder: Path
     digest: str
+    images: int
 
 
 def find(data: Data, parts: Sequence[str], generate: bool = True) -> dict[str, Found]:
@@ -130,17 +131,24 @@ def examine(data: Data, parts: Sequence[str]) -> Generator[None, None, dict[str,
         name = getattr(data, part)
         path = index.place(_root(data, generate=False), name)
         known = yield from index.refresh(found, path, data.check, f"checking {name}")
-        places[part] = Place(path, found.folder, known.digest)
+        places[part] = Place(path, found.folder, known.digest, int(known.good.sum()))
     return places
 
 
-def read_part(place: Place) -> ImageFiles | None:
-    """The images of an index that is up to date; None where it is not to be found here, such as on another node."""
+def read_part(data: Data, part: str, place: Place) -> ImageFiles | None:
+    """The images of an index that another rank has brought up to date.
+
+    None where this rank has other folders or does not find that index, such as on another node.  Raises UserError where
+    the data set is missing here.
+    """
+    root = _root(data, generate=False).absolute()
+    if place.folder != (root / getattr(data, part) if data.layout == "folders" else root):
+        return None
     known = index.read(place.path)
     return ImageFiles.of(known, place.folder) if known and known.digest == place.digest else None
 
 
-def log_left_out(files: ImageFiles, part: str) -> None:
+def log_left_out(part: str, files: ImageFiles) -> None:
     """What was found in a part of the data set and is not used."""
     if files.index is None:
         return
@@ -152,16 +160,21 @@ def log_left_out(files: ImageFiles, part: str) -> None:
         logger.warning("{}: left out {} of {:,} images: {}", part, len(bad), len(files.index), named)
 
 
-def require_few_bad(data: Data, part: str, files: ImageFiles) -> None:
+def require_few_bad(data: Data, parts: Mapping[str, ImageFiles]) -> None:
     """Raises UserError where more than `data.max_bad` images are left out, or one where `data.on_bad` is "error"."""
-    bad = files.index.bad() if files.index else []
-    allowed = data.max_bad if data.on_bad == "replace" else 0
-    if len(bad) > allowed:
+    bad = [
+        (f"{getattr(data, part)}/{name}" if data.layout == "folders" else name, reason)
+        for part, files in parts.items()
+        if files.index
+        for name, reason in files.index.bad()
+    ]
+    if len(bad) > (data.max_bad if data.on_bad == "replace" else 0):
+        count = len(bad) + sum(map(len, parts.values()))
         named = "".join(f"\n  {name!r}: {reason}" for name, reason in bad[:20]) + "\n  …" * (len(bad) > 20)
-        key = f"data.max_bad = {data.max_bad}" if data.on_bad == "replace" else 'data.on_bad = "error"'
+        given = f"data.max_bad = {data.max_bad}" if data.on_bad == "replace" else 'data.on_bad = "error"'
         raise UserError(
-            f"data.root: {data.root}: {len(bad)} of {len(bad) + len(files)} images in {part} cannot be used, and {key}; "
-            f"repair or remove them, or allow more with --set data.max_bad={len(bad)}. "
+            f"data.root: {data.root}: {len(bad):,} of {count:,} images cannot be read or decoded, and {given}; repair "
+            f"or remove them, or leave them out with --set data.max_bad={len(bad)}; "
             f"`python src/data.py scan` lists them all:{named}"
         )
 

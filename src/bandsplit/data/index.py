@@ -29,7 +29,7 @@ from tqdm import tqdm
 from bandsplit import paths
 from bandsplit.cpus import available_cpus
 from bandsplit.data import check
-from bandsplit.data.folders import MISSING, Found
+from bandsplit.data.folders import MISSING, OWN_FOLDER, Found
 
 VERSION = 1
 
@@ -62,6 +62,9 @@ SCHEMA = pa.schema(
 )
 """`name` is relative to the folder of the data set, or of its part where that has class folders."""
 
+_PER_PROCESS = 128
+"""Fewer files are not worth a process."""
+
 _SECONDS_BETWEEN_WRITES = 120
 """So much of a scan is lost when it is killed."""
 
@@ -75,14 +78,14 @@ class Index:
     classes: list[str]
     passed_over: tuple[str, ...] = ()
     digest: str = ""
-    """Of names, classes and sizes in bytes, wherever the files lie: 32 hex digits."""
+    """Of names, classes, sizes in bytes, and what is left out, wherever the files lie: 32 hex digits."""
 
     def __len__(self) -> int:
         return len(self.table)
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers."""
-        return self.table.column(name).combine_chunks().to_numpy(zero_copy_only=False)
+        return np.asarray(self.table.column(name).combine_chunks().to_numpy(zero_copy_only=False))
 
     @cached_property
     def names(self) -> pa.LargeBinaryArray:
@@ -91,7 +94,9 @@ class Index:
     @cached_property
     def good(self) -> NDArray[np.bool_]:
         """(N,), whether nothing speaks against a file."""
-        return pc.equal(self.table.column("reason"), "").combine_chunks().to_numpy(zero_copy_only=False)
+        reasons = self.table.column("reason").combine_chunks()
+        fine = np.array([text == "" for text in reasons.dictionary.to_pylist()], dtype=bool)
+        return np.asarray(fine[reasons.indices.to_numpy()])
 
     def named(self, i: int) -> str:
         return os.fsdecode(self.names[i].as_py())
@@ -99,8 +104,8 @@ class Index:
     def bad(self) -> list[tuple[str, str]]:
         """Name and reason of every file that is left out."""
         rows = np.flatnonzero(~self.good)
-        reasons = self.table.column("reason")
-        return [(self.named(i), reasons[i].as_py()) for i in rows.tolist()]
+        reasons = self.table.column("reason").take(pa.array(rows)).to_pylist()
+        return [(self.named(i), reason) for i, reason in zip(rows.tolist(), reasons, strict=True)]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -141,14 +146,14 @@ def place(folder: Path, part: str) -> Path:
     Raises UserError where neither can be written.
     """
     name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', part)}.arrow"
-    beside = folder / ".bandsplit"
+    beside = folder / OWN_FOLDER
     with suppress(OSError):
         beside.mkdir(exist_ok=True)
         if os.access(beside, os.W_OK | os.X_OK):
             return beside / name
     known_as = hashlib.blake2b(os.fsencode(folder.absolute()), digest_size=8).hexdigest()
-    elsewhere = paths.cache_folder() / "index" / f"{folder.name}-{known_as}"
-    with paths.writing_to(elsewhere):
+    with paths.writing_to(beside):
+        elsewhere = paths.cache_folder() / "index" / f"{folder.name}-{known_as}"
         elsewhere.mkdir(parents=True, exist_ok=True)
     return elsewhere / name
 
@@ -263,7 +268,8 @@ class _Facts:
             return
         root, names = str(self._found.folder), self._found.names
         files = (f"{root}/{os.fsdecode(names[i].as_py())}" for i in rows.tolist())
-        verdicts = check.examine(files, available_cpus(), decode=LEVELS[wanted] == "decode")
+        processes = min(available_cpus(), -(-len(rows) // _PER_PROCESS))
+        verdicts = check.examine(files, processes, decode=LEVELS[wanted] == "decode")
         bad = 0
         with tqdm(total=len(rows), desc=title, unit=" images", disable=None) as bar:
             for i, verdict in zip(rows.tolist(), verdicts, strict=True):
@@ -287,15 +293,16 @@ class _Facts:
         for name, codes in self._texts.items():
             columns[name] = pa.DictionaryArray.from_arrays(columns[name], pa.array(list(codes), pa.string()))
         table = pa.table([pa.array(columns[name]) for name in SCHEMA.names], schema=SCHEMA)
-        return Index(table, self._found.classes, self._found.passed_over, _digest(self._found))
+        digest = _digest(self._found, self._columns["reason"] == 0)
+        return Index(table, self._found.classes, self._found.passed_over, digest)
 
 
-def _digest(found: Found) -> str:
-    """BLAKE2b of names, class of each and sizes."""
+def _digest(found: Found, good: NDArray[np.bool_]) -> str:
+    """BLAKE2b of class names, and of name, class, size and `good` of every image."""
     digest = hashlib.blake2b(json.dumps(found.classes).encode(), digest_size=16)
     lengths = pc.binary_length(found.names).to_numpy()
-    for column in (lengths, found.labels, found.sizes):
-        digest.update(np.ascontiguousarray(column, dtype="<i8"))
+    for column in (lengths, found.labels, found.sizes, good):
+        digest.update(np.ascontiguousarray(column, dtype="<i8").data)
     for first in range(0, len(found.names), 2**16):
         digest.update(b"".join(found.names[first : first + 2**16].to_pylist()))
     return digest.hexdigest()

@@ -66,16 +66,16 @@ def open_data(
     data = config.data
     places = ranks.finish(images.examine(data, parts) if ranks.is_first else None, signal)
     firsts = ranks.from_first(lambda: cast(dict[str, Place], places))
-    opened = {part: images.read_part(place) for part, place in firsts.items()}
+    opened = ranks.each(lambda: {part: images.read_part(data, part, place) for part, place in firsts.items()})
     if ranks.largest([None in opened.values()])[0]:
         own = ranks.finish(images.examine(data, parts) if None in opened.values() else None, signal)
-        opened |= {part: images.read_part(place) for part, place in (own or {}).items()}
+        opened |= {part: images.read_part(data, part, place) for part, place in (own or {}).items()}
     files = {part: cast(ImageFiles, each) for part, each in opened.items()}
     ranks.each(partial(_require_same, config, files, firsts))
     if ranks.is_first:
         for part, each in files.items():
-            images.log_left_out(each, getattr(data, part))
-    ranks.each(lambda: [images.require_few_bad(data, getattr(data, part), each) for part, each in files.items()])
+            images.log_left_out(getattr(data, part), each)
+    ranks.each(partial(images.require_few_bad, data, files))
     return list(files.values())
 
 
@@ -84,8 +84,8 @@ def _require_same(config: RunConfig, files: Mapping[str, ImageFiles], firsts: Ma
     for part, mine in files.items():
         if mine.digest != firsts[part].digest:
             raise UserError(
-                f"data.root: {config.data.root}: {len(mine)} images in {getattr(config.data, part)}, which are not "
-                f"those of rank 0, by name, class or size; every rank needs the same ones"
+                f"data.root: {config.data.root}: {len(mine)} images in {getattr(config.data, part)}, which differ from "
+                f"the {firsts[part].images} of rank 0 in number, name, class or size; every rank needs the same ones"
             )
 
 

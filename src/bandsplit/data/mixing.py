@@ -29,9 +29,9 @@ def mix(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derived(config.seed, f"mixing batch {batch}", stream))
         if torch.rand(()) >= config.mix.probability:
-            return list(inputs), one_hot(labels, config.data.classes).float()
+            return list(inputs), one_hot(labels, config.classes).float()
         cut = alphas[1] > 0 and (not alphas[0] or bool(torch.rand(()) < 0.5))
-        transform = (v2.CutMix if cut else v2.MixUp)(alpha=alphas[cut], num_classes=config.data.classes)
+        transform = (v2.CutMix if cut else v2.MixUp)(alpha=alphas[cut], num_classes=config.classes)
         grid = math.gcd(*(x.shape[-1] for x in inputs))  # the coarsest of them: a box of whole cells is one in each
         drawn = transform.make_params([torch.empty(1, 1, grid, grid)])
     drawn |= {"labels": labels, "batch_size": len(labels)}

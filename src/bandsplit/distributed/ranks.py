@@ -107,9 +107,9 @@ class Ranks:
         The others wait, for longer than a collective may take.  Errors of `work` are raised as `each` raises them.
         Raises Interrupted on every rank where one of them has received a signal.
         """
-        done = work is None
-        value, error = None, None
-        while True:
+        done, value, error = work is None, None, None
+        busy = 1
+        while busy:
             until = time.monotonic() + _SECONDS_OF_WORK
             try:
                 while work is not None and not done and time.monotonic() < until and not signal():
@@ -123,8 +123,7 @@ class Ranks:
                 if work is not None:
                     work.close()
                 raise Interrupted(stopped_by)
-            if not busy:
-                return self.each(lambda: _value_or(error, value))
+        return self.each(lambda: _value_or(error, value))
 
     def wait(self) -> None:
         """Barrier over all ranks."""

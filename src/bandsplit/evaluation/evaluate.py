@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bandsplit.data.feed import BatchFeed
-from bandsplit.data.loader import Batch, ValidationLoader, open_validation, shard_of
+from bandsplit.data.loader import Batch, ValidationLoader, open_data, shard_of
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
@@ -98,8 +99,8 @@ def evaluate_runs(
         precision.apply()
         ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
-        files = open_validation(config, ranks)
-        runs[0].require_classes(files.classes, config.data.root)
+        (files,) = open_data(config, ranks, ["val"])
+        files = ranks.each(partial(files.renumbered, runs[0].classes, str(runs[0].run_dir)))
         parts = ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = ValidationLoader(config, files, shard_of(config, ranks, batch_size, precision.half_bands))

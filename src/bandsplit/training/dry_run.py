@@ -11,7 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
-from bandsplit.data.images import open_data
+from bandsplit.data import images
+from bandsplit.data.folders import Found
 from bandsplit.distributed import ranks
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
 from bandsplit.errors import UserError
@@ -64,6 +65,11 @@ def show(config: RunConfig, planned_ranks: int | None = None) -> None:
     With `planned_ranks`, on so many elsewhere: on GPUs, also where this machine has none.
     Raises UserError where the batch does not fit the ranks, the networks or the data.
     """
+    found = _found(config)
+    if config.data.classes is None:
+        if isinstance(found, UserError):
+            raise UserError(f"data.classes: not given, and the images cannot be counted: {found}")
+        config = config.with_classes(len(found["train"].classes))
     world_size = planned_ranks or ranks.world_size()
     on_gpu = torch.cuda.is_available() or planned_ranks is not None
     precision, other = (Precision(config.train.precision, torch.device(name)) for name in _devices(on_gpu))
@@ -104,10 +110,17 @@ def show(config: RunConfig, planned_ranks: int | None = None) -> None:
     otherwise = branch_groups(config, world_size, parameters, other.half_bands)
     if otherwise != groups:
         print(f"          on {'CPUs' if on_gpu else 'GPUs'}, with {_bands(other.half_bands)}: {otherwise} groups")
-    images = f"{bn_batch_size} image{'s' * (bn_batch_size > 1)}"
-    print(f"norm      batch norm over {images} (model.bn_batch_size = {config.model.bn_batch_size!r})")
+    over = f"{bn_batch_size} image{'s' * (bn_batch_size > 1)}"
+    print(f"norm      batch norm over {over} (model.bn_batch_size = {config.model.bn_batch_size!r})")
     _show_sizes(config)
-    _show_steps(config)
+    _show_steps(config, found)
+
+
+def _found(config: RunConfig) -> dict[str, Found] | UserError:
+    try:
+        return images.find(config.data, ("train", "val"), generate=False)
+    except UserError as error:
+        return error
 
 
 def _devices(on_gpu: bool) -> tuple[str, str]:
@@ -187,16 +200,15 @@ def _show_sizes(config: RunConfig) -> None:
     )
 
 
-def _show_steps(config: RunConfig) -> None:
+def _show_steps(config: RunConfig, found: dict[str, Found] | UserError) -> None:
     """Images and steps, where the data can be read."""
-    try:
-        train_files, val_files = open_data(config.data, generate=False)
-    except UserError as error:
-        print(f"steps     unknown: {error}")
+    if isinstance(found, UserError):
+        print(f"steps     unknown: {found}")
         return
-    steps = config.steps_per_epoch(len(train_files))
-    print(f"data      {len(train_files)} training and {len(val_files)} validation images")
-    for part, files in (("training", train_files), ("validation", val_files)):
+    train, val = (len(found[part].names) for part in ("train", "val"))
+    steps = config.steps_per_epoch(train)
+    print(f"data      {train} training and {val} validation images, before they are checked")
+    for part, files in found.items():
         if files.passed_over:
-            print(f"          {part}: passed over {'; '.join(files.passed_over)}")
+            print(f"          {getattr(config.data, part)}: passed over {'; '.join(files.passed_over)}")
     print(f"steps     {config.train.epochs} epochs x {steps} = {config.train.epochs * steps}")

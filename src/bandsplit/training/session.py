@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -39,9 +39,14 @@ class Plan:
     mesh: Mesh
 
     @classmethod
-    def of(cls, config: RunConfig, ranks: Ranks) -> Plan:
-        """Every rank calls it.  Raises UserError where the config does not fit the data or the ranks."""
-        train_files, val_files = open_data(config, ranks)
+    def of(cls, config: RunConfig, ranks: Ranks, signal: Callable[[], int] = lambda: 0) -> Plan:
+        """Every rank calls it.
+
+        Raises UserError where the config does not fit the data or the ranks; Interrupted where `signal` tells of one
+        while images are examined.
+        """
+        train_files, val_files = open_data(config, ranks, signal=signal)
+        config = config.with_classes(len(train_files.classes))
         config.steps_per_epoch(len(train_files))
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()

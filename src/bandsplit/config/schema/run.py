@@ -126,6 +126,17 @@ class RunConfig(Table):
         return Model.model_validate({**self.model.model_dump(), **own}) if own else self.model
 
     @property
+    def classes(self) -> int:
+        """Number of classes, as given or as the data has; raises UserError where neither is known yet."""
+        if self.data.classes is None:
+            raise UserError(f"data.classes: not given, and {self.data.root} was not read to count them")
+        return self.data.classes
+
+    def with_classes(self, count: int) -> RunConfig:
+        """The same config for data of so many classes."""
+        return self.model_copy(update={"data": self.data.model_copy(update={"classes": count})})
+
+    @property
     def networks(self) -> str:
         """The networks of this run in words: `4 x resnet18`, or `1 x resnet34, 3 x resnet18 of width 0.5`."""
         models = [self.model_of(number) for number in self.split.numbers]
