@@ -516,7 +516,7 @@ def test_a_failed_build_ends_with_the_compilers_words(tmp_path: Path, monkeypatc
 def test_a_cache_that_cannot_be_written_is_a_build_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(native.BuildError, match="cannot write the cache .*: set BANDSPLIT_CACHE to a folder"):
+    with pytest.raises(native.BuildError, match="cannot write to the cache .*: set BANDSPLIT_CACHE to a writable folder"):
         native.build(cuda=False)
 
 
@@ -526,7 +526,7 @@ def test_the_command_prints_a_build_error_and_ends_with_2(tmp_path: Path) -> Non
     output, errors = command.communicate()
     assert command.returncode == 2
     assert output == ""
-    assert errors.startswith("the build of spectral_split: CXX = 'no-such-compiler'")
+    assert errors.startswith("building spectral_split: CXX = 'no-such-compiler'")
     assert "Traceback" not in errors
 
 
@@ -568,7 +568,7 @@ def test_without_a_home_the_cache_lies_among_temporary_files(tmp_path: Path, mon
     with refused:
         native.build(cuda=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(native.BuildError, match="no folder for a cache .*set BANDSPLIT_CACHE"):
+    with pytest.raises(native.BuildError, match="cannot create a cache folder .*set BANDSPLIT_CACHE"):
         native.build(cuda=False)
 
 
