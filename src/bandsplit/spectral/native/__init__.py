@@ -4,8 +4,8 @@
 kernel) and later ones load it from the cache. `python -m bandsplit.spectral.native` prebuilds it, for example on a
 login node. The operator computes `bandsplit.spectral.transforms.split_images`; its sources are in this folder.
 
-A plugin only works with one DALI version (DALI's symbols are versioned) and one CPU model (-march=native). Both are
-hashed into its file name, so machines that differ can share a cache.
+A plugin works with one DALI version only (DALI's symbols are versioned), and with one set of CPU features
+(-march=native). Both are hashed into its file name, so different machines can share a cache.
 """
 
 import contextlib
@@ -100,8 +100,8 @@ def build(cuda: bool | None = None) -> Path:
             missing = "a C++ compiler (g++, or set CXX)" if cxx is None else "nvcc (pip install bandsplit[nvcc])"
             raise BuildError(
                 f"building spectral_split needs {missing}, which is not installed, and the cache {_cache_folder()} "
-                "has no plugin for this machine: install it, or prebuild the plugin on a machine of the same kind with "
-                "`python -m bandsplit.spectral.native`"
+                "has no plugin for this machine: install it, or prebuild the plugin with "
+                "`python -m bandsplit.spectral.native` on a machine with a compiler and the same CPU features"
             )
         return prebuilt
 
@@ -116,7 +116,9 @@ def build(cuda: bool | None = None) -> Path:
         with FileLock(cache / f"{name}.lock"):
             return _cached(name) or _compile(name, cxx, nvcc if cuda else None)
     except OSError as error:
-        raise BuildError(f"cannot write to the cache {cache} ({error}): set BANDSPLIT_CACHE to a writable folder") from error
+        raise BuildError(
+            f"cannot write to the cache {cache} ({error}): set BANDSPLIT_CACHE to a writable folder"
+        ) from error
 
 
 def _compile(name: str, cxx: list[str], nvcc: str | None) -> Path:
