@@ -84,7 +84,7 @@ def test_ranks_that_torchrun_did_not_start(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
     with (
-        pytest.raises(UserError, match="rank 0 of 2 cannot find the others: .*MASTER_ADDR expected.*torchrun"),
+        pytest.raises(UserError, match="rank 0 of 2 cannot connect to the others: .*MASTER_ADDR expected.*torchrun"),
         joined(),
     ):
         pass
