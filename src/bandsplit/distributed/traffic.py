@@ -31,7 +31,9 @@ class Traffic:
 
 
 def step_traffic(config: RunConfig, world_size: int, groups: int, parameters: Sequence[int], half: bool) -> Traffic:
-    """Upper bound over the ranks: the gradients of the largest branch group, the bands sent by the smallest.
+    """Traffic of the busiest rank: gradients of the largest branch group, bands of the group that reads the fewest.
+
+    If these are different branch groups, it is an upper bound.
 
     Args:
         config: the run.
