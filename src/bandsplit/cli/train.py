@@ -64,8 +64,6 @@ def _config_file(arguments: argparse.Namespace) -> Path:
     if config is None and arguments.resume and arguments.run_dir is not None:
         own = RunDirectory(arguments.run_dir)
         if not own.holds_run:
-            raise UserError(
-                f"--resume --run-dir {own.path}: no run found there, and no CONFIG given to start one"
-            )
+            raise UserError(f"--resume --run-dir {own.path}: no run found there, and no CONFIG given to start one")
         return own.config
     return config or options.DEMO
