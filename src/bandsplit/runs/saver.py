@@ -203,7 +203,7 @@ class Saver:
 
     @property
     def _failed(self) -> int:
-        """0 without an error, else world_size - rank, so that the maximum names the lowest failed rank, which reports."""
+        """0 without an error, else world_size - rank: the maximum belongs to the lowest failed rank, which reports."""
         return self._ranks.world_size - self._ranks.rank if self._writer.error is not None else 0
 
     def _end_if(self, failed: int) -> None:

@@ -99,6 +99,6 @@ class Session:
         return ValidationLoader(self.config, self.plan.val_files, shard)
 
     def seed_branch(self, i: int, step: int) -> None:
-        """Seeds torch (dropout, stochastic depth) for a step of branch `i`, independent of the rank's other branches."""
+        """Seeds torch (dropout, stochastic depth) for a step of branch `i`, independent of other local branches."""
         purpose = f"branch {self.numbers[i]} step {step}"
         torch.manual_seed(seeds.derived(self.config.seed, purpose, self.mesh.replica))
