@@ -149,9 +149,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=REPOSITORY / "config/train/demo.toml")
     parser.add_argument("--data", type=Path, help="data config to use instead of the one that the train config names")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key"
-    )
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
     parser.add_argument("--jobs", type=int, default=1, help="parallel runs, which share the cores (default: 1)")
     parser.add_argument("--only", action="append", choices=[*BAG, *OTHERS], help="run only this trick; may be repeated")
