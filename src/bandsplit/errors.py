@@ -11,7 +11,7 @@ class UserError(ValueError):
     """Whether this rank prints the message even if it is not rank 0, because the other ranks do not have the error."""
 
 
-class ToldElsewhere(Exception):
+class ReportedElsewhere(Exception):
     """This rank exits because another rank failed; that rank reports the error."""
 
 

@@ -9,7 +9,7 @@ import torch
 
 from bandsplit.distributed import ranks
 from bandsplit.distributed.ranks import joined
-from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.errors import ReportedElsewhere, UserError
 from tests.conftest import Launch, on_ranks
 
 
@@ -90,10 +90,10 @@ def test_ranks_that_torchrun_did_not_start(monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
 
-def test_told_elsewhere_is_no_error_of_its_own() -> None:
+def test_reported_elsewhere_is_not_treated_as_an_error_of_this_rank() -> None:
     """What another rank tells is raised as it is, with one rank as with several."""
-    with pytest.raises(ToldElsewhere), joined():
-        raise ToldElsewhere()
+    with pytest.raises(ReportedElsewhere), joined():
+        raise ReportedElsewhere()
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from bandsplit.errors import Interrupted, ToldElsewhere, UserError
+from bandsplit.errors import Interrupted, ReportedElsewhere, UserError
 
 
 def run(main: Callable[[], None]) -> None:
@@ -21,7 +21,7 @@ def run(main: Callable[[], None]) -> None:
     - Any other exception is raised, so that Python prints its traceback.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    attempt: Callable[[], UserError | Interrupted | ToldElsewhere | None] = partial(_attempt, main)
+    attempt: Callable[[], UserError | Interrupted | ReportedElsewhere | None] = partial(_attempt, main)
     if under_torchrun:
         from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -39,7 +39,7 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
     if isinstance(ended, Interrupted):
         sys.exit(0 if under_torchrun else 128 + ended.signal)
-    if isinstance(ended, ToldElsewhere):
+    if isinstance(ended, ReportedElsewhere):
         if under_torchrun:
             _wait_for_report(5)
         sys.exit(1)
@@ -50,9 +50,9 @@ def _wait_for_report(seconds: float) -> None:
     time.sleep(seconds)
 
 
-def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ToldElsewhere | None:
+def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ReportedElsewhere | None:
     try:
         main()
-    except (UserError, Interrupted, ToldElsewhere) as ended:
+    except (UserError, Interrupted, ReportedElsewhere) as ended:
         return ended
     return None

@@ -18,7 +18,7 @@ from loguru import logger
 from torch import Tensor
 
 from bandsplit.cpus import available_cpus
-from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.errors import ReportedElsewhere, UserError
 
 T = TypeVar("T")
 
@@ -85,7 +85,7 @@ class Ranks:
         """Runs `make` on every rank and returns this rank's result.
 
         If `make` raises a UserError on some ranks, the lowest of them raises it (with its rank and hostname, unless it
-        is rank 0), and all other ranks raise ToldElsewhere.
+        is rank 0), and all other ranks raise ReportedElsewhere.
         """
         made, error = None, None
         try:
@@ -96,7 +96,7 @@ class Ranks:
         if not first:
             return cast(T, made)
         if error is None or first != self.world_size - self.rank:
-            raise ToldElsewhere()
+            raise ReportedElsewhere()
         if not self.is_first:
             error = UserError(f"rank {self.rank} on {socket.gethostname()}: {error}")
             error.one_rank = True
@@ -128,14 +128,14 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
     """Context with the process groups of all ranks (NCCL on GPUs, gloo on CPUs), which are destroyed at the end.
 
     When another rank exits or hangs, collectives fail with connection errors. These are logged with their traceback;
-    one rank raises a UserError that names the missing ranks, and the others raise ToldElsewhere.
+    one rank raises a UserError that names the missing ranks, and the others raise ReportedElsewhere.
 
     Args:
         timeout_seconds: timeout of collectives on the hosts; 60 s more for those on GPUs.
 
     Raises:
         UserError: a node has fewer GPUs than ranks, the ranks cannot connect, or a collective failed.
-        ToldElsewhere: a collective failed, and another rank reports it.
+        ReportedElsewhere: a collective failed, and another rank reports it.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
@@ -220,7 +220,7 @@ def _who_tells(error: Exception, store: Any, rank: int, seconds: float = 8.0) ->
     """The exception that this rank raises after a failed collective: UserError if it reports the failure.
 
     Every rank whose collective failed writes a key to the store and waits up to `seconds` for the keys of the others.
-    - A rank that failed with an error of its own has already reported it: all others raise ToldElsewhere.
+    - A rank that failed with an error of its own has already reported it: all others raise ReportedElsewhere.
     - Ranks without a key have exited or hang: the lowest rank with a key names them in a UserError.
     - If every rank has a key, the collective itself failed: rank 0 raises UserError with its error.
     """
@@ -234,9 +234,9 @@ def _who_tells(error: Exception, store: Any, rank: int, seconds: float = 8.0) ->
                 break
             time.sleep(0.1)
     except RuntimeError:  # the store is gone, and so is the rank or the torchrun that hosted it
-        return ToldElsewhere()
+        return ReportedElsewhere()
     if _OWN in told.values() or rank != min(told):
-        return ToldElsewhere()
+        return ReportedElsewhere()
     if missing:
         named = ", ".join(map(str, missing))
         what = f"ranks {named} have exited or hang" if len(missing) > 1 else f"rank {named} has exited or hangs"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from loguru import logger
 from tqdm import tqdm
 
-from bandsplit.errors import Interrupted, ToldElsewhere, UserError
+from bandsplit.errors import Interrupted, ReportedElsewhere, UserError
 
 if TYPE_CHECKING:
     from loguru import Message, Record
@@ -78,7 +78,7 @@ def logged(folder: Path, rank: int) -> Iterator[LogFile]:
     _log_to_terminal(rank)
     try:
         yield file
-    except (Interrupted, ToldElsewhere):
+    except (Interrupted, ReportedElsewhere):
         raise
     except UserError as error:
         if file.is_open:

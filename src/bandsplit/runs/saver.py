@@ -15,7 +15,7 @@ from loguru import logger
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.ranks import Ranks
-from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.errors import ReportedElsewhere, UserError
 from bandsplit.runs import checkpoint
 from bandsplit.runs.checkpoint import State, damage_of_file, files_of
 from bandsplit.runs.files import sync_folder
@@ -176,7 +176,7 @@ class Saver:
         """A signal that any rank has received (0: none), and whether `checkpoint.every_minutes` have passed.
 
         Every rank must call it. If the last checkpoint could not be written, raises UserError on the rank that reports
-        it and ToldElsewhere on all others.
+        it and ReportedElsewhere on all others.
         """
         minutes = self._config.checkpoint.every_minutes
         over = self._ranks.is_first and minutes is not None and time.monotonic() - self._last >= 60 * minutes
@@ -209,4 +209,4 @@ class Saver:
     def _end_if(self, failed: int) -> None:
         if failed:
             self._writer.give_up()
-            raise self._writer.error if self._writer.error and failed == self._failed else ToldElsewhere()
+            raise self._writer.error if self._writer.error and failed == self._failed else ReportedElsewhere()
