@@ -45,8 +45,11 @@ def end_of(errors: list[str]) -> str:
 @pytest.mark.parametrize(
     ("errors", "ends"),
     [
-        (["broken"] * 3, ["UserError: a collective failed on every rank: Connection closed by peer", *["Told"] * 2]),
-        (["broken", "own", "broken"], ["Told", "KeyError: 'own'", "Told"]),
+        (
+            ["broken"] * 3,
+            ["UserError: a collective failed on every rank: Connection closed by peer", *["Reported"] * 2],
+        ),
+        (["broken", "own", "broken"], ["Reported", "KeyError: 'own'", "Reported"]),
         (["own", "own", "own"], ["KeyError: 'own'"] * 3),
     ],
 )
