@@ -1,9 +1,9 @@
-"""How long training stands still for a checkpoint: written in the background, and written in the loop.
+"""Time that training pauses for a checkpoint, compared with writing it synchronously.
 
     python bench/checkpoint.py [CONFIG] [--set KEY=VALUE …]
 
-Builds the config's branches with their optimizers after one step, takes snapshots as training does, and measures what
-the loop waits for (the copy on the host) and what happens beside it (writing, syncing, reading back, naming).
+Builds the config's branches, runs one optimizer step, and saves checkpoints like training does. Times the part that
+blocks the training loop (the copy to the host) and the part in the background (write, sync, verify, rename).
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def main() -> None:
     writer = saver.Writer(arguments.folder, leads=True, keep=1)
     run = {"format": checkpoint.FORMAT, "branches": [], "streams": 0}
     copied, written = [], []
-    for n in range(arguments.rounds + 1):  # the first one finds cold memory
+    for n in range(arguments.rounds + 1):  # the first round is a warm-up
         began = time.perf_counter()
         files = {checkpoint.branch_file(k): learner.state_dict() for k, learner in enumerate(learners)}
         files = checkpoint.on_host({**files, checkpoint.RUN: {**run, "progress": {"best_step": n}}})
@@ -66,12 +66,12 @@ def main() -> None:
     mib = sum(path.stat().st_size for path in last.iterdir()) / 2**20
     shutil.rmtree(arguments.folder)
     print(f"\n{config.name}: {mib:,.0f} MiB on {device}, one rank, n = {arguments.rounds}, median (min .. max)")
-    for name, seconds in (("in the loop", copied), ("beside it", written)):
+    for name, seconds in (("in the loop", copied), ("background", written)):
         print(f"{name:>12}  {np.median(seconds):6.2f} s ({min(seconds):.2f} .. {max(seconds):.2f})")
     share = float(np.median(copied)) / float(np.median(written) + np.median(copied))
     minutes = float(np.median(copied)) / 0.02 / 60
-    print(f"the loop stands still for {100 * share:.0f} % of what writing in the loop would take,")
-    print(f"and for less than 2 % of the time where checkpoints are more than {minutes:.1f} minutes apart")
+    print(f"training pauses for {100 * share:.0f} % of the time that a synchronous write would take,")
+    print(f"and for less than 2 % of the run if checkpoints are more than {minutes:.1f} minutes apart")
     settings = {"config": str(arguments.config), "set": arguments.set, "mib": mib}
     common.write(arguments.output, settings, {"in_the_loop": copied, "beside_it": written})
 

@@ -1,4 +1,4 @@
-"""What the benchmarks share: interleaved rounds, medians with their spread, one table, one JSON file."""
+"""Shared by the benchmarks: interleaved rounds, medians with their range, a table and a JSON file."""
 
 from __future__ import annotations
 
@@ -26,30 +26,31 @@ Images = npt.NDArray[np.uint8]
 
 def arguments(description: str, output: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
-    parser.add_argument(
-        "--images", type=Path, help="folder of JPEG files, searched to its bottom (default: demo images)"
-    )
+    parser.add_argument("--images", type=Path, help="folder of JPEG files, searched recursively (default: demo images)")
     parser.add_argument("--rounds", type=int, default=9, help="timed rounds; each round times every subject once")
-    parser.add_argument("--threads", type=int, default=available_cpus(), help="threads of every subject")
+    parser.add_argument("--threads", type=int, default=available_cpus(), help="threads per subject")
     parser.add_argument("--output", type=Path, default=Path(output), help="JSON file")
     return parser
 
 
 def jpeg_files(folder: Path | None, count: int) -> list[Path]:
-    """`count` files below a folder in random but fixed order; without a folder demo images, made once."""
+    """`count` JPEG files below a folder, in a random but fixed order; files repeat if there are fewer.
+
+    Without a folder, demo images, which are generated in data/demo if it does not exist.
+    """
     if folder is None:
         folder = Path("data/demo")
         if not folder.exists():
             demo.generate(folder)
     found = sorted(path for path in folder.rglob("*") if path.suffix.lower() in (".jpg", ".jpeg"))
     if not found:
-        raise SystemExit(f"error: {folder}: no JPEG files below it")
+        raise SystemExit(f"error: {folder}: no JPEG files found")
     random.Random(0).shuffle(found)
     return (found * -(-count // len(found)))[:count]
 
 
 def decoded(files: list[Path], side: int) -> Images:
-    """Images (len(files), side, side, 3), each resized to cover a square and cut to it."""
+    """Decodes images to (len(files), side, side, 3): the shorter side is resized to `side`, then center-cropped."""
     images = []
     for file in files:
         image = Image.open(io.BytesIO(file.read_bytes())).convert("RGB")
@@ -63,13 +64,16 @@ def decoded(files: list[Path], side: int) -> Images:
 def interleaved(
     subjects: Mapping[str, Callable[[], int]], rounds: int, seconds: float, pause: float = 0, skip: int = 0
 ) -> dict[str, list[float]]:
-    """Images a second of every subject in every round; in each round all subjects run, in a new order.
+    """Throughput in images/s of every subject in every round. Each round runs all subjects, in a new random order.
 
-    A subject does a little work and returns how many images that was; it is called again until `seconds` are over.
-    Subjects that prepare batches ahead get `pause` seconds, in which the queues of all fill and the machine comes to
-    rest, and `skip` calls that are not counted, which empty their own again.
+    Args:
+        subjects: functions that process some images and return their number.
+        rounds: number of rounds.
+        seconds: time for which each subject is called in a round.
+        pause: seconds of sleep before each measurement, in which prefetch queues of all subjects fill up.
+        skip: calls before each measurement that are not counted, which drain the subject's prefetch queue.
     """
-    for subject in subjects.values():  # first calls build, allocate and fill caches
+    for subject in subjects.values():  # warm-up
         for _ in range(3):
             subject()
     rates: dict[str, list[float]] = {name: [] for name in subjects}
@@ -88,7 +92,7 @@ def interleaved(
 
 
 def ratio(rates: Mapping[str, list[float]], ours: str, peer: str) -> tuple[float, float, float]:
-    """Median, smallest and largest of the ratio ours / peer, round by round."""
+    """Median, minimum and maximum over the rounds of the ratio ours / peer."""
     ratios = np.array(rates[ours]) / np.array(rates[peer])
     return float(np.median(ratios)), float(ratios.min()), float(ratios.max())
 
@@ -104,7 +108,7 @@ def print_table(title: str, rates: Mapping[str, list[float]], ours: str) -> None
 
 
 def write(path: Path, settings: dict[str, Any], results: dict[str, Any]) -> None:
-    """Settings, machine and every round's figures as JSON."""
+    """Writes the settings, the machine and the results of every round as JSON."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     machine = {"processor": _processor(), "gpu": gpu, **directory.environment(1, "cuda" if gpu else "cpu")}
     path.parent.mkdir(parents=True, exist_ok=True)

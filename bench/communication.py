@@ -1,10 +1,10 @@
-"""Bytes that a rank sends in one step, for every number of branch groups: computed, and measured over gloo.
+"""Bytes that a rank sends per step for every number of branch groups: computed, and measured with gloo.
 
     python bench/communication.py [CONFIG] [--set KEY=VALUE …] [--world-size 8] [--processes 2,4]
 
-The first table is computed from the config alone, for GPUs.  For the second, the config is trained for a few steps on
-plain images, on that many processes of this machine, at a smaller batch; the bytes that the loopback interface carried
-meanwhile, headers included, are compared with the formula.  Run it on a machine that does nothing else.
+The first table is computed from the config alone, for GPUs. For the second, each number of local processes trains the
+config for a few steps with a smaller batch of gray images. The bytes sent over the loopback interface, headers
+included, are compared with the formula. Other traffic on that interface is counted too, so use an idle machine.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=Path("config/train/resnet34_sub16.toml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--world-size", type=int, default=8, help="ranks of the computed table")
-    parser.add_argument("--processes", default="2,4", help="numbers of processes to measure with")
-    parser.add_argument("--images", type=int, default=8, help="global batch to measure with")
-    parser.add_argument("--steps", type=int, default=2, help="steps to measure")
+    parser.add_argument("--world-size", type=int, default=8, help="number of ranks in the computed table")
+    parser.add_argument("--processes", default="2,4", help="numbers of processes to measure, comma-separated")
+    parser.add_argument("--images", type=int, default=8, help="global batch size of the measurement")
+    parser.add_argument("--steps", type=int, default=2, help="number of measured steps")
     parser.add_argument("--output", type=Path, default=Path("bench/results/communication.json"))
     arguments = parser.parse_args()
 
@@ -52,7 +52,7 @@ def main() -> None:
         f"{config.train.batch_size} images of {config.data.image_size}², float{16 if half else 32} bands, "
         f"{arguments.world_size} ranks"
     )
-    print("| branch groups | branches a rank | gradients MB | bands MB |  all MB | less than plain DDP by |")
+    print("| branch groups | branches / rank | gradients MB | bands MB |  all MB | less than plain DDP by |")
     print("|--------------:|----------------:|-------------:|---------:|--------:|-----------------------:|")
     computed = [
         step_traffic(config, arguments.world_size, g, parameters, half)
@@ -64,7 +64,7 @@ def main() -> None:
             f"{sent.bands / 1e6:>8,.1f} | {sent.bytes / 1e6:>7,.1f} | {computed[0].bytes / sent.bytes:>22.1f} |"
         )
 
-    print(f"\nmeasured: {arguments.images} images a step, {arguments.steps} steps, float32 bands")
+    print(f"\nmeasured: {arguments.images} images per step, {arguments.steps} steps, float32 bands")
     print("| processes | branch groups | computed MB | measured MB | measured / computed |")
     print("|----------:|--------------:|------------:|------------:|--------------------:|")
     measured = []
@@ -94,7 +94,7 @@ def _as_dict(sent: Traffic) -> dict[str, Any]:
 
 
 def _write_images(root: Path, config: RunConfig, batch_size: int) -> None:
-    """At least a batch of gray images, as many in every class of the config, for training and validation."""
+    """Writes gray training and validation images: the same number per class, and at least one batch of each."""
     file, side = root / "gray.jpg", config.data.image_size
     Image.new("RGB", (side, side), (128, 128, 128)).save(file)
     for part in ("train", "val"):
@@ -106,7 +106,7 @@ def _write_images(root: Path, config: RunConfig, batch_size: int) -> None:
 
 
 def _measure(config: RunConfig, processes: int, steps: int) -> float:
-    """Bytes that one of the processes sends in a step, on average."""
+    """Mean number of bytes that one process sends per step."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
@@ -120,7 +120,7 @@ def _measure(config: RunConfig, processes: int, steps: int) -> float:
     for process in ranks:
         process.join()
         if process.exitcode:
-            raise SystemExit(f"error: a rank ended with code {process.exitcode}")
+            raise SystemExit(f"error: a rank exited with code {process.exitcode}")
     found: float = results.get()
     return found / processes / steps
 
@@ -139,7 +139,7 @@ def _train(config: RunConfig, processes: int, steps: int, port: int, results: An
             for i, learner in enumerate(session.learners):
                 learner.step([part.inputs[i] for part in parts], labels, lr=1e-3, teacher_logits=teacher_logits)
 
-        step(ahead=False)  # in the first step DDP tells the ranks its buckets
+        step(ahead=False)  # DDP sends its bucket assignment in the first step
         ranks.wait()
         before = _loopback_bytes()
         for n in range(steps):

@@ -1,8 +1,8 @@
-"""From JPEG files to training batches: python bench/pipeline.py [--images FOLDER]
+"""Throughput from JPEG files to training batches: python bench/pipeline.py [--images FOLDER]
 
-The same files, random-resized-crop and flip for every subject: our pipeline with the split, the same DALI pipeline
-ending in crop_mirror_normalize, torchvision's ImageFolder with v2 transforms in a DataLoader, and FFCV where it is
-installed. Rates are images a second.
+Compares, on the same files with random resized crop and hflip: our pipeline with the split, the same DALI pipeline with
+crop_mirror_normalize instead, torchvision's ImageFolder with v2 transforms in a DataLoader, and FFCV if installed.
+Results are in images/s.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def ours(files: list[Path], side: int, block: int, share: Shard) -> Subject:
 
 
 def without_split(files: list[Path], side: int, share: Shard) -> Subject:
-    """Our own graph with crop_mirror_normalize in the place of the split."""
+    """Our pipeline with crop_mirror_normalize instead of the split."""
     run = config(side, 1)
     listed = ImageFiles([*map(str, files)], [0] * len(files), ["all"])
 
@@ -114,7 +114,7 @@ def endless(loader: Iterable[Any]) -> Subject:
 
 
 def ffcv_loader(files: list[Path], folder: Path, side: int, batch_size: int, workers: int) -> Subject | None:
-    """FFCV reading the same JPEG files, byte by byte, from its own container; None where it is not installed."""
+    """FFCV on the same JPEG files, stored without re-encoding in its own format; None if FFCV is not installed."""
     try:
         from ffcv.fields import IntField, RGBImageField
         from ffcv.fields.basics import IntDecoder
@@ -123,7 +123,7 @@ def ffcv_loader(files: list[Path], folder: Path, side: int, batch_size: int, wor
         from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
         from ffcv.writer import DatasetWriter
     except ImportError as error:
-        print(f"FFCV is left out ({error}): apt install libopencv-dev libturbojpeg0-dev pkg-config; pip install ffcv")
+        print(f"FFCV is skipped ({error}): apt install libopencv-dev libturbojpeg0-dev pkg-config; pip install ffcv")
         return None
 
     class StoredJpeg(RGBImageField):

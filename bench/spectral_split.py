@@ -1,7 +1,7 @@
-"""The operator alone: python bench/spectral_split.py [--images FOLDER]
+"""Throughput of the operator alone: python bench/spectral_split.py [--images FOLDER]
 
-Every subject gets the same decoded images in memory and makes the same float32 numbers (or, where it says so, fewer);
-DALI's subjects each run in a pipeline of that one operator. Rates are images a second.
+Every subject reads the same decoded images from memory. The implementations of the split compute the same float32 bands
+("one band": only one). DALI operators run in a pipeline with no other operator. Results are in images/s.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ Subject = Callable[[], int]
 
 
 def dali(images: common.Images, threads: int, operator: Callable[[Any, Any], Any]) -> Subject:
-    """A pipeline that hands the images to one operator without copying them, half of them to be mirrored."""
+    """A pipeline of one operator that reads the images without a copy; every second image is flipped."""
     flips = np.arange(len(images), dtype=np.int32) % 2
 
     @pipeline_def(batch_size=len(images), num_threads=threads, device_id=None, prefetch_queue_depth=2)
@@ -57,7 +57,7 @@ def crop_mirror_normalize(images: Any, mirror: Any) -> Any:
 
 
 def scipy_function(block: int) -> Callable[[Any, Any], Any]:
-    """What a user would write first: scipy in a python_function, one image at a time."""
+    """A straightforward implementation: scipy in a python_function, one image at a time."""
 
     def transform(image: Any, mirror: Any) -> Any:
         flipped = image[:, ::-1] if mirror else image
@@ -95,7 +95,7 @@ def torch_subjects(images: common.Images, block: int) -> dict[str, Subject]:
     try:
         import torch_dct
     except ImportError:
-        print("torch-dct is not installed: left out (pip install -e .[bench])")
+        print("torch-dct is skipped: not installed (pip install -e .[bench])")
         return subjects
 
     def dct_package() -> int:
@@ -106,7 +106,7 @@ def torch_subjects(images: common.Images, block: int) -> dict[str, Subject]:
 
 
 def memcpy(images: common.Images) -> Subject:
-    """Copies as many bytes as the operator reads and writes, half of them read, half written."""
+    """A lower bound: copies half as many bytes as the operator reads and writes, so its total traffic is the same."""
     source = torch.zeros(images.size * 5 // 2, dtype=torch.uint8)
     target = torch.ones_like(source)
 

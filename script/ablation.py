@@ -1,10 +1,10 @@
-"""What single training tricks are worth: each alone on a plain recipe, over several seeds, in one table and figure.
+"""Ablation of training tricks: each one alone added to a plain recipe, over several seeds; one table and one figure.
 
     python script/ablation.py [CONFIG] [--data DATA] [--set KEY=VALUE …] [--seeds 3] [--jobs 2] [--output runs/ablation]
 
-The plain recipe is CONFIG (default: the demo; a ResNet) with a learning rate that falls to a tenth after each third of
-the epochs, cross-entropy, crops and flips, and nothing else.  Runs are src/train.py's, one folder each below --output;
-finished runs are skipped, so the same command resumes a stopped ablation.
+The plain recipe is CONFIG (a ResNet; default: the demo) with the learning rate divided by 10 after each third of the
+epochs, cross-entropy, random crops and hflips, and no other tricks. Each run is one src/train.py in a folder below
+--output. Finished runs are skipped, so the same command resumes a stopped ablation.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ OTHERS = {
 
 
 def overrides_of(config: RunConfig, output: Path) -> dict[str, list[str]]:
-    """Overrides of every row: those that turn all tricks off, and those of the trick."""
+    """Config overrides of each row: those that turn all tricks off, then those of the trick."""
     plain = [
         f'schedule={{type="step", every_epochs={config.train.epochs / 3:.10g}}}',
         "loss={}",
@@ -89,7 +89,10 @@ def folder_of(row: str, seed: int) -> str:
 def train(
     arguments: argparse.Namespace, overrides: Sequence[str], row: str, seed: int, bar: tqdm[Any]
 ) -> dict[str, object]:
-    """One run, unless it has finished already; returns its row, seed and last accuracy in percent."""
+    """Trains one run unless it is finished; returns its row, seed and final accuracy in percent.
+
+    Raises UserError with the last line of stderr if training fails.
+    """
     folder = arguments.output / folder_of(row, seed)
     if not (folder / "metrics.jsonl").exists() or not read_run(folder).ended:
         command = [sys.executable, str(REPOSITORY / "src/train.py"), str(arguments.config), "--resume"]
@@ -108,7 +111,7 @@ def train(
 
 
 def table(results: pd.DataFrame) -> str:
-    """Markdown: a row a trick, with the difference to the plain run of the same seed."""
+    """Markdown table, one row per trick, with the difference to the plain run of the same seed."""
     base = results[results["row"] == BASE].set_index("seed")["top1"]
     lines = ["| | n | top-1 | top-5 | difference in top-1 |", "|---|---:|---:|---:|---:|"]
     for row, of_row in results.groupby("row", observed=True):
@@ -117,14 +120,14 @@ def table(results: pd.DataFrame) -> str:
         cells = [str(row), str(len(of_row)), *(mean_two_sigma(list(of_row[key])) for key in ("top1", "top5")), change]
         lines.append(f"| {' | '.join(cells)} |")
     caption = (
-        "± is twice the sample standard deviation over the n seeds; differences are taken seed by seed, which share "
-        "crops and first weights."
+        "± is twice the sample standard deviation over the n seeds. Differences are between runs of the same seed, "
+        "which share crops and initial weights."
     )
     return "\n".join([*lines, "", caption]) + "\n"
 
 
 def draw(results: pd.DataFrame, output: Path) -> None:
-    """A dot a seed and a bar at the mean, by trick."""
+    """One row per trick: a dot per seed and a bar at the mean."""
     base = results[results["row"] == BASE].set_index("seed")["top1"]
     tricks = results.assign(difference=results["top1"] - results["seed"].map(base))
     tricks = tricks[tricks["row"] != BASE].assign(row=lambda frame: frame["row"].cat.remove_unused_categories())
@@ -146,10 +149,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=REPOSITORY / "config/train/demo.toml")
     parser.add_argument("--data", type=Path, help="data config to use instead of the one that the train config names")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override any key")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override a config key")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each row (default: 3)")
-    parser.add_argument("--jobs", type=int, default=1, help="runs at once, which share the cores (default: 1)")
-    parser.add_argument("--only", action="append", choices=[*BAG, *OTHERS], help="this row alone; may be repeated")
+    parser.add_argument("--jobs", type=int, default=1, help="parallel runs, which share the cores (default: 1)")
+    parser.add_argument("--only", action="append", choices=[*BAG, *OTHERS], help="run only this trick; may be repeated")
     parser.add_argument("--output", type=Path, default=Path("runs/ablation"))
     arguments = parser.parse_args()
 
@@ -159,7 +162,7 @@ def main() -> None:
     rows = [row for row in overrides if row in (BASE, *chosen)]
     jobs = [(row, seed) for seed in range(arguments.seeds) for row in rows]
     teachers = [(TEACHER, 0)] if "distillation" in rows else []
-    for row, seed in (*teachers, *jobs):  # mistakes, and runs of another recipe, show before the first run
+    for row, seed in (*teachers, *jobs):  # fail on config errors before the first run
         keys = [*arguments.set, *overrides[row], f"seed={seed}"]
         run = loading.load(arguments.config, keys, arguments.data)
         RunDirectory(arguments.output / folder_of(row, seed)).check(run, resume=True)

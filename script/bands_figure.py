@@ -29,11 +29,11 @@ Color = tuple[float, float, float]
 Point = tuple[float, float]
 Place = tuple[int, int]  # row and column of a block, in blocks
 
-# Places and sizes in inches: x from the left, y from the middle line.
+# Positions and sizes in inches: x from the left edge, y from the vertical center.
 WIDTH = 11.2
 PHOTO_X, BLOCK_X, BANDS_X, NETWORKS_X, MEAN_X, LOGITS_X = 0.1, 3.25, 4.6, 7.97, 9.6, 10.36
 SIDE = 2.7  # of the photograph, and of all bands together
-PIXELS = 448  # in SIDE: the resolution of the drawing, and the most that a photograph needs
+PIXELS = 448  # pixels per SIDE: resolution of the figure, and maximum side of the photograph
 CELLS = 0.74  # side of an enlarged block
 PIXELS_Y, COEFFICIENTS_Y = 0.55, -1.29  # lower edges of the block before and after the transform
 GAPS = 0.12  # between the columns of bands, together
@@ -66,7 +66,7 @@ def default_image() -> Path:
 
 
 def transform_matrix(transform: Transform, block: int) -> Pixels:
-    """(N, N), orthonormal; refuses blocks that the transform or the drawing cannot do."""
+    """(N, N), orthonormal. Raises UserError if the transform or the figure does not support the block."""
     from bandsplit.spectral import transforms
 
     if not 2 <= block <= LARGEST_BLOCK:
@@ -78,9 +78,10 @@ def transform_matrix(transform: Transform, block: int) -> Pixels:
 
 
 def read_square(path: Path, block: int) -> Pixels:
-    """A square of an image as (side, side, 3) in 0..1: at most PIXELS a side, and a multiple of the block.
+    """A square crop of an image, (side, side, 3) in 0..1; side is at most PIXELS and a multiple of the block.
 
-    It is cut from the middle, in upright images from above it: portraits keep their heads.
+    Centered horizontally, above the center vertically, to keep the heads of portraits.
+    Raises UserError if the image is missing, unreadable or smaller than the block.
     """
     if not path.is_file():
         raise UserError(f"{path}: no such file; expected an image")
@@ -98,7 +99,7 @@ def read_square(path: Path, block: int) -> Pixels:
 
 
 def split(square: Pixels, matrix: Pixels) -> Pixels:
-    """(H, W, 3) -> (N, H/s, W/s, 3), by the project's own reference."""
+    """(H, W, 3) -> (N, H/s, W/s, 3), by the reference `spectral.transforms.split`."""
     import torch
 
     from bandsplit.spectral import transforms
@@ -112,10 +113,10 @@ def block_of(matrix: Pixels) -> int:
 
 
 def displayed(bands: Pixels, matrix: Pixels) -> tuple[Pixels, int]:
-    """Bands as colors in 0..1, and the factor that stretches the contrast of the details; 0 where there are none.
+    """Bands (N, h, w, 3) as colors in 0..1, and the contrast factor of the detail bands; 0 if there are none.
 
-    A band whose row of the matrix has a sum is low: divided by the sum, it is the image in natural color. All
-    others are details: on the scale of the low band, times one common factor, around mid-gray.
+    A low band, whose row of the matrix has a non-zero sum, is divided by the sum and shows natural color. All others
+    are detail bands: divided by the block, scaled by one common factor and shown around mid-gray.
     """
     sums = matrix.sum(axis=1)
     low = np.abs(sums) > 1e-9
@@ -131,7 +132,7 @@ def displayed(bands: Pixels, matrix: Pixels) -> tuple[Pixels, int]:
 
 
 def liveliest_block(square: Pixels, block: int) -> Place:
-    """The block that varies most, right of the middle of the image."""
+    """Row and column of the block with the largest variance, right of the center of the image."""
     count = len(square) // block
     blocks = rearrange(square, "(h r) (w s) c -> h w (r s) c", r=block, s=block)
     variation = blocks.var(axis=2).sum(axis=-1)
@@ -172,7 +173,7 @@ def grid_height(block: int) -> float:
 
 
 def draw_photograph(axes: Axes, square: Pixels, block: int, place: Place) -> None:
-    """The photograph, a frame around one block, and lines from there to the same block enlarged."""
+    """The photograph, a frame around one block, and lines from it to the enlarged block."""
     paint(axes, square, PHOTO_X, -SIDE / 2, SIDE)
     titles(axes, PHOTO_X + SIDE / 2, "photograph", f"{len(square)} × {len(square)} pixels")
     row, column = place
@@ -189,7 +190,7 @@ def draw_photograph(axes: Axes, square: Pixels, block: int, place: Place) -> Non
 def draw_transform(
     axes: Axes, square: Pixels, block: int, place: Place, transform: Transform, colors: list[Color]
 ) -> None:
-    """The enlarged block above, its coefficients in the colors of their bands below."""
+    """The enlarged block, and below it its coefficients in the colors of their bands."""
     row, column = (index * block for index in place)
     paint(axes, square[row : row + block, column : column + block], BLOCK_X, PIXELS_Y, CELLS)
     paint(axes, np.array(colors).reshape(block, block, 3), BLOCK_X, COEFFICIENTS_Y, CELLS)
@@ -223,7 +224,7 @@ def draw_bands(axes: Axes, shown: Pixels, factor: int, colors: list[Color]) -> N
 
 
 def draw_networks(axes: Axes, block: int, colors: list[Color]) -> None:
-    """One trapezoid a band, and its way to the mean."""
+    """One trapezoid per band, with a line to the mean."""
     pitch = grid_height(block) / len(colors)
     height = min(0.75 * pitch, 0.5)
     length = min(0.95, max(0.4, 3 * height))
@@ -240,7 +241,7 @@ def draw_networks(axes: Axes, block: int, colors: list[Color]) -> None:
 
 
 def draw_fusion(axes: Axes) -> None:
-    """The mean of the logits, and logits of which the largest is the prediction."""
+    """The mean of the logits, and bars for the fused logits, the largest highlighted."""
     axes.add_patch(Circle((MEAN_X, 0), MEAN_RADIUS, fc="white", ec=INK, lw=1.2, zorder=3))
     axes.text(MEAN_X, 0, "mean of\nlogits", fontsize=10, color=INK, ha="center", va="center", zorder=4)
     arrow(axes, (MEAN_X + MEAN_RADIUS + 0.03, 0), (LOGITS_X - 0.1, 0))
@@ -270,7 +271,10 @@ def titles(axes: Axes, x: float, above: str, below: str) -> None:
 
 
 def write_png(figure: Figure, path: Path) -> None:
-    """Writes the drawing with 256 colors chosen for it: a fraction of the size, and the eye sees no difference."""
+    """Writes the figure with a palette of 256 colors, which makes the file much smaller without visible loss.
+
+    Raises UserError if the file cannot be written.
+    """
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     image = Image.open(buffer).convert("RGB").quantize(256)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# From nothing to a trained spectral ensemble and its plots; 2 minutes on 2 cores once the packages are there.
-# Interrupted, it resumes; finished, it draws the plots again.  Arguments go to src/train.py.
+# Installs the packages, trains the demo ensemble and plots it; 2 minutes on 2 cores once the packages are installed.
+# Run again, it resumes an interrupted run, or redraws the plots of a finished one. Arguments go to src/train.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source script/setup.sh

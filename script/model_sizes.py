@@ -1,6 +1,6 @@
-"""Prints how large networks are, in MiB of float32, beside published figures: ``python script/model_sizes.py``.
+"""Compare network sizes with published ones, in MiB of float32: ``python script/model_sizes.py``.
 
-Once weights alone, once with the running statistics of batch norm.  Nothing is allocated.
+Sizes are of the weights, and of weights and batch norm running statistics. Computed on the meta device.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from bandsplit.models import networks
 
 MIB = 2**20
 
-# network, architecture, side of the input, classes, published MiB, remark where it is not reached
+# network, architecture, side of the input, classes, published MiB, remark for sizes that differ
 PUBLISHED = (
     ("VGG-16", "vgg16", 224, 1000, 527.79, ""),
     ("VGG-16 with batch norm, a branch of sub4", "vgg16_bn", 112, 1000, 207.82, ""),
@@ -44,7 +44,7 @@ def sizes(network: nn.Module) -> tuple[float, float]:
 
 
 def fitting_classes(arch: str, published: float) -> str:
-    """Numbers of classes with which a ResNet has a published size, by weights alone or with buffers."""
+    """Numbers of classes for which a ResNet has the published size in MiB, with and without buffers."""
     one, two = (sizes(network(arch, 224, classes)) for classes in (1, 2))
     ranges = []
     for i, what in enumerate(("without", "with")):

@@ -1,6 +1,6 @@
 # shellcheck shell=bash
-# Sourced by demo.sh and test.sh: a virtual environment with everything, made once and kept up to date.
-# With a GPU that includes nvcc, which compiles the GPU operator.
+# Sourced by demo.sh and test.sh: creates or updates the virtual environment and puts it on PATH.
+# On machines with a GPU, also installs nvcc, which compiles the GPU operator.
 # usage: source script/setup.sh [EXTRAS]     PYTHON chooses the interpreter, VENV the folder
 VENV=${VENV:-.venv}
 [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"

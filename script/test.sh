@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that decides whether a change passes: style, types, import order, tests.
+# All checks of a change: style, import contracts, types, tests.
 # usage: bash script/test.sh [--quick] [arguments of pytest …]
 #   --quick   without the tests marked `slow`: faults and restarts, Slurm, builds of the operator, the commands of the
 #             README, training with every recipe; doc/development.md
@@ -13,7 +13,7 @@ if [[ ${1:-} == --quick ]]; then
     processes=$(nproc)
 fi
 
-# The tests of script/slurm start a Slurm of their own; where these packages cannot be had they are skipped.
+# The tests of script/slurm start their own Slurm; without these packages they are skipped.
 if [[ ! ${selection[*]} && $(id -u) == 0 ]] && ! type slurmd munged shellcheck &>/dev/null && type apt-get &>/dev/null; then
     echo "installing with apt-get: slurm-wlm munge shellcheck (for the tests of script/slurm)"
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
@@ -22,7 +22,7 @@ fi
 echo "installing into ${VENV:-.venv} what is missing there: the packages of pyproject.toml with its extra dev (7 GB in all)"
 source script/setup.sh dev
 
-unset PYTHONDONTWRITEBYTECODE # every rank would compile torch anew
+unset PYTHONDONTWRITEBYTECODE # every rank would compile torch's Python files again
 export OMP_NUM_THREADS=1      # the processes of the tests share the cores
 ruff check .
 ruff format --check .

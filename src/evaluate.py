@@ -1,4 +1,4 @@
-"""Validate a checkpoint, or join runs of some branches each into one ensemble: torchrun src/evaluate.py RUN [RUN …]"""
+"""Validate a checkpoint, or the ensemble of several runs' branches: torchrun src/evaluate.py RUN [RUN …]"""
 
 from bandsplit.cli import entry, evaluate
 

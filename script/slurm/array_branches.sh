@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sbatch [-A account] --array=0-15 script/slurm/array_branches.sh CONFIG [arguments of src/train.py …]
-# One job a branch, one GPU each, no communication; python src/evaluate.py RUN RUN … joins them into one ensemble.
+# One job and one GPU per branch, no communication; python src/evaluate.py RUN RUN … evaluates them as one ensemble.
 #SBATCH --job-name=bandsplit
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=1

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# What the scripts beside this one share; they hold the resources.  Set in the shell that calls sbatch:
-#   NPROC_PER_NODE   processes on each node, instead of one a GPU
-#   CONTAINER        what to put before a command, for example "apptainer exec --nv image.sif".  Without it the clone's
-#                    .venv is used where there is one, else the python and torchrun on PATH
+# Shared by the scripts in this folder, which set the resources. Environment variables, set before calling sbatch:
+#   NPROC_PER_NODE   processes per node; default: one per GPU
+#   CONTAINER        prefix of each command, for example "apptainer exec --nv image.sif"; default: none, with the
+#                    clone's .venv if there is one, else the python and torchrun on PATH
 # shellcheck disable=SC2086 # CONTAINER holds several words
 set -euo pipefail
 clone=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)
@@ -10,12 +10,12 @@ if [[ -z ${CONTAINER:-} && -d $clone/.venv ]]; then export PATH="$clone/.venv/bi
 job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+_$SLURM_ARRAY_TASK_ID}
 rendezvous=(--standalone)
 
-# train PROCESSES [arguments of src/train.py …]: trains to the end or to a signal, and resumes where it stopped.
+# train PROCESSES [arguments of src/train.py …]: trains until the end or a signal; resumes from the latest checkpoint.
 train() {
     local processes=${NPROC_PER_NODE:-$1} requeue="" pid="" status run_dir
     shift
-    trap 'requeue=yes; [[ -z $pid ]] || kill -USR1 "$pid"' USR1 # time is nearly over: checkpoint, then queue again
-    trap : TERM                                                 # scancel or preemption, which the ranks hear too: wait
+    trap 'requeue=yes; [[ -z $pid ]] || kill -USR1 "$pid"' USR1 # time limit is near: checkpoint, then requeue
+    trap : TERM                                                 # scancel or preemption: the ranks get it too, so wait
     run_dir=$(${CONTAINER:-} python "$clone/src/train.py" "$@" --print-run-dir)
     mkdir -p "$run_dir/logs"
     echo "job $job writes to $run_dir/logs/slurm-$job.out"
@@ -24,22 +24,22 @@ train() {
         --nproc-per-node "$processes" --max-restarts 3 --shutdown-timeout 110 \
         --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 "$clone/src/train.py" "$@" --resume &
     pid=$!
-    while true; do # a signal ends wait, not srun
+    while true; do # a signal interrupts wait, not srun
         wait "$pid" && status=0 || status=$?
         kill -0 "$pid" 2>/dev/null || break
     done
-    # Preempted, the job has a time of grace; ending within it counts as done, and Slurm would not queue it again.
+    # A preempted job that exits within its grace time counts as completed, and Slurm would not requeue it.
     [[ $(scontrol show job "$job") != *JobState=RUNNING*PreemptTime=[0-9]* ]] || requeue=yes
     if [[ $requeue ]]; then
-        echo "job $job is requeued and will resume from its checkpoint; the traceback above is how torchrun stops"
+        echo "job $job is requeued and will resume from its checkpoint; the traceback above is from torchrun stopping"
         scontrol requeue "$job"
         trap - TERM
-        sleep 600 # Slurm ends this script: an exit code of its own means nothing
+        sleep 600 # until Slurm kills this script, so that its exit code does not matter
     fi
     exit "$status"
 }
 
-# report RUN [RUN …]
+# report RUN [RUN …]: figures and a table
 report() {
     ${CONTAINER:-} python "$clone/src/report.py" "$@"
 }

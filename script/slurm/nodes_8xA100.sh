@@ -17,5 +17,5 @@ rendezvous=(
     --nnodes "$SLURM_NNODES" --rdzv-backend c10d --rdzv-id "$SLURM_JOB_ID"
     --rdzv-endpoint "$head:$((20000 + SLURM_JOB_ID % 10000))"
 )
-export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a store for each attempt, without addresses of the one before
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # a new store per attempt, without stale addresses
 train 8 "$@"

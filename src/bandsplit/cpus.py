@@ -1,4 +1,4 @@
-"""How many CPUs this process may use."""
+"""The number of CPUs that this process may use."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from pathlib import Path, PurePosixPath
 
 
 def available_cpus(root: Path = Path("/"), env: Mapping[str, str] = os.environ) -> int:
-    """CPUs that are allotted to this process, which can be far fewer than the machine has; at least 1.
+    """Number of CPUs allocated to this process, at least 1; often far fewer than the machine has.
 
-    The smallest of its CPU affinity (taskset, srun, cpusets), the CPU quotas of its control groups (containers,
-    systemd) and what Slurm has allotted.  A quota that is no whole number of CPUs is rounded up.
+    The minimum of the CPU affinity (taskset, srun, cpusets), the CPU quotas of its cgroups (containers, systemd) and
+    the Slurm allocation. A fractional quota is rounded up.
 
     Args:
-        root: where /proc and /sys are read.
-        env: where Slurm's variables are read.
+        root: folder that holds proc and sys.
+        env: environment with Slurm's variables.
     """
     return max(1, min([len(os.sched_getaffinity(0)), *_cgroup_quotas(root), *_slurm_cpus(env)]))
 
 
 def _cgroup_quotas(root: Path) -> Iterator[int]:
-    """CPU quotas of the control groups of this process and of all groups above them, version 1 and 2.
+    """CPU quotas, in CPUs, of this process's cgroups and all their ancestors (cgroup v1 and v2).
 
-    In a container the path may be the host's, while the container's own group is mounted as the topmost one: groups
-    that are not there are passed over.
+    In a container, /proc/self/cgroup may give a path on the host, although the container's cgroup is mounted as the
+    root. Folders that do not exist are therefore skipped.
     """
     for line in _read(root / "proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         if "cpu" in controllers.split(","):
             mounts = {"cpu", controllers}
         elif not controllers:
-            mounts = {".", "unified"}  # version 2 alone, or beside version 1
+            mounts = {".", "unified"}  # v2 only, or v2 mounted next to v1
         else:
             continue
         group = PurePosixPath(path.lstrip("/"))
@@ -41,14 +41,14 @@ def _cgroup_quotas(root: Path) -> Iterator[int]:
                 f"{_read(folder / 'cpu.cfs_quota_us')} {_read(folder / 'cpu.cfs_period_us')}"
             )
             match quota_us.split():
-                case [quota, period] if quota.isdigit():  # else: "max" or -1, which is no quota
+                case [quota, period] if quota.isdigit():  # "max" and -1 mean no quota
                     yield math.ceil(int(quota) / int(period))
 
 
 def _slurm_cpus(env: Mapping[str, str]) -> list[int]:
-    """What Slurm has allotted, for clusters that do not bind processes to their CPUs.
+    """The Slurm allocation, at most one entry; matters on clusters that do not bind processes to their CPUs.
 
-    In a step (srun) the CPUs of the task; in the batch script those of the job on this node, which its processes share.
+    In a step (srun), the CPUs of the task; in the batch script, the CPUs of the job on this node.
     """
     names = ["SLURM_CPUS_PER_TASK", "SLURM_CPUS_ON_NODE"]
     if "SLURM_STEP_ID" not in env:

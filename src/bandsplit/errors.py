@@ -1,22 +1,22 @@
-"""Exceptions for what the user can fix, and for what another rank has already reported."""
+"""Exceptions that entry points report without a traceback."""
 
 
 class UserError(ValueError):
-    """A user's mistake: one message that names the file, key or folder, what was given and what is allowed.
+    """A user's mistake. The message names the file, key or folder, the value given and what is allowed.
 
     Entry points print the message without a traceback and exit with code 2.
     """
 
     one_rank = False
-    """Whether only this rank met the mistake, so that it has to report it."""
+    """Whether this rank prints the message even if it is not rank 0, because the other ranks do not have the error."""
 
 
-class ToldElsewhere(Exception):
-    """This rank ends because of another one, which reports the reason."""
+class ReportedElsewhere(Exception):
+    """This rank exits because another rank failed; that rank reports the error."""
 
 
 class Interrupted(Exception):
-    """A signal has stopped the run, whose last checkpoint holds all of its steps."""
+    """A signal stopped the run. Its last checkpoint includes every step so far."""
 
     def __init__(self, signal: int) -> None:
         super().__init__(f"stopped by signal {signal}")

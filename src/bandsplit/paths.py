@@ -1,4 +1,4 @@
-"""Paths that a user names, and what the file system refuses, as messages."""
+"""Paths given by the user, and file system errors as UserError."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from bandsplit.errors import UserError
 
 
 def expanded(path: str, key: str) -> Path:
-    """The path that a config key names, with `~` and `$VARIABLES` expanded.
+    """Expands `~` and `$VARIABLES` in the path given by the config key `key`.
 
-    Raises UserError where a variable is not set or a home folder is not known.
+    Raises UserError if a variable is not set or a home folder is unknown.
     """
     text = os.path.expandvars(path)
     if "$" in text:
@@ -58,7 +58,7 @@ def _temporary_cache() -> Path:
 def reading_from(path: Path, advice: str = "") -> Iterator[None]:
     """Turns an OSError (no permission, stale handle, disk error) into a UserError that names the file or folder.
 
-    Such an error says nothing about what the file holds.
+    Use it around I/O only: an OSError does not mean that the content is invalid. `advice` is appended to the message.
     """
     try:
         yield

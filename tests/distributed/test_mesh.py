@@ -19,7 +19,7 @@ from bandsplit.data.loader import Batch, open_data
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks, joined
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
-from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.errors import ReportedElsewhere, UserError
 from bandsplit.evaluation.evaluate import Accuracy, evaluate
 from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import Ensemble, parameters_of_branches
@@ -173,7 +173,7 @@ def told_on_rank(roots: list[str], config: RunConfig) -> str:
         data = config.data.model_copy(update={"root": roots[ranks.rank]})
         try:
             train, _ = open_data(config.model_copy(update={"data": data}), ranks)
-        except (UserError, ToldElsewhere) as error:
+        except (UserError, ReportedElsewhere) as error:
             return f"{type(error).__name__} {getattr(error, 'one_rank', '')} {error}"
         return f"{len(train)} images"
 
@@ -196,10 +196,10 @@ def test_data_that_one_rank_misses_or_has_differently(config_file: Path, image_r
     ):
         first, second, third = on_ranks(3, told_on_rank, [good, str(wrong), str(wrong)], config)
         assert re.search(f"UserError True rank 1 on .*: .*{message}", second)
-        assert first.split() == third.split() == ["ToldElsewhere"]
+        assert first.split() == third.split() == ["ReportedElsewhere"]
     first, second = on_ranks(2, told_on_rank, ["/nowhere", "/nowhere"], config)
     assert "UserError False data.root: /nowhere: no such folder" in first
-    assert second.split() == ["ToldElsewhere"]
+    assert second.split() == ["ReportedElsewhere"]
 
 
 def evaluate_on_mesh(config: RunConfig, branch_groups: int) -> Accuracy:
@@ -268,7 +268,9 @@ def test_groups_that_do_not_divide_are_refused(groups: int, world_size: int) -> 
 
 def test_a_bn_batch_size_that_does_not_fit_is_refused(config_file: Path) -> None:
     config = loading.load(config_file, ["model.bn_batch_size=5"])
-    with pytest.raises(UserError, match="5 given, but 12 images pass .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"):
+    with pytest.raises(
+        UserError, match="5 given, but a forward pass has 12 images .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"
+    ):
         batch_norm.bn_batch_size(config, at_once=12, replicas=1)
     with pytest.raises(UserError, match="model.bn_batch_size: 'some' given; allowed: 'rank', 'all' or a number from 1"):
         loading.load(config_file, ["model.bn_batch_size=some"])

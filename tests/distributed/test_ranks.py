@@ -9,7 +9,7 @@ import torch
 
 from bandsplit.distributed import ranks
 from bandsplit.distributed.ranks import joined
-from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.errors import ReportedElsewhere, UserError
 from tests.conftest import Launch, on_ranks
 
 
@@ -45,8 +45,11 @@ def end_of(errors: list[str]) -> str:
 @pytest.mark.parametrize(
     ("errors", "ends"),
     [
-        (["broken"] * 3, ["UserError: a collective failed on every rank: Connection closed by peer", *["Told"] * 2]),
-        (["broken", "own", "broken"], ["Told", "KeyError: 'own'", "Told"]),
+        (
+            ["broken"] * 3,
+            ["UserError: a collective failed on every rank: Connection closed by peer", *["Reported"] * 2],
+        ),
+        (["broken", "own", "broken"], ["Reported", "KeyError: 'own'", "Reported"]),
         (["own", "own", "own"], ["KeyError: 'own'"] * 3),
     ],
 )
@@ -84,16 +87,16 @@ def test_ranks_that_torchrun_did_not_start(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
     with (
-        pytest.raises(UserError, match="rank 0 of 2 cannot find the others: .*MASTER_ADDR expected.*torchrun"),
+        pytest.raises(UserError, match="rank 0 of 2 cannot connect to the others: .*MASTER_ADDR expected.*torchrun"),
         joined(),
     ):
         pass
 
 
-def test_told_elsewhere_is_no_error_of_its_own() -> None:
+def test_reported_elsewhere_is_not_treated_as_an_error_of_this_rank() -> None:
     """What another rank tells is raised as it is, with one rank as with several."""
-    with pytest.raises(ToldElsewhere), joined():
-        raise ToldElsewhere()
+    with pytest.raises(ReportedElsewhere), joined():
+        raise ReportedElsewhere()
 
 
 @pytest.mark.parametrize(

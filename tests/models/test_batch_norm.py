@@ -15,7 +15,10 @@ from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import Ensemble
 from tests.conftest import Done, run
 
-ONE = "norm over one image; with inputs of 16 x 16 its map in layer3.0.bn1 of branch 0 is 1 x 1, and one value per"
+ONE = (
+    "norm over one image; with inputs of 16 x 16 the input of layer3.0.bn1 in branch 0 is 1 x 1, "
+    "and one value per channel has no variance"
+)
 REFUSED = {  # keys, ranks -> message and what is offered
     ("train.batch_size=1", 1): ("train.batch_size: 1 given: batch", "a larger train.batch_size, a larger data.image"),
     ("train.batch_size=6 train.grad_accum_steps=6", 1): (
@@ -139,7 +142,7 @@ def test_norms_of_timms_networks_count_too(config_file: Path) -> None:
         "data.resize_size=128",
     ]
     config = loading.load(config_file, keys)
-    with pytest.raises(UserError, match=r"inputs of 128 x 128 its map in \S+ of branch 0 is 1 x 1"):
+    with pytest.raises(UserError, match=r"inputs of 128 x 128 the input of \S+ in branch 0 is 1 x 1"):
         batch_norm.bn_batch_size(config, at_once=1, replicas=1)
 
 

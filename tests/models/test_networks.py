@@ -420,11 +420,13 @@ def test_timm_is_asked_for_channels_and_classes(calls: list[dict[str, Any]]) -> 
 
 @pytest.mark.usefixtures("calls")
 def test_what_timm_refuses_is_one_message() -> None:
-    with pytest.raises(UserError, match=r"model.arch: timm refuses 'resnet35' for 3 channels, .*: Unknown model"):
+    with pytest.raises(UserError, match=r"model.arch: timm cannot build 'resnet35' for 3 channels, .*: Unknown model"):
         built("resnet35", source="timm")
     with pytest.raises(UserError, match="'averaging' needs inputs of at least 5 x 5, but a branch gets 4 x 4"):
         built("averaging", size=4, source="timm")
-    with pytest.raises(UserError, match="timm refuses 'positions' for 3 channels, 4 x 4 pixels and 10 .*Kernel size"):
+    with pytest.raises(
+        UserError, match="timm cannot build 'positions' for 3 channels, 4 x 4 pixels and 10 .*Kernel size"
+    ):
         built("positions", size=4, source="timm")
 
 
@@ -438,7 +440,7 @@ def test_timms_networks_are_built(arch: str) -> None:
 
 def test_timms_own_refusals() -> None:
     pytest.importorskip("timm")
-    with pytest.raises(UserError, match=r"timm refuses 'resnet35' .*: RuntimeError: Unknown model \(resnet35\)"):
+    with pytest.raises(UserError, match=r"timm cannot build 'resnet35' .*: RuntimeError: Unknown model \(resnet35\)"):
         built("resnet35", source="timm")
     with pytest.raises(UserError, match="'inception_v3' needs inputs of at least 75 x 75, but a branch gets 56 x 56"):
         on_meta("inception_v3", size=56, source="timm")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from loguru import logger
 
-from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.errors import ReportedElsewhere, UserError
 from bandsplit.runs.logs import logged
 
 
@@ -41,7 +41,7 @@ def end(folder: Path, rank: int, error: Exception, begun: bool) -> None:
         raise error
 
 
-@pytest.mark.parametrize("error", [UserError("a mistake"), ToldElsewhere()])
+@pytest.mark.parametrize("error", [UserError("a mistake"), ReportedElsewhere()])
 def test_a_run_that_is_refused_writes_nothing(tmp_path: Path, error: Exception) -> None:
     with pytest.raises(type(error)):
         end(tmp_path / "logs", 0, error, begun=False)

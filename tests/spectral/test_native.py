@@ -349,13 +349,13 @@ PICTURE = np.zeros((4, 6, 3), np.uint8)
 @pytest.mark.parametrize(
     ("images", "arguments", "message"),
     [
-        ([PICTURE.astype(np.float32)], {}, "the images are float: needed is uint8"),
+        ([PICTURE.astype(np.float32)], {}, "the images are float: must be uint8"),
         ([PICTURE[..., 0]], {"layout": None}, "number of dimensions 2 does not match any of the allowed"),
         ([PICTURE], {"layout": "CHW"}, 'layout "CHW" does not match any of the allowed'),
         ([PICTURE, PICTURE[..., :2]], {}, "sample 1 of shape 4 x 6 x 2 has 2 channels: mean and std have 3 entries"),
         ([PICTURE, PICTURE[:, :5]], {}, "sample 1 of shape 4 x 5 x 3: block = 2 does not divide its height and width"),
         ([PICTURE], {"matrix": np.eye(9)}, "matrix has 81 entries: block = 2 needs 4 x 4 = 16"),
-        ([PICTURE], {"mean": [0.0]}, "mean has 1 and std 3 entries: both need one a color channel"),
+        ([PICTURE], {"mean": [0.0]}, "mean has 1 and std 3 entries: both need one per color channel"),
         ([PICTURE], {"std": [1.0, 0.0, 1.0]}, "std[1] = 0: must be positive"),
         ([PICTURE], {"groups": [[0], [1, 4]]}, "groups[2] = 4: the bands of block = 2 are 0 to 3"),
         ([PICTURE], {"groups": [[0], [-1]]}, "groups[1] = -1: the bands of block = 2 are 0 to 3"),
@@ -516,7 +516,9 @@ def test_a_failed_build_ends_with_the_compilers_words(tmp_path: Path, monkeypatc
 def test_a_cache_that_cannot_be_written_is_a_build_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(native.BuildError, match="cannot write the cache .*: set BANDSPLIT_CACHE to a folder"):
+    with pytest.raises(
+        native.BuildError, match="cannot write to the cache .*: set BANDSPLIT_CACHE to a writable folder"
+    ):
         native.build(cuda=False)
 
 
@@ -526,7 +528,7 @@ def test_the_command_prints_a_build_error_and_ends_with_2(tmp_path: Path) -> Non
     output, errors = command.communicate()
     assert command.returncode == 2
     assert output == ""
-    assert errors.startswith("the build of spectral_split: CXX = 'no-such-compiler'")
+    assert errors.startswith("building spectral_split: CXX = 'no-such-compiler'")
     assert "Traceback" not in errors
 
 
@@ -568,7 +570,7 @@ def test_without_a_home_the_cache_lies_among_temporary_files(tmp_path: Path, mon
     with refused:
         native.build(cuda=False)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    with pytest.raises(native.BuildError, match="no folder for a cache .*set BANDSPLIT_CACHE"):
+    with pytest.raises(native.BuildError, match="cannot create a cache folder .*set BANDSPLIT_CACHE"):
         native.build(cuda=False)
 
 

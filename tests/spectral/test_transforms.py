@@ -184,9 +184,9 @@ def test_errors_say_what_is_allowed(images: Tensor) -> None:
         transforms.split(images, matrix, 4)
     with pytest.raises(ValueError, match=r"matrix of shape \(25, 25\): block = 4 needs \(16, 16\)"):
         transforms.merge(images[None], matrix, 4)
-    with pytest.raises(ValueError, match="1 bands: block = 5 makes 25"):
+    with pytest.raises(ValueError, match="1 bands given: block = 5 has 25"):
         transforms.merge(images[None], matrix, 5)
-    with pytest.raises(ValueError, match="floating type"):
+    with pytest.raises(ValueError, match="must be floating point"):
         transforms.split(images.to(torch.uint8), np.eye(4), 2)
     with pytest.raises(ValueError, match="group 1 names band 4: allowed are 0..3"):
         transforms.stack(torch.zeros(4, 1, 3, 2, 2), [[0], [1, 4]])
@@ -194,9 +194,9 @@ def test_errors_say_what_is_allowed(images: Tensor) -> None:
         transforms.stack(torch.zeros(4, 1, 3, 2, 2), [[-1]])
     with pytest.raises(ValueError, match="group 1 has no band"):
         transforms.stack(torch.zeros(4, 1, 3, 2, 2), [[0], []])
-    with pytest.raises(ValueError, match=r"needed is uint8 \(B, H, W, C\)"):
+    with pytest.raises(ValueError, match=r"must be uint8 \(B, H, W, C\)"):
         transforms.split_images(images, np.eye(4), 2, [0] * 3, [1] * 3)
-    with pytest.raises(ValueError, match="mean has 1 and std 3 entries for 3"):
+    with pytest.raises(ValueError, match="mean has 1 and std 3 entries: images have 3"):
         transforms.split_images(torch.zeros(1, 4, 4, 3, dtype=torch.uint8), np.eye(4), 2, [0], [1] * 3)
 
 

@@ -325,7 +325,7 @@ def test_a_rank_that_hangs_is_named(config_file: Path, tmp_path: Path) -> None:
         launch.signal(signal.SIGKILL, 2)
     done = launch.wait()
     assert done.stderr.count("error: ") == 1, done.stderr
-    assert "error: rank 2 has ended or hangs" in done.stderr
+    assert "error: rank 2 has exited or hangs" in done.stderr
     assert "Traceback" not in done.stderr
 
 

@@ -198,7 +198,7 @@ def test_what_config_is_resumed_where_there_is_no_run(tmp_path: Path, run_here: 
     for folder in (tmp_path / "none", tmp_path):
         done = run_here("train.py", "--resume", "--run-dir", folder)
         assert done.returncode == 2
-        message = "there is no run in it, and no CONFIG is given to begin one with"
+        message = "no run found there, and no CONFIG given to start one"
         assert done.stderr == f"error: --resume --run-dir {folder}: {message}\n"
     done = run_here("train.py", "--resume", "--print-run-dir")
     assert (done.returncode, done.stdout) == (0, "runs/demo-seed0\n")

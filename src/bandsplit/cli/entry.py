@@ -1,4 +1,4 @@
-"""What the entry points share: a user's mistake ends with one message and exit code 2."""
+"""Error handling and exit codes, shared by all entry points."""
 
 from __future__ import annotations
 
@@ -8,19 +8,20 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from bandsplit.errors import Interrupted, ToldElsewhere, UserError
+from bandsplit.errors import Interrupted, ReportedElsewhere, UserError
 
 
 def run(main: Callable[[], None]) -> None:
-    """Calls `main` and turns how it ends into a message and an exit code.
+    """Calls `main` and exits with a code that says how it ended.
 
-    UserError: its message and 2; Ctrl-C: 130; another rank's error: 1, without a word; a run stopped by a signal: 128
-    + signal, or 0 under torchrun, which would take anything else for a failure and start again.  Every other error has
-    its traceback on the terminal.  Under torchrun every rank meets the same user's mistake, and rank 0 speaks for all,
-    unless one rank alone met it.
+    - UserError: 2, after printing its message. Under torchrun only rank 0 prints, unless the error is `one_rank`.
+    - Ctrl-C: 130.
+    - An error that another rank reports: 1, nothing printed.
+    - A run stopped by a signal: 128 + signal; under torchrun 0, since torchrun restarts on any other code.
+    - Any other exception is raised, so that Python prints its traceback.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    attempt: Callable[[], UserError | Interrupted | ToldElsewhere | None] = partial(_attempt, main)
+    attempt: Callable[[], UserError | Interrupted | ReportedElsewhere | None] = partial(_attempt, main)
     if under_torchrun:
         from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -34,24 +35,24 @@ def run(main: Callable[[], None]) -> None:
         if ended.one_rank or os.environ.get("RANK", "0") == "0":
             print(f"error: {ended}", file=sys.stderr)
         elif under_torchrun:
-            _let_another_speak(20)
+            _wait_for_report(20)
         sys.exit(2)
     if isinstance(ended, Interrupted):
         sys.exit(0 if under_torchrun else 128 + ended.signal)
-    if isinstance(ended, ToldElsewhere):
+    if isinstance(ended, ReportedElsewhere):
         if under_torchrun:
-            _let_another_speak(5)
+            _wait_for_report(5)
         sys.exit(1)
 
 
-def _let_another_speak(seconds: float) -> None:
-    """torchrun ends all ranks when the first one has ended: that has to be the one that tells why."""
+def _wait_for_report(seconds: float) -> None:
+    """Delays the exit: torchrun kills all ranks once one has exited, so the rank that reports must exit first."""
     time.sleep(seconds)
 
 
-def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ToldElsewhere | None:
+def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ReportedElsewhere | None:
     try:
         main()
-    except (UserError, Interrupted, ToldElsewhere) as ended:
+    except (UserError, Interrupted, ReportedElsewhere) as ended:
         return ended
     return None

@@ -14,8 +14,8 @@ def main() -> None:
     options.add_config(parser)
     parser.add_argument("--from", dest="low", type=float, default=1e-5, help="first learning rate (default: 1e-5)")
     parser.add_argument("--to", dest="high", type=float, default=10.0, help="last learning rate (default: 10)")
-    parser.add_argument("--steps", type=int, default=100, help="steps between them (default: 100)")
-    parser.add_argument("--output", type=Path, help="folder of the figure and its numbers (default: runs/NAME-find-lr)")
+    parser.add_argument("--steps", type=int, default=100, help="number of learning rates, one step each (default: 100)")
+    parser.add_argument("--output", type=Path, help="folder for the figure and its data (default: runs/NAME-find-lr)")
     arguments = parser.parse_args()
     if not 0 < arguments.low < arguments.high < float("inf"):
         parser.error("--from and --to: expected 0 < from < to, both finite")

@@ -1,4 +1,4 @@
-"""Options that several commands share, each with one help text."""
+"""Command-line options that several commands share."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ DEMO = Path(__file__).resolve().parents[3] / "config/train/demo.toml"
 
 
 def add_config(parser: ArgumentParser, default: str = "the demo") -> None:
-    """CONFIG (None: not given), --data and --set: which config a command reads."""
+    """Adds CONFIG, --data and --set. CONFIG is None if not given; `default` only describes its default in the help."""
     parser.add_argument("config", nargs="?", type=Path, help=f"train config (default: {default})")
-    parser.add_argument("--data", type=Path, help="data config to use instead of the one named by the train config")
+    parser.add_argument("--data", type=Path, help="data config, instead of the one that the train config names")
     add_set(parser)
 
 

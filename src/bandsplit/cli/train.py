@@ -14,11 +14,11 @@ from bandsplit.runs.directory import RunDirectory
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    options.add_config(parser, "the run's own with --resume --run-dir, else the demo")
+    options.add_config(parser, "that of the run with --resume --run-dir, else the demo")
     parser.add_argument(
         "--branches",
         metavar="0,3",
-        help="train only these branches, as a separate run; evaluate.py joins such runs into one ensemble",
+        help="train only these branches, as a separate run; src/evaluate.py joins such runs into one ensemble",
     )
     parser.add_argument(
         "--run-dir",
@@ -30,12 +30,12 @@ def main() -> None:
         action="store_true",
         help="resume from the latest valid checkpoint, if there is one; with --run-dir no CONFIG is needed",
     )
-    parser.add_argument("--dry-run", action="store_true", help="check everything, print what would run, and stop")
-    parser.add_argument("--print-run-dir", action="store_true", help="print the run directory and stop")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: number of ranks, on GPUs, to check for")
+    parser.add_argument("--dry-run", action="store_true", help="check the config, print what would run, and exit")
+    parser.add_argument("--print-run-dir", action="store_true", help="print the run directory and exit")
+    parser.add_argument("--world-size", type=int, help="with --dry-run: number of GPU ranks to check for")
     arguments = parser.parse_args()
     if arguments.world_size and not arguments.dry_run:
-        parser.error("--world-size goes with --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")
+        parser.error("--world-size needs --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")
 
     overrides = [*arguments.set, *([f"split.only=[{arguments.branches}]"] if arguments.branches is not None else [])]
     config = loading.load(_config_file(arguments), overrides, arguments.data)
@@ -56,13 +56,14 @@ def main() -> None:
 
 
 def _config_file(arguments: argparse.Namespace) -> Path:
-    """CONFIG, or that of the run that is resumed.  Raises UserError where there is no such run."""
+    """CONFIG if given, else the config of the run to resume, else the demo's.
+
+    Raises UserError if the directory to resume from holds no run.
+    """
     config: Path | None = arguments.config
     if config is None and arguments.resume and arguments.run_dir is not None:
         own = RunDirectory(arguments.run_dir)
         if not own.holds_run:
-            raise UserError(
-                f"--resume --run-dir {own.path}: there is no run in it, and no CONFIG is given to begin one with"
-            )
+            raise UserError(f"--resume --run-dir {own.path}: no run found there, and no CONFIG given to start one")
         return own.config
     return config or options.DEMO

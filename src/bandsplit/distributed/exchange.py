@@ -1,4 +1,4 @@
-"""Exchange of bands and logits between the branch groups of a replica."""
+"""Exchange of bands and logits between the ranks of a replica."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from bandsplit.distributed.mesh import Mesh
 
 
 class Exchange:
-    """Sends bands to the ranks that train them and logits back, within a replica.
+    """Sends bands to the ranks whose branches read them, and logits back, within a replica.
 
-    One `all_to_all_single` per batch, on a CUDA stream of its own.
+    Each rank decodes B images and holds 1/g of the branches, where g is the number of branch groups, so its branches
+    train on g * B images. Bands take one `all_to_all_single` per batch, on a separate CUDA stream.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -27,11 +28,16 @@ class Exchange:
         self._stream = torch.cuda.Stream(mesh.ranks.device) if on_gpu else None  # type: ignore[no-untyped-call]
 
     def on_side_stream(self) -> Any:
-        """Context in which a batch is made and sent while the device computes."""
+        """Context in which to prepare and send a batch while the device computes; does nothing on a CPU."""
         return torch.cuda.stream(self._stream) if self._stream is not None else nullcontext()
 
     def send(self, inputs: Sequence[Tensor], targets: Sequence[Tensor]) -> Transfer:
-        """Starts to send inputs of all branches, (B, channels, h, w) each, and targets, (B, …) each."""
+        """Starts sending a batch; call it within `on_side_stream`, on all ranks of the replica.
+
+        Args:
+            inputs: (B, channels, h, w) for every branch of the run.
+            targets: (B, …) each: labels and, with a teacher, its logits. Every rank receives those of all images.
+        """
         g, group = self._mesh.branch_groups, self._mesh.exchange_group
         flat = [rearrange(x, "b c h w -> (b h w c)") for x in inputs]
         count = len(inputs) // g
@@ -51,7 +57,15 @@ class Exchange:
         return Transfer(works, [sent, *targets], received, gathered, [tuple(x.shape) for x in own], g, self._stream)
 
     def give_back(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits (own branches, B of the replica, classes) -> (all branches, B of this rank, classes); labels too."""
+        """Returns logits and labels to the ranks that decoded the images.
+
+        Args:
+            logits: (branches of this rank, g * B, classes), for all images of the replica.
+            labels: (g * B,).
+
+        Returns:
+            logits (all branches, B, classes) and labels (B,), for the images of this rank.
+        """
         g = self._mesh.branch_groups
         sent = rearrange(logits, "k (g b) c -> g k b c", g=g).contiguous()
         received = torch.empty_like(sent)
@@ -61,20 +75,29 @@ class Exchange:
 
 @dataclass
 class Transfer:
-    """A batch being sent."""
+    """A batch in transit."""
 
     works: list[Any]
+    """Handles of the collectives."""
     sent: list[Tensor]
+    """Send buffers, which must outlive the collectives."""
     received: Tensor
+    """(g * n,), where n elements come from each rank of the replica."""
     targets: list[Tensor]
-    """Those of the whole replica."""
+    """(g * B, …) each, for all images of the replica."""
     shapes: list[tuple[int, ...]]
-    """Shapes of the inputs of this rank's branches, for the images of one rank."""
+    """(B, channels, h, w) for each branch of this rank: the part that one rank sends."""
     sources: int
+    """Ranks in the replica, g."""
     stream: torch.cuda.Stream | None
+    """Stream of the collectives; None on a CPU."""
 
     def wait(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Inputs of this rank's branches, (B of the replica, channels, h, w) in channels_last each, and targets."""
+        """Waits for the batch; on a GPU, makes the current stream wait.
+
+        Returns:
+            inputs of this rank's branches, (g * B, channels, h, w) each in channels_last, and targets, (g * B, …) each.
+        """
         for work in self.works:
             work.wait()
         if self.stream is not None:
@@ -86,7 +109,7 @@ class Transfer:
         by_source = self.received.view(self.sources, -1)
         for b, c, h, w in self.shapes:
             x = by_source[:, start : start + b * c * h * w]
-            x = rearrange(x, "g (b h w c) -> (g b) h w c", b=b, c=c, h=h, w=w)  # a copy with several branches
+            x = rearrange(x, "g (b h w c) -> (g b) h w c", b=b, c=c, h=h, w=w)  # copies if there are several branches
             inputs.append(rearrange(x, "b h w c -> b c h w"))
             start += b * c * h * w
         return inputs, self.targets

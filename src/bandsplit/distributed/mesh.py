@@ -1,4 +1,4 @@
-"""The mesh of ranks: branch groups x data-parallel replicas."""
+"""The rank mesh: data-parallel replicas x branch groups."""
 
 from __future__ import annotations
 
@@ -15,25 +15,28 @@ from bandsplit.distributed.ranks import Ranks
 
 
 class Mesh:
-    """Branch groups x data-parallel replicas.
+    """Data-parallel replicas x branch groups.
 
-    Ranks of one replica hold different branches and exchange bands of their images; ranks of one branch group hold the
-    same branches and average their gradients.  Rank r is in replica r // branch_groups and group r % branch_groups, so
-    that neighboring ranks, often on one machine, exchange bands.
+    Ranks of one replica hold different branches and exchange the bands of their images. Ranks of one branch group hold
+    the same branches and all-reduce their gradients. Rank r is in replica r // branch_groups and in branch group
+    r % branch_groups, so bands are exchanged between consecutive ranks, which are usually on one node.
+
+    `branches` and the number of ranks must be multiples of `branch_groups`. With several ranks, every rank constructs
+    the mesh, because that creates process groups.
     """
 
     def __init__(self, ranks: Ranks, branches: int, branch_groups: int = 1) -> None:
         self.ranks, self.branches, self.branch_groups = ranks, branches, branch_groups
         self.replicas = ranks.world_size // branch_groups
-        """Ranks that train the same branch."""
+        """Number of replicas: ranks that train the same branch."""
         count = branches // branch_groups
         first = ranks.rank % branch_groups * count
         self.own = range(first, first + count)
-        """Branches that this rank trains, counted within the run."""
+        """Indices, among the branches of the run, of those that this rank trains."""
         self.exchange_group: Any = None
-        """Process group of this rank's replica, which exchanges bands; None: one rank."""
+        """Process group of this rank's replica, for the exchange of bands; None with one rank."""
         self.data_group: Any = None
-        """Process group of the ranks that train the same branches; None: one rank."""
+        """Process group of the ranks that train the same branches; None with one rank."""
         self._neighbors: dict[int, Any] = {}
         if ranks.world_size > 1:
             names = ("data", "branch")
@@ -44,11 +47,14 @@ class Mesh:
 
     @property
     def replica(self) -> int:
-        """Which of the replicas of its branches this rank is."""
+        """Index of this rank's replica."""
         return self.ranks.rank // self.branch_groups
 
     def neighbors(self, count: int) -> Any:
-        """Process group of this rank and its neighbors, `count` replicas of its branches; every rank calls it."""
+        """Process group of `count` consecutive replicas of this rank's branches, this rank included.
+
+        `count` must divide `replicas`. Every rank must call it, with the same `count`. Cached.
+        """
         if count not in self._neighbors:
             first = range(0, self.replicas, count)
             sets = [
@@ -60,10 +66,10 @@ class Mesh:
         return self._neighbors[count]
 
     def replicate(self, branch: nn.Module) -> nn.Module:
-        """Wraps a branch so that backward averages its gradients over the replicas.
+        """Wraps a branch in DistributedDataParallel over its replicas; returns it unchanged with one replica.
 
-        Buffers are not synchronized: training does not read the running statistics of batch norm, and `mean_buffers`
-        averages them for validation and checkpoints.
+        Buffers are not synchronized in training, which does not read the running statistics of batch norm.
+        `mean_buffers` averages them for validation and checkpoints.
         """
         if self.replicas == 1:
             return branch
@@ -78,9 +84,10 @@ class Mesh:
 
     @contextmanager
     def mean_buffers(self, module: nn.Module) -> Iterator[None]:
-        """Context in which floating-point buffers are their mean over the replicas; afterwards each rank's own again.
+        """Context in which the floating-point buffers of `module` are averaged over the replicas.
 
-        The average of the replicas' running means is the running mean over the images of all of them.
+        Every replica enters it; each rank's own values are restored at the end. As all replicas have the same batch
+        size, the mean of their running means is the running mean over the images of all replicas.
         """
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         if self.replicas == 1 or not buffers:

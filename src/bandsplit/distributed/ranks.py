@@ -1,4 +1,4 @@
-"""Ranks: process groups, agreement between ranks, and which rank reports an error."""
+"""Process groups, small collectives on the host, and the choice of the one rank that reports an error."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from loguru import logger
 from torch import Tensor
 
 from bandsplit.cpus import available_cpus
-from bandsplit.errors import Interrupted, ToldElsewhere, UserError
+from bandsplit.errors import Interrupted, ReportedElsewhere, UserError
 
 T = TypeVar("T")
 
@@ -36,28 +36,28 @@ class Ranks:
     local_world_size: int
     device: torch.device
     hosts: Any = None
-    """Process group of all ranks over their hosts (gloo), independent of the devices' backend; None: one rank."""
+    """gloo process group of all ranks for host tensors and objects; None with one rank."""
     timeout: timedelta = timedelta(minutes=5)
-    """Time after which a collective of the devices fails."""
+    """Timeout of collectives on the devices."""
 
     @property
     def is_first(self) -> bool:
         return self.rank == 0
 
     def sum(self, counts: Tensor) -> Tensor:
-        """Sum over all ranks, in place."""
+        """Sums a device tensor over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(counts)
         return counts
 
     def smallest(self, values: Tensor) -> Tensor:
-        """Element-wise minimum over all ranks, in place."""
+        """Takes the element-wise minimum of a device tensor over all ranks, in place."""
         if self.world_size > 1:
             dist.all_reduce(values, dist.ReduceOp.MIN)
         return values
 
     def largest(self, values: Sequence[int]) -> list[int]:
-        """Element-wise maximum over all ranks; does not wait for the device."""
+        """Element-wise maximum over all ranks; runs on the hosts and does not synchronize with the device."""
         if self.world_size == 1:
             return list(values)
         together = torch.tensor(values, dtype=torch.int64)
@@ -65,7 +65,10 @@ class Ranks:
         return together.tolist()
 
     def from_first(self, make: Callable[[], T]) -> T:
-        """Runs `make` on rank 0 only; its result, or the UserError it raises, is passed on to every rank."""
+        """Runs `make` on rank 0 and broadcasts its result, which must be picklable.
+
+        If `make` raises a UserError, every rank raises it.
+        """
         if self.world_size == 1:
             return make()
         told: list[Any] = [None, None]
@@ -76,15 +79,16 @@ class Ranks:
                 told[1] = error
         dist.broadcast_object_list(told, src=0, group=self.hosts)
         if told[1] is not None:
-            told[1].one_rank = False  # now all know it
+            told[1].one_rank = False  # every rank raises it, and rank 0 reports it
             raise told[1]
         value: T = told[0]
         return value
 
     def each(self, make: Callable[[], T]) -> T:
-        """Runs `make` on every rank and returns this rank's result if none of them failed.
+        """Runs `make` on every rank and returns this rank's result.
 
-        Otherwise the lowest rank that failed raises its UserError, and all others raise ToldElsewhere.
+        If `make` raises a UserError on some ranks, the lowest of them raises it (with its rank and hostname, unless it
+        is rank 0), and all other ranks raise ReportedElsewhere.
         """
         made, error = None, None
         try:
@@ -95,7 +99,7 @@ class Ranks:
         if not first:
             return cast(T, made)
         if error is None or first != self.world_size - self.rank:
-            raise ToldElsewhere()
+            raise ReportedElsewhere()
         if not self.is_first:
             error = UserError(f"rank {self.rank} on {socket.gethostname()}: {error}")
             error.one_rank = True
@@ -131,7 +135,7 @@ class Ranks:
             dist.barrier(group=self.hosts)
 
     def synchronize(self) -> None:
-        """Waits for the device."""
+        """Waits until the device has finished all queued work."""
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
@@ -143,36 +147,44 @@ def _value_or(error: UserError | None, value: T) -> T:
 
 
 def world_size() -> int:
-    """Number of ranks that torchrun started; 1 without torchrun."""
+    """Number of ranks, from torchrun's environment; 1 without torchrun. Needs no process group."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def rank() -> int:
-    """Number of this process among those that torchrun started."""
+    """Rank of this process, from torchrun's environment; 0 without torchrun. Needs no process group."""
     return int(os.environ.get("RANK", "0"))
 
 
 @contextmanager
 def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
-    """Process groups of all ranks (NCCL on GPUs, gloo on CPUs), destroyed at the end.
+    """Context with the process groups of all ranks (NCCL on GPUs, gloo on CPUs), which are destroyed at the end.
 
-    Raises ToldElsewhere or UserError instead of the connection errors that follow when another rank ends or hangs;
-    their traceback is logged.
+    When another rank exits or hangs, collectives fail with connection errors. These are logged with their traceback;
+    one rank raises a UserError that names the missing ranks, and the others raise ReportedElsewhere.
+
+    Args:
+        timeout_seconds: timeout of collectives on the hosts; 60 s more for those on GPUs.
+
+    Raises:
+        UserError: a node has fewer GPUs than ranks, the ranks cannot connect, or a collective failed.
+        ReportedElsewhere: a collective failed, and another rank reports it.
     """
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     device = _device(local_rank, local_world_size)
-    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))  # torch does not look at CPU quotas
+    torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))  # torch ignores CPU quotas
     if world_size() == 1:
         yield Ranks(rank(), 1, local_rank, local_world_size, device)
         return
     store = _store()
     if local_world_size == world_size():
-        # torchrun restarts with the same store, which may still hold addresses of the previous attempt.  Each node
-        # counts its own attempts, so several nodes need TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
+        # After a restart, torchrun reuses the store, which may still hold addresses of the previous attempt, so each
+        # attempt gets a prefix. This works on one node only, because nodes count their restarts separately; with
+        # several nodes, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
         store = dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
     on_gpu, hosts_timeout = device.type == "cuda", timedelta(seconds=timeout_seconds)
-    # NCCL kills the process silently, so the hosts' group has to time out first and find who is missing
+    # When NCCL times out it kills the process without a message, so the gloo group must time out first
     timeout = hosts_timeout + timedelta(seconds=60) if on_gpu else hosts_timeout
     try:
         dist.init_process_group(
@@ -189,7 +201,7 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
         if _comes_from_others(error):
             logger.opt(exception=error).error("a collective failed: {}", error)
             raise _who_tells(error, store, rank()) from None
-        with suppress(RuntimeError):  # the store may have ended with another rank
+        with suppress(RuntimeError):  # the process that hosts the store may have exited
             store.set(f"ended/{rank()}", _OWN)
         raise
     finally:
@@ -198,7 +210,7 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
 
 
 def _device(local_rank: int, local_world_size: int) -> torch.device:
-    """This rank's device.  Raises UserError, on every rank of a node, where the node has fewer GPUs than ranks."""
+    """This rank's device. If the node has fewer GPUs than ranks, all of its ranks raise UserError."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     gpus = torch.cuda.device_count()
@@ -207,7 +219,7 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
             f"{local_world_size} ranks on {socket.gethostname()}, which has {gpus} GPU{'s' * (gpus > 1)}: one rank "
             f"uses one GPU, so start at most {gpus} there (torchrun --nproc-per-node {gpus})"
         )
-        told.one_rank = local_rank == 0  # one of each node
+        told.one_rank = local_rank == 0  # reported once per node
         raise told
     device = torch.device("cuda", local_rank)
     torch.cuda.set_device(device)
@@ -215,31 +227,35 @@ def _device(local_rank: int, local_world_size: int) -> torch.device:
 
 
 def _store() -> Any:
-    """The rendezvous store.  Raises UserError where the ranks cannot find each other."""
+    """The rendezvous store. Raises UserError if the ranks cannot connect to it."""
     try:
         store, _, _ = next(dist.rendezvous("env://", rank(), world_size()))
-    except (ValueError, RuntimeError) as error:  # a variable that only torchrun sets, or a host that does not answer
-        told = UserError(f"rank {rank()} of {world_size()} cannot find the others: {error}; start them with torchrun")
+    except (ValueError, RuntimeError) as error:  # a missing variable, or no answer from MASTER_ADDR
+        told = UserError(
+            f"rank {rank()} of {world_size()} cannot connect to the others: {error}; start all with torchrun"
+        )
         told.one_rank = True
         raise told from error
     return store
 
 
 def _comes_from_others(error: Exception) -> bool:
-    """Whether an error comes from a collective, which fails when another rank has ended or hangs."""
+    """Whether an error comes from a collective, judged by its message: torch has no common type for these errors."""
     words = r"gloo|nccl|connection (closed|reset|refused)|broken pipe|timed out|timeout|pair closure|socket"
     return isinstance(error, RuntimeError) and re.search(words, str(error), re.IGNORECASE) is not None
 
 
-_OWN, _OF_COLLECTIVE = "of its own error", "of a collective"
-"""Why a rank has ended, told to the others."""
+_OWN, _OF_COLLECTIVE = "own error", "collective failed"
+"""Why a rank exits: the value of its key `ended/RANK` in the store."""
 
 
 def _who_tells(error: Exception, store: Any, rank: int, seconds: float = 8.0) -> Exception:
-    """Called on every rank where a collective has failed: the UserError on the rank that reports, else ToldElsewhere.
+    """The exception that this rank raises after a failed collective: UserError if it reports the failure.
 
-    Ranks that did not notice have ended or hang; the lowest of the others reports them.  If every rank noticed, the
-    collective itself failed, and the lowest rank reports why.  A rank that failed by itself has reported already.
+    Every rank whose collective failed writes a key to the store and waits up to `seconds` for the keys of the others.
+    - A rank that failed with an error of its own has already reported it: all others raise ReportedElsewhere.
+    - Ranks without a key have exited or hang: the lowest rank with a key names them in a UserError.
+    - If every rank has a key, the collective itself failed: rank 0 raises UserError with its error.
     """
     deadline = time.monotonic() + seconds
     try:
@@ -250,16 +266,16 @@ def _who_tells(error: Exception, store: Any, rank: int, seconds: float = 8.0) ->
             if not missing or time.monotonic() > deadline:
                 break
             time.sleep(0.1)
-    except RuntimeError:  # the store has ended, and with it the rank or the torchrun that kept it
-        return ToldElsewhere()
+    except RuntimeError:  # the store is gone, and so is the rank or the torchrun that hosted it
+        return ReportedElsewhere()
     if _OWN in told.values() or rank != min(told):
-        return ToldElsewhere()
+        return ReportedElsewhere()
     if missing:
         named = ", ".join(map(str, missing))
-        what = f"ranks {named} have ended or hang" if len(missing) > 1 else f"rank {named} has ended or hangs"
-        message = f"{what}; the others cannot continue without; see logs/rank{missing[0]}.log of the run"
+        what = f"ranks {named} have exited or hang" if len(missing) > 1 else f"rank {named} has exited or hangs"
+        message = f"{what}; the other ranks cannot continue; see logs/rank{missing[0]}.log of the run"
     else:
         message = f"a collective failed on every rank: {error}; see logs/rank*.log of the run"
-    speaks = UserError(message)
-    speaks.one_rank = True
-    return speaks
+    report = UserError(message)
+    report.one_rank = True
+    return report

@@ -1,4 +1,4 @@
-"""Bytes that ranks send in a step, and the number of branch groups that sends the fewest."""
+"""Bytes that a rank sends per step, and the number of branch groups that minimizes them."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ GRADIENT_BYTES = 4  # gradients are float32 whatever the precision
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that a rank sends in one optimizer step with `branch_groups` groups of branches.
+    """Bytes that a rank sends per optimizer step with `branch_groups` branch groups.
 
-    Gradients: a ring all-reduce over D ranks sends each number 2 (D - 1) / D times (Patarasuk and Yuan, 2009).
-    Bands: a rank sends those of its own images that the other groups read.
+    Gradients: in a ring all-reduce over D ranks, each rank sends 2 (D - 1) / D times the size of the gradients
+    (Patarasuk and Yuan, 2009). Bands: each rank sends the bands of its images that the other branch groups read.
     """
 
     branch_groups: int
     branches: int
-    """Number trained by each rank."""
+    """Number of branches per rank."""
     gradients: float
     bands: float
 
@@ -31,9 +31,16 @@ class Traffic:
 
 
 def step_traffic(config: RunConfig, world_size: int, groups: int, parameters: Sequence[int], half: bool) -> Traffic:
-    """Traffic of the busiest rank.
+    """Traffic of the busiest rank: gradients of the largest branch group, bands of the group that reads the fewest.
 
-    `parameters`: their number in each branch; `half`: bands are sent as float16, otherwise float32.
+    If these are different branch groups, it is an upper bound.
+
+    Args:
+        config: the run.
+        world_size: number of ranks.
+        groups: number of branch groups; must divide the ranks and the branches.
+        parameters: number of parameters of each branch.
+        half: whether bands are float16 instead of float32.
     """
     replicas = world_size // groups
     of_group = [range(b * len(parameters) // groups, (b + 1) * len(parameters) // groups) for b in range(groups)]
@@ -56,9 +63,10 @@ def possible_groups(config: RunConfig, world_size: int) -> list[int]:
 
 
 def branch_groups(config: RunConfig, world_size: int, parameters: Sequence[int], half: bool) -> int:
-    """`parallel.branch_groups`; "auto" is the number with the least traffic, the smaller of two that are equal.
+    """The number of branch groups of a run: `parallel.branch_groups`, or with "auto" the one with the least traffic.
 
-    Raises UserError where it does not divide the ranks and the branches.
+    Among equals, "auto" takes the smallest. `parameters` and `half` are as for `step_traffic`. Raises UserError if the
+    number given does not divide both the ranks and the branches.
     """
     wanted, possible = config.parallel.branch_groups, possible_groups(config, world_size)
     if wanted == "auto":

@@ -29,7 +29,7 @@ from bandsplit.runs.restored import Restored
 
 @dataclass(frozen=True)
 class Accuracy:
-    """Percentages over the validation set; `loss` is the mean cross-entropy of the fused logits."""
+    """Accuracies in percent over the validation set; `loss` is the mean cross-entropy of the fused logits."""
 
     val_images: int
     loss: float
@@ -52,8 +52,8 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 def evaluate(ensemble: Ensemble, batches: Iterable[Batch], images: int, mesh: Mesh, precision: Precision) -> Accuracy:
     """Accuracy over the batches of all ranks, `images` images in total.
 
-    `ensemble` holds this rank's branches; every rank has the same number of batches of the same size.  Counts and the
-    sum of losses stay on the device until one reduction at the end.
+    `ensemble` holds this rank's branches. Every rank must have the same number of batches of equal size; padding has
+    the label -1. Counts and the sum of losses stay on the device until one reduction at the end.
     """
     ensemble.eval()
     device, feed = mesh.ranks.device, BatchFeed(batches, mesh)
@@ -80,9 +80,9 @@ def evaluate_runs(
 ) -> Accuracy:
     """Validates the branches of one or more runs at a checkpoint ("best", "last" or a step) as one ensemble.
 
-    Prints the accuracy and writes it as JSON. The first run's config, with `overrides`, says where the images are.
-    Raises UserError where there is no such run or checkpoint, where the runs differ in data, classes or transform, and
-    where the loss is not finite.
+    Prints the accuracy and writes it to `output` as JSON. The first run's config, with `overrides`, names the data.
+    Raises UserError if a run or checkpoint is missing, if the runs differ in data, classes or transform, or if the
+    loss is not finite.
     """
     if output is not None and not output.parent.is_dir():
         raise UserError(f"--output {output}: there is no folder {output.parent}")
@@ -113,7 +113,7 @@ def evaluate_runs(
 
 
 def _require_same_data(one: Restored, other: Restored) -> None:
-    """Branches of one ensemble see the same validation images, cut, normalized and transformed alike."""
+    """Raises UserError if two runs read different data or preprocess, normalize or transform images differently."""
     for table, keys in (
         ("data", ("name", "classes", "image_size", "val_image_size", "resize_size", "interpolation", "mean", "std")),
         ("split", ("block", "transform", "norm")),

@@ -1,4 +1,4 @@
-"""Batch norm over a stated number of images, whatever a rank's batch is."""
+"""Batch norm over `model.bn_batch_size` images, independent of the batch size per rank."""
 
 from __future__ import annotations
 
@@ -18,18 +18,23 @@ from bandsplit.models.ensemble import Ensemble
 
 
 def bn_batch_size(config: RunConfig, at_once: int, replicas: int) -> int:
-    """Images over which batch norm takes its statistics in training.
+    """Number of images over which batch norm computes its statistics in training, from `model.bn_batch_size`.
 
-    `at_once`: images that a rank takes through a branch at once; `replicas`: ranks that train the same branch.
-    Raises UserError where `model.bn_batch_size` is neither a part of `at_once` nor that of several ranks, and where a
-    batch norm would have one value per channel, of which there is no variance.
+    Args:
+        config: the run.
+        at_once: images per rank in one forward pass of a branch.
+        replicas: ranks that train the same branch.
+
+    Raises:
+        UserError: `model.bn_batch_size` neither divides `at_once` nor equals it times a divisor of `replicas`, or some
+            batch norm would have one value per channel, which has no variance.
     """
     wanted = config.model.bn_batch_size
     possible = [n for n in range(1, at_once) if at_once % n == 0]
     possible += [at_once * n for n in range(1, replicas + 1) if replicas % n == 0]
     if wanted not in ("rank", "all", *possible):
         raise UserError(
-            f"model.bn_batch_size: {wanted} given, but {at_once} images pass through a branch at once on each rank and "
+            f"model.bn_batch_size: {wanted} given, but a forward pass has {at_once} images per rank and "
             f"{replicas} rank{'s train' if replicas > 1 else ' trains'} each branch; allowed: "
             f"{', '.join(map(str, possible))}, 'rank' or 'all'"
         )
@@ -40,7 +45,7 @@ def bn_batch_size(config: RunConfig, at_once: int, replicas: int) -> int:
 
 
 def _require_larger_maps(config: RunConfig, replicas: int) -> None:
-    """Raises UserError where a map of 1 x 1 meets a batch norm over one image; networks are on the meta device."""
+    """Raises UserError if a batch norm over one image has a 1 x 1 input; builds the networks on the meta device."""
     size = min(config.image_size_at(epoch) for epoch in range(config.train.epochs)) // config.split.block
     with torch.device("meta"):
         branches = list(Ensemble.of(config).branches)
@@ -48,14 +53,17 @@ def _require_larger_maps(config: RunConfig, replicas: int) -> None:
         norm = _norm_of_one_value(branch, torch.empty(1, 3 * len(group), size, size, device="meta"))
         if norm is not None:
             raise UserError(
-                f"{_key_of_one_image(config, replicas)}; with inputs of {size} x {size} its map in {norm} of branch "
+                f"{_key_of_one_image(config, replicas)}; with inputs of {size} x {size} the input of {norm} in branch "
                 f"{number} is 1 x 1, and one value per channel has no variance; allowed: "
                 f"{', '.join(_ways_to_more_values(config, replicas))}"
             )
 
 
 def _norm_of_one_value(branch: nn.Module, image: Tensor) -> str | None:
-    """Name of a batch norm that has one value per channel of an image (1, C, h, w), both on the meta device."""
+    """Name of the first batch norm with one value per channel for `image`, (1, C, h, w); None if there is none.
+
+    `branch` and `image` are on the meta device.
+    """
     found: list[str] = []
     for name, module in branch.named_modules():
         if isinstance(module, _BatchNorm):
@@ -71,6 +79,7 @@ def _norm_of_one_value(branch: nn.Module, image: Tensor) -> str | None:
 
 
 def _key_of_one_image(config: RunConfig, replicas: int) -> str:
+    """Start of the error message: the key that makes batch norm see one image."""
     if config.model.bn_batch_size == 1:
         return "model.bn_batch_size: 1 given: batch norm over one image"
     shares = [f"{replicas} ranks"] * (replicas > 1)
@@ -80,6 +89,7 @@ def _key_of_one_image(config: RunConfig, replicas: int) -> str:
 
 
 def _ways_to_more_values(config: RunConfig, replicas: int) -> list[str]:
+    """End of the error message: changes that give batch norm more than one value per channel."""
     ways = []
     if config.model.bn_batch_size == 1:
         ways += ["a larger model.bn_batch_size, 'rank' or 'all'"]
@@ -94,7 +104,10 @@ def _ways_to_more_values(config: RunConfig, replicas: int) -> list[str]:
 
 
 def fit(branch: nn.Module, images: int, at_once: int, mesh: Mesh) -> nn.Module:
-    """The branch with batch norm over `images` in training, where a rank takes `at_once` through it at once."""
+    """Replaces the branch's batch norms by ghost or synchronized ones, so that their statistics are over `images`.
+
+    `at_once` is the number of images per rank in one forward pass. Every rank calls this, as it creates process groups.
+    """
     if images < at_once:
         return _converted(branch, lambda norm: GhostBatchNorm2d(images, norm.num_features))
     if images == at_once:
@@ -107,7 +120,7 @@ def fit(branch: nn.Module, images: int, at_once: int, mesh: Mesh) -> nn.Module:
 
 
 def _converted(module: nn.Module, make: Any) -> nn.Module:
-    """The module with every BatchNorm2d in it replaced by what `make` gives, with the same parameters and buffers."""
+    """Replaces every BatchNorm2d inside `module`, in place, by `make(norm)` with the same parameters and buffers."""
     for name, child in module.named_children():
         if isinstance(child, nn.BatchNorm2d):
             norm = make(child)
@@ -120,10 +133,10 @@ def _converted(module: nn.Module, make: Any) -> nn.Module:
 
 
 class GhostBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over every `images` images of a batch by themselves (ghost batch norm).
+    """Ghost batch norm: normalizes each group of `images` images in the batch separately.
 
-    Hoffer, Hubara, Soudry, *Train longer, generalize better* (NIPS 2017), algorithm 1.  Running statistics are updated
-    once a batch, with the mean over its parts.
+    Hoffer, Hubara, Soudry, *Train longer, generalize better* (NIPS 2017), algorithm 1. Unlike there, the running
+    statistics are updated once per batch, with the mean over the groups.
     """
 
     def __init__(self, images: int, num_features: int) -> None:
@@ -131,7 +144,7 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
         self.images = images
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same shape; in training B is a multiple of `images`."""
+        """(B, C, h, w) -> (B, C, h, w); in training, B is a multiple of `images`."""
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
@@ -151,14 +164,14 @@ class GhostBatchNorm2d(nn.BatchNorm2d):
 
 
 class HostSyncBatchNorm2d(nn.BatchNorm2d):
-    """Batch norm over the images of several ranks on a CPU; torch's SyncBatchNorm needs a GPU."""
+    """Synchronized batch norm over the ranks of a process group on CPUs; torch's SyncBatchNorm needs a GPU."""
 
     def __init__(self, group: Any, num_features: int) -> None:
         super().__init__(num_features)
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> the same shape; every rank of the group has the same B."""
+        """(B, C, h, w) -> (B, C, h, w); in training, every rank of the group has the same B."""
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
@@ -180,7 +193,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
 
 
 class _Sum(torch.autograd.Function):
-    """Sum over ranks; its gradient is the sum of the ranks' gradients."""
+    """Differentiable all-reduce: the gradient is the sum of the ranks' gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:

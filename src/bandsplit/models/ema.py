@@ -9,12 +9,13 @@ from torch import Tensor, nn
 
 
 class EMA(nn.Module):
-    """EMA of a network's weights and buffers, kept in a network of its own, `module`.
+    """EMA of a network's weights and floating-point buffers, held in `module`, a copy of the network.
 
-    The first update copies the network; each later one is decay · EMA + (1 - decay) · network.
+    The first update copies the network; each later one sets EMA = decay * EMA + (1 - decay) * network.
     """
 
     updates: Tensor
+    """Number of updates, an int64 scalar on the network's device."""
 
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__()
@@ -24,7 +25,7 @@ class EMA(nn.Module):
 
     @torch.no_grad()
     def update(self, network: nn.Module, condition: Tensor) -> None:
-        """Updates where `condition` holds, a bool scalar on the device; the host does not wait for it."""
+        """Updates the EMA if `condition`, a bool scalar on the device, is true; does not synchronize with the host."""
         weight = torch.where(self.updates == 0, 1.0, 1 - self._decay) * condition
         own, theirs = _floats(self.module), _floats(network)
         torch._foreach_lerp_(own, theirs, [weight.to(x.dtype) for x in own])
@@ -32,5 +33,5 @@ class EMA(nn.Module):
 
 
 def _floats(network: nn.Module) -> list[Tensor]:
-    """Weights and buffers, without those that count batches: batch norm does not read them."""
+    """Weights and floating-point buffers. The only others are batch counters, which batch norm does not read."""
     return [x for x in (*network.parameters(), *network.buffers()) if x.is_floating_point()]

@@ -1,4 +1,4 @@
-"""The ensemble of branches, and the fusion of their logits."""
+"""The ensemble of branches and the fusion of their logits."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bandsplit.models import networks
 
 
 class Ensemble(nn.Module):
-    """Independent networks, one per group of bands, which are its 3·len(group) input channels."""
+    """Independent networks (branches), each with one group of bands as its 3·len(group) input channels."""
 
     def __init__(self, branches: Iterable[nn.Module]) -> None:
         super().__init__()
@@ -21,18 +21,21 @@ class Ensemble(nn.Module):
 
     @classmethod
     def of(cls, config: schema.RunConfig, own: range | None = None) -> Ensemble:
-        """The branches of a run, freshly initialized; with `own` only these, counted within the run."""
+        """Builds and initializes the branches of a run, or only those with indices in `own`.
+
+        Raises UserError if an architecture does not support the size of its inputs.
+        """
         numbers, groups = config.split.numbers, config.split.groups
         chosen = own if own is not None else range(len(groups))
         return cls(_build_branch(config, numbers[i], 3 * len(groups[i])) for i in chosen)
 
     def forward(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Inputs (B, 3·bands, h, w), one per branch -> logits of the branches (branches, B, classes), float32."""
+        """Inputs (B, 3·bands, h, w), one per branch -> logits (branches, B, classes), float32."""
         return torch.stack([branch(x).float() for branch, x in zip(self.branches, inputs, strict=True)])
 
 
 def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Module:
-    """Branch k; its initial weights depend on the run's seed and k, not on the other branches."""
+    """Builds branch k. Its initial weights depend on the run's seed and k only, not on which branches are built."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derived(config.seed, "weights", k))
         model, block = config.model_of(k), config.split.block
@@ -41,7 +44,7 @@ def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Modu
 
 
 def parameters_of_branches(config: schema.RunConfig) -> list[int]:
-    """Number of parameters of each branch of a run; allocates no weights."""
+    """Number of parameters of each branch of a run; builds on the meta device, so no weights are allocated."""
     with torch.device("meta"):
         return [networks.count_parameters(branch) for branch in Ensemble.of(config).branches]
 

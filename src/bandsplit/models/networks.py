@@ -15,13 +15,13 @@ from bandsplit.config import schema
 from bandsplit.errors import UserError
 
 SMALLEST = {"alexnet": 63, "vgg16": 32, "vgg16_bn": 32, "inception_v3": 75}
-"""Smallest input size; torchvision's other architectures take any."""
+"""Smallest side of the inputs in pixels; torchvision's other architectures have no minimum."""
 
 
 def build(config: schema.Model, in_channels: int, classes: int, size: int) -> nn.Module:
-    """A network (B, in_channels, size, size) -> logits (B, classes), initialized from torch's random state.
+    """Builds a network (B, in_channels, size, size) -> logits (B, classes), initialized from torch's random state.
 
-    Raises UserError where the architecture needs larger inputs, and where timm refuses.
+    Raises UserError if the architecture needs larger inputs, or if timm cannot be imported or cannot build it.
     """
     if config.source == "timm":
         network = _of_timm(config.arch, in_channels, classes, size)
@@ -36,7 +36,7 @@ def build(config: schema.Model, in_channels: int, classes: int, size: int) -> nn
 
 
 def require_size(config: schema.Model, size: int) -> None:
-    """Raises UserError where torchvision's architecture needs larger inputs than size x size."""
+    """Raises UserError if a torchvision architecture needs inputs larger than size x size."""
     if config.source == "torchvision" and size < SMALLEST.get(config.arch, 1):
         raise _too_small(config.arch, SMALLEST[config.arch], size)
 
@@ -56,7 +56,7 @@ def _too_small(arch: str, smallest: int, size: int) -> UserError:
 
 
 class _Basic(BasicBlock):
-    """torchvision's block with stochastic depth on its residual branch."""
+    """torchvision's BasicBlock with stochastic depth (drop path) on the residual branch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -77,7 +77,7 @@ class _Basic(BasicBlock):
 
 
 class _Bottleneck(Bottleneck):
-    """torchvision's block with stochastic depth on its residual branch."""
+    """torchvision's Bottleneck with stochastic depth (drop path) on the residual branch."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -108,10 +108,10 @@ _RESNETS: dict[str, tuple[type[_Basic | _Bottleneck], list[int]]] = {
 
 
 class _ResNet(ResNet):
-    """torchvision's ResNet with any number of input channels, a width factor, three stems, and tweaks.
+    """torchvision's ResNet with any number of input channels, a width factor, a choice of stem, and tweaks b, c and d.
 
-    With 3 channels, width 1, the standard stem and tweak b its state dict is that of torchvision's; resnet50 with b, c
-    and d is timm's resnet50d.  Tweaks: He et al., *Bag of Tricks* (CVPR 2019), section 4.
+    With 3 channels, width 1, the standard stem and tweak b, its state dict is compatible with torchvision's ResNet;
+    resnet50 with tweaks b, c and d is timm's resnet50d. Tweaks: He et al., *Bag of Tricks* (CVPR 2019), section 4.
     """
 
     def __init__(self, config: schema.Model, in_channels: int, classes: int) -> None:
@@ -135,7 +135,7 @@ class _ResNet(ResNet):
         self.bn1 = nn.BatchNorm2d(channels)
         self.fc = nn.Linear(self._scaled(512) * block.expansion, classes)
         if config.drop_path:
-            # the first block is always kept, the last is dropped most often
+            # the drop rate grows linearly with depth, from 0 to drop_path (Huang et al., ECCV 2016)
             blocks = self.blocks()
             for i, residual in enumerate(blocks):
                 residual.drop_path = StochasticDepth(config.drop_path * i / (len(blocks) - 1), "row")
@@ -144,10 +144,11 @@ class _ResNet(ResNet):
         return [module for module in self.modules() if isinstance(module, _Basic | _Bottleneck)]
 
     def _scaled(self, channels: int) -> int:
+        """Channels times the width factor, rounded to a multiple of 8."""
         return max(8, round(channels * self.width / 8) * 8)
 
     def _deep_stem(self, in_channels: int, out_channels: int, stride: int) -> nn.Sequential:
-        """Tweak c: three 3x3 convolutions as the first, (B, in, h, w) -> (B, out, h/stride, w/stride)."""
+        """Tweak c: three 3x3 convolutions instead of one 7x7, (B, in, h, w) -> (B, out, h/stride, w/stride)."""
         middle = self._scaled(32)
         return nn.Sequential(
             nn.Conv2d(in_channels, middle, kernel_size=3, stride=stride, padding=1, bias=False),
@@ -160,7 +161,7 @@ class _ResNet(ResNet):
         )
 
     def _make_layer(self, block: Any, planes: int, *args: Any, **kwargs: Any) -> nn.Sequential:
-        if planes == 64:  # the first stage follows the stem, whose width torchvision fixes at 64
+        if planes == 64:  # the first stage; torchvision assumes a stem of 64 channels
             self.inplanes = self._scaled(64)
         layer: nn.Sequential = super()._make_layer(block, self._scaled(planes), *args, **kwargs)
         first: Any = layer[0]
@@ -170,18 +171,18 @@ class _ResNet(ResNet):
             convolution, norm = first.downsample
             pool: nn.Module = nn.Identity()
             if convolution.stride != (1, 1):
-                # an odd map is rounded up, as by the strided 3x3 beside it
+                # ceil_mode rounds odd sizes up, like the strided 3x3 convolution of the residual branch
                 pool = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
                 convolution.stride = (1, 1)
             first.downsample = nn.Sequential(pool, convolution, norm)
         return layer
 
 
-# -------------------------------------------------------------------------------------- others of torchvision
+# ------------------------------------------------------------------------- other torchvision architectures
 
 
 def _of_torchvision(config: schema.Model, in_channels: int, classes: int, size: int) -> nn.Module:
-    """AlexNet, VGG, MobileNet or Inception, adapted on the meta device before weights are initialized."""
+    """Builds AlexNet, VGG, MobileNet or Inception; adapts it on the meta device, then initializes the weights."""
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     if config.arch.startswith("mobilenet"):
         options["width_mult"] = config.width
@@ -205,7 +206,10 @@ def _with_in_channels(old: nn.Conv2d, in_channels: int) -> nn.Conv2d:
 
 
 def _fit_classifier(network: Any, in_channels: int, size: int) -> None:
-    """Fits the first fully connected layer to a small map, which torchvision would upsample to 6x6 or 7x7."""
+    """Resizes the first fully connected layer if the feature map is smaller than its input (6x6 or 7x7).
+
+    torchvision's adaptive pooling would upsample such a map.
+    """
     features = network.features(torch.empty(1, in_channels, size, size))
     if features.shape[-1] < network.avgpool.output_size[0]:
         network.avgpool = nn.Identity()
@@ -214,14 +218,14 @@ def _fit_classifier(network: Any, in_channels: int, size: int) -> None:
 
 
 def _start_like_torchvision(network: nn.Module, arch: str) -> None:
-    """Initializes weights as torchvision's constructor does; AlexNet keeps torch's defaults."""
+    """Initializes weights like torchvision's constructors; AlexNet keeps torch's defaults."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.Linear | nn.BatchNorm2d):
             module.reset_parameters()
         if not isinstance(module, nn.Conv2d | nn.Linear) or arch == "alexnet":
             continue
         if arch == "inception_v3":
-            nn.init.normal_(module.weight, std=0.1)  # torchvision cuts it off at 20 standard deviations, which is slow
+            nn.init.normal_(module.weight, std=0.1)  # torchvision truncates at 20 standard deviations, which is slow
             continue
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -232,7 +236,7 @@ def _start_like_torchvision(network: nn.Module, arch: str) -> None:
 
 
 def _of_timm(arch: str, in_channels: int, classes: int, size: int) -> nn.Module:
-    """A network from timm.  Raises UserError with timm's own error where it refuses."""
+    """Builds a timm model. Raises UserError, with timm's error, if timm cannot build it or run it at this size."""
     try:
         timm = importlib.import_module("timm")
     except ImportError as error:
@@ -243,25 +247,25 @@ def _of_timm(arch: str, in_channels: int, classes: int, size: int) -> nn.Module:
     try:
         about = timm.get_pretrained_cfg(arch)
         if about is not None and about.fixed_input_size:
-            options["img_size"] = size  # a transformer's positions
+            options["img_size"] = size  # position embeddings depend on the size
         with torch.device("meta"):
             trial = timm.create_model(arch, **options).eval()
         wrong = _refusal(trial, in_channels, size)
         if wrong is None:
             network: nn.Module = timm.create_model(arch, **options)
             return network
-    except Exception as error:  # whatever timm raises is about the name or the shape that it was given
+    except Exception as error:  # timm raises many types; all are due to the name or shape given
         wrong, trial = error, None
     if trial is not None and "img_size" not in options:
         for larger in range(size + 1, 513):
             if _refusal(trial, in_channels, larger) is None:
                 raise _too_small(arch, larger, size)
     shape = f"{in_channels} channels, {size} x {size} pixels and {classes} classes"
-    raise UserError(f"model.arch: timm refuses {arch!r} for {shape}: {type(wrong).__name__}: {wrong}") from None
+    raise UserError(f"model.arch: timm cannot build {arch!r} for {shape}: {type(wrong).__name__}: {wrong}") from None
 
 
 def _refusal(network: nn.Module, in_channels: int, size: int) -> Exception | None:
-    """The error of a network on the meta device for an input of this size; None: it takes it."""
+    """The error of a forward pass on the meta device with an input of size x size; None if it succeeds."""
     try:
         with torch.no_grad():
             network(torch.empty(1, in_channels, size, size, device="meta"))
@@ -274,7 +278,7 @@ def _refusal(network: nn.Module, in_channels: int, size: int) -> Exception | Non
 
 
 def _initialize(network: nn.Module, config: schema.Model) -> None:
-    """Applies `init` and `zero_gamma` where they differ from the architecture's own initialization."""
+    """Applies `model.init` and `model.zero_gamma` over the architecture's default initialization."""
     if config.init != "default":
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):

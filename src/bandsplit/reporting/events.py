@@ -1,4 +1,4 @@
-"""metrics.jsonl read back, whatever happened to it."""
+"""Reader for metrics.jsonl that tolerates damaged and repeated lines."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from typing import Any
 Event = dict[str, Any]
 
 KINDS = ("train", "validation", "end")
-"""Events that are read; each has finite `step`, `epoch` and `seconds`."""
+"""Kinds of events that are read; each has finite `step`, `epoch` and `seconds`."""
 
 
 def read_events(path: Path) -> tuple[list[Event], list[str]]:
-    """The events of a run in the order of their steps, and what to tell the user about them."""
+    """The events of a run in order of step, and warnings for the user. Raises OSError if the file cannot be read."""
     *lines, unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
     parsed = [_parse(line) for line in lines]
     damaged = [number for number, line in enumerate(lines, start=1) if line.strip() and parsed[number - 1] is None]
-    parsed.append(_parse(unfinished))  # a half-written last line is one that is still being written
+    parsed.append(_parse(unfinished))  # an incomplete last line is still being written: no warning
     events = [event for event in parsed if event and event["event"] in KINDS]
     current = _without_repeated(events)
     remarks = []
@@ -32,7 +32,7 @@ def read_events(path: Path) -> tuple[list[Event], list[str]]:
 
 
 def _parse(line: str) -> Event | None:
-    """An event, or None where a line is damaged."""
+    """The event of a line; None if the line is damaged."""
     try:
         event = json.loads(line)
     except ValueError:
@@ -49,7 +49,7 @@ def _parse(line: str) -> Event | None:
 
 
 def _without_repeated(events: Sequence[Event]) -> list[Event]:
-    """A run that was killed and resumed may hold steps twice: the second time counts."""
+    """Drops repeated steps: a run that was killed and resumed may have trained them twice; the last time counts."""
     kept: list[Event] = []
     earliest, seen = math.inf, set()
     for event in reversed(events):
@@ -62,7 +62,7 @@ def _without_repeated(events: Sequence[Event]) -> list[Event]:
 
 
 def _not_finite(events: Sequence[Event]) -> list[str]:
-    """One remark for each value that is NaN or infinite somewhere."""
+    """One warning for each key with NaN or infinite values."""
     steps: dict[str, list[int]] = {}
     for event in events:
         for key, value in event.items():

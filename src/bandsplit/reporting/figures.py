@@ -22,10 +22,10 @@ from bandsplit.reporting.runs import Group, Run
 
 
 def mean_curve(runs: Sequence[pd.Series]) -> pd.DataFrame:
-    """Columns `mean` and `two_sigma` (2 sample standard deviations) of curves that are indexed by time or step.
+    """Columns `mean` and `two_sigma` (2 sample standard deviations) of curves indexed by time or step.
 
-    The grid is every point of every run in the range that all runs cover; runs are linear between their own points.
-    NaN where a run is NaN, or between such a point and the next: a gap in the line.
+    The grid is the union of all runs' points, within the range that all runs cover; runs are interpolated linearly.
+    NaN at and next to a run's NaN, which leaves a gap in the line.
     """
     low, high = max(run.index[0] for run in runs), min(run.index[-1] for run in runs)
     grid = np.unique(np.concatenate([run.index for run in runs]))
@@ -34,7 +34,7 @@ def mean_curve(runs: Sequence[pd.Series]) -> pd.DataFrame:
     return pd.DataFrame({"mean": values.mean(axis=1, skipna=False), "two_sigma": 2 * values.std(axis=1, ddof=1)})
 
 
-WIDTH, HEIGHT = 7.0, 2.6  # inches: the text width of a page and the height of one row of panels in it
+WIDTH, HEIGHT = 7.0, 2.6  # inches: text width of a page, and height of one row of panels
 
 STYLE = {
     **sns.axes_style("ticks"),
@@ -55,20 +55,20 @@ STYLE = {
     "legend.handlelength": 2.4,
     "legend.frameon": False,
     "savefig.dpi": 200,
-    "svg.hashsalt": "bandsplit",  # the same data gives the same file
+    "svg.hashsalt": "bandsplit",  # reproducible SVG files
 }
 
 
 @dataclass(frozen=True)
 class Panel:
-    """One axes: a column of an event kind, times `scale`."""
+    """One axes: `column` of events of one kind, times `scale`."""
 
     event: str
     column: str
     label: str
     scale: float = 1.0
     bottom: float | None = None
-    running_mean: bool = False  # what is logged every few steps is too noisy to be read as it is
+    running_mean: bool = False  # for values logged every few steps, which are noisy
 
 
 ACCURACY = (Panel("validation", "top1", "Top-1 accuracy (%)"), Panel("validation", "top5", "Top-5 accuracy (%)"))
@@ -92,7 +92,7 @@ FIGURES = {
 
 
 def group_curve(group: Group, x: str, panel: Panel) -> pd.DataFrame:
-    """The mean curve of one column over a group's runs; empty where a run has none of it yet."""
+    """The mean curve of one column over a group's runs; empty if any run has no values yet."""
     curves = []
     for run in group.runs:
         frame = getattr(run, panel.event).reindex(columns=[x, panel.column])
@@ -105,7 +105,7 @@ def group_curve(group: Group, x: str, panel: Panel) -> pd.DataFrame:
 
 
 def running_mean(series: pd.Series) -> pd.Series:
-    """A centered moving average over 2 % of the points, and over 5 points at least; gaps stay gaps."""
+    """A centered moving average over 2 % of the points, at least 5; NaN stays NaN."""
     mean = series.rolling(max(5, len(series) // 50), center=True, min_periods=1).mean()
     return mean.where(series.notna())
 
@@ -119,7 +119,7 @@ def axis_unit(x: str, largest: float) -> tuple[float, str]:
 
 
 def draw_curve(axes: Axes, curve: pd.DataFrame, divisor: float, **line: Any) -> None:
-    """A mean line with its band; few points get markers, so that one alone can be seen."""
+    """A mean line with its ± 2 SD band. Curves of few points get markers, so that a single point is visible."""
     x = curve.index / divisor
     axes.plot(x, curve["mean"], marker="o" if len(curve) <= 12 else None, markersize=3, **line)
     low, high = curve["mean"] - curve["two_sigma"], curve["mean"] + curve["two_sigma"]
@@ -131,7 +131,7 @@ def line_style(group: Group) -> dict[str, Any]:
 
 
 def curves_figure(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> Figure | None:
-    """Panels side by side over a common x axis, a line a group, one legend; None where there is nothing to draw."""
+    """Panels side by side with the same x axis, one line per group, one legend. None if there is no data."""
     curves = {panel: [group_curve(group, x, panel) for group in groups] for panel in panels}
     curves = {panel: column for panel, column in curves.items() if any(len(curve) for curve in column)}
     if not curves:
@@ -150,7 +150,7 @@ def curves_figure(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> F
 
 
 def add_legend(figure: Figure, lines: Sequence[Line2D]) -> int:
-    """One legend below all panels, in two columns where the labels leave room; returns its number of text rows."""
+    """One legend below all panels, in two columns if the labels are short enough; returns its number of text rows."""
     labels = [textwrap.fill(str(line.get_label()), 95) for line in lines]
     columns = 2 if len(lines) > 1 and max(map(len, labels)) <= 45 else 1
     figure.legend(lines, labels, loc="outside lower center", ncols=columns)
@@ -165,7 +165,7 @@ def branch_frame(run: Run) -> pd.DataFrame:
 
 
 def branches_figure(groups: Sequence[Group]) -> Figure | None:
-    """A panel a group that has several branches: each branch's top-1 in color and the ensemble's in black."""
+    """One panel per group with several branches: top-1 of each branch in color, of the ensemble in black."""
     groups = [group for group in groups if all(branch_frame(run).shape[1] > 1 for run in group.runs)]
     if not groups:
         return None
@@ -178,7 +178,7 @@ def branches_figure(groups: Sequence[Group]) -> Figure | None:
         draw_branches(axes, group, divisor)
         axes.set(xlabel=x_label, ylabel=ACCURACY[0].label, title=group.title)
         axes.tick_params(labelbottom=True, labelleft=True)
-    grid[0, 0].set(xlim=(0, None), ylim=(0, None))  # shared by all panels, so only now: a limit ends autoscaling
+    grid[0, 0].set(xlim=(0, None), ylim=(0, None))  # after all panels are drawn: setting a limit ends autoscaling
     for axes in grid.flat[len(groups) :]:
         axes.remove()
     add_legend(figure, [Line2D([], [], color="black", linewidth=2, label="ensemble")])
@@ -186,7 +186,7 @@ def branches_figure(groups: Sequence[Group]) -> Figure | None:
 
 
 def draw_branches(axes: Axes, group: Group, divisor: float) -> None:
-    """Thin lines from dark (first branch) to bright (last) with a color bar; the ensemble on top."""
+    """One thin line per branch, from dark (first) to bright (last), with a color bar; the ensemble on top."""
     frames = [branch_frame(run) for run in group.runs]
     colors = sns.color_palette("viridis", frames[0].shape[1])
     for branch, color in enumerate(colors):

@@ -1,7 +1,8 @@
-"""From run directories to figures and a table. Reads `config.toml` and `metrics.jsonl`, never a checkpoint.
+"""Figures and a table of run directories. Reads only `config.toml` and `metrics.jsonl`, no checkpoints.
 
 Runs whose resolved configurations are equal except for `seed` form one group: a mean with a band of ± 2 standard
-deviations. Units: `seconds` is training time without validation, `top1` and `top5` are percent, `data_wait` is a share.
+deviations. Units: `seconds` is training time without validation, `top1` and `top5` are percent, `data_wait` is a
+fraction.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from bandsplit.reporting.tables import markdown_table
 
 
 def report(folders: Sequence[Path], output: Path | None = None) -> None:
-    """Write each figure as PNG and SVG and `table.md` to `output`; print the table and where everything is.
+    """Writes figures (PNG and SVG) and `table.md` to `output`; prints the table and the output folder.
 
-    What cannot be drawn is left out and said. Raises UserError if that is everything, or if `output` cannot be written.
+    Skips runs that cannot be read, with a message. Raises UserError if none can, or if `output` cannot be written.
     """
     runs, left_out = read_runs(folders)
     if not runs:
@@ -48,6 +49,6 @@ def report(folders: Sequence[Path], output: Path | None = None) -> None:
 
 
 def draw(groups: Sequence[Group]) -> dict[str, Figure | None]:
-    """Every figure by its name; None where the runs have no data for it."""
+    """All figures by name; None if the runs have no data for a figure."""
     curves = {name: curves_figure(groups, x, panels) for name, (x, panels) in FIGURES.items()}
     return {**curves, "branches": branches_figure(groups)}

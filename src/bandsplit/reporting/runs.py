@@ -18,7 +18,7 @@ from bandsplit.reporting.events import read_events
 from bandsplit.runs.directory import flatten
 
 NEEDED = ("name", "train.epochs", "split.branches")
-"""Keys of config.toml that are read; all others only tell configurations apart."""
+"""Required keys of config.toml. All other keys only serve to group runs."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,11 +33,11 @@ class Run:
     epoch: float
     seconds: float
     remarks: list[str]
-    """What the figures leave out, for the user."""
+    """Warnings for the user about data that the figures leave out."""
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
-    """The runs that can be drawn, and a message for each folder that cannot. A folder named twice counts once."""
+    """The runs that can be drawn, and an error message for each folder that cannot. Duplicate folders count once."""
     named: dict[str, Path] = {}
     for folder in folders:
         named.setdefault(os.path.realpath(folder), folder)
@@ -51,7 +51,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
 
 
 def read_run(folder: Path) -> Run:
-    """Read a run directory, finished or in progress. Raises UserError where there is nothing to draw."""
+    """Reads a run directory, finished or in progress. Raises UserError if there is nothing to draw."""
     try:
         if not folder.is_dir():
             what = "not a folder" if folder.exists() else "no such folder"
@@ -113,7 +113,7 @@ class Group:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Group runs by configuration, in order of appearance; unfinished runs stay apart from finished ones."""
+    """Groups runs by configuration, in order of appearance; finished and unfinished runs form separate groups."""
     configurations: list[dict[str, str]] = []
     for run in runs:
         if run.settings not in configurations:
@@ -136,7 +136,7 @@ def differing_keys(settings: Mapping[str, str], configurations: Sequence[Mapping
 
 
 def progress(runs: Sequence[Run]) -> list[str]:
-    """Where unfinished runs are; nothing for finished ones."""
+    """The epoch reached by unfinished runs, as a note; empty for finished ones."""
     if runs[0].ended:
         return []
     return [f"in progress, epoch {span(round(run.epoch, 1) for run in runs)} of {runs[0].settings['train.epochs']}"]

@@ -16,7 +16,7 @@ CAPTION = (
 
 
 def mean_two_sigma(values: Sequence[float | None], digits: int = 2) -> str:
-    """`76.07 ± 0.22`, one value as it is, a dash where a run has none."""
+    """`76.07 ± 0.22`; a single value without ±; a dash if any value is missing."""
     series = pd.Series(values, dtype=float)
     if series.isna().any():
         return "—"

@@ -1,14 +1,14 @@
-"""Checkpoints that are complete or not there: one folder per step, one file per branch, written in the background.
+"""Format of checkpoints, and reading, finding and verifying them: one folder per step, one file per branch.
 
     checkpoints/step_00000026/run.pt            format, config, classes, progress, losses since the last line of metrics
-                              branch_00.pt …    weights, optimizer and loss scale of one branch, whoever trained it
-                              stream_00.pt …    position of one stream of images
-    checkpoints/last, best                      links for people; nothing depends on them
-    checkpoints/set_aside/                      damaged, half-written and replaced ones: moved here, not deleted
+                              branch_00.pt …    weights, EMA, optimizer and loss scale of one branch
+                              stream_00.pt …    position of one stream of images, running statistics of its rank
+    checkpoints/last, best                      links for users; not read by bandsplit
+    checkpoints/set_aside/                      incomplete and unused checkpoints: moved here, not deleted
 
-Every rank writes its own files. Each carries the CRC-32 of every record, as zip archives do, and is read back once
-before the folder gets its name. Which checkpoint is the best is part of `progress` in run.pt, so a run may be copied
-by tools that do not know links.
+Every rank writes its own files. They are zip archives with a CRC-32 per record, and are read back once before the
+folder is renamed. The best step is stored in `progress` of run.pt, so a run can be copied by tools that do not
+support links.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ State = dict[str, Any]
 RUN = "run.pt"
 
 FORMAT = 2
-"""Raised whenever what a checkpoint holds changes, so that versions do not misread each other's."""
+"""Increased with every change of the contents, so that no version misreads another's checkpoints."""
 
 
 def folder_name(step: int) -> str:
@@ -48,7 +48,7 @@ def stream_file(number: int) -> str:
 
 
 def files_of(numbers: Sequence[int], streams: int) -> list[str]:
-    """Names of the files of a checkpoint with these branches and so many streams."""
+    """Names of all files of a checkpoint with branches `numbers` and `streams` streams."""
     return [RUN, *(branch_file(k) for k in numbers), *(stream_file(s) for s in range(streams))]
 
 
@@ -57,22 +57,22 @@ def step_of(path: Path) -> int:
 
 
 def saved(folder: Path) -> list[Path]:
-    """The checkpoints in a folder in the order of their steps.  Raises UserError where the disk cannot be read."""
+    """The checkpoints in a folder, in order of step. Raises UserError if the folder cannot be read."""
     return sorted((path for path in _entries(folder) if re.fullmatch(r"step_\d+", path.name)), key=step_of)
 
 
 def _entries(folder: Path) -> list[Path]:
     with reading(folder):
         try:
-            return list(folder.iterdir())  # glob would take a folder that cannot be read for an empty one
+            return list(folder.iterdir())  # glob would treat an unreadable folder as empty
         except FileNotFoundError:
             return []
 
 
 def read(folder: Path, name: str) -> State:
-    """One file of a checkpoint onto the CPU, tensors and plain values only.
+    """Loads one file of a checkpoint to the CPU; tensors and plain values only (`weights_only`).
 
-    Raises UserError where there is none or it cannot be read.
+    Raises UserError if the file does not exist or cannot be read.
     """
     path = folder / name
     with reading(path):
@@ -88,7 +88,7 @@ def read(folder: Path, name: str) -> State:
 
 
 def read_run(folder: Path) -> State:
-    """What run.pt of a checkpoint holds.  Raises UserError as `read` does, and where the format is another one."""
+    """Contents of run.pt of a checkpoint. Raises UserError as `read` does, and if its format is not FORMAT."""
     run = read(folder, RUN)
     found = run.get("format")
     if found != FORMAT:
@@ -101,7 +101,7 @@ def read_run(folder: Path) -> State:
 
 
 def read_ensemble(folder: Path, numbers: Sequence[int]) -> State:
-    """State of an `Ensemble` of these branches as they were validated: the EMA of the weights where there is one."""
+    """State dict of an `Ensemble` of branches `numbers`, as validated: the EMA if there is one, else the network."""
     branches = [read(folder, branch_file(k)) for k in numbers]
     return {
         f"branches.{i}.{key}": value
@@ -111,9 +111,10 @@ def read_ensemble(folder: Path, numbers: Sequence[int]) -> State:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a checkpoint: a file that is missing or differs from its checksums; None: it is good.
+    """Describes a file of a checkpoint that is missing or does not match its checksums; None if all are intact.
 
-    Raises UserError where the disk cannot be read, which says nothing about the checkpoint, and for another format.
+    Raises UserError if the disk cannot be read, which does not mean that the checkpoint is damaged, and if the format
+    is not FORMAT.
     """
     with reading(folder):
         wrong = damage_of_file(folder / RUN)
@@ -126,14 +127,14 @@ def damage(folder: Path) -> str | None:
 
 
 def damage_of_file(path: Path) -> str | None:
-    """What is wrong with one file of a checkpoint; None: it is good.  Raises OSError where the disk cannot be read."""
+    """Describes the damage of one file of a checkpoint; None if intact. Raises OSError if the disk cannot be read."""
     try:
         with zipfile.ZipFile(path) as archive:
             record = archive.testzip()
     except (FileNotFoundError, NotADirectoryError):
         return f"{path.name} is missing"
     except OSError as error:
-        if error.errno != errno.EINVAL:  # a damaged archive points before its own beginning
+        if error.errno != errno.EINVAL:  # a damaged archive can contain a negative offset
             raise
         return f"{path.name}: {error}"
     except Exception as error:  # damaged bytes can make zipfile raise anything
@@ -142,9 +143,9 @@ def damage_of_file(path: Path) -> str | None:
 
 
 def latest(folder: Path) -> Path | None:
-    """The newest good checkpoint of a run; None where there are none at all.
+    """The newest intact checkpoint of a run; None if there are no checkpoints.
 
-    Logs which ones are damaged.  Raises UserError where all are, and where the disk cannot be read.
+    Logs damaged ones. Raises UserError if all are damaged, and if the disk cannot be read.
     """
     found = saved(folder)
     for path in reversed(found):
@@ -158,9 +159,9 @@ def latest(folder: Path) -> Path | None:
 
 
 def find(folder: Path, which: str) -> Path:
-    """The checkpoint of a run that is meant by "last" (the newest good one), "best" or a step; it is good.
+    """The checkpoint of a run by "last" (the newest intact one), "best" or a step number.
 
-    Raises UserError where there is none, which names those there are, and where it is damaged.
+    Raises UserError, naming the available steps, if it does not exist or is damaged.
     """
     if which == "last":
         path = latest(folder)
@@ -188,7 +189,7 @@ def find(folder: Path, which: str) -> Path:
 
 
 def best_step(folder: Path) -> int:
-    """Step of the best validation, as the newest checkpoint with a good run.pt has it; 0: none yet."""
+    """Step of the best validation, from the newest checkpoint with an intact run.pt; 0 if there is none yet."""
     with reading(folder):
         for path in reversed(saved(folder)):
             if damage_of_file(path / RUN) is None:
@@ -198,7 +199,7 @@ def best_step(folder: Path) -> int:
 
 
 def on_host(state: Any) -> Any:
-    """A copy on the CPU that later steps do not change."""
+    """A deep copy of a nested state with all tensors on the CPU."""
     if isinstance(state, torch.Tensor):
         return state.detach().to("cpu", copy=True)
     if isinstance(state, dict):
@@ -207,10 +208,10 @@ def on_host(state: Any) -> Any:
 
 
 def link(folder: Path, last: Path, best: int) -> None:
-    """Points the links `last` and `best` to a checkpoint and the one of step `best` (0: none), for people to use.
+    """Updates the link `last` to the checkpoint `last`, and the link `best` to that of step `best` (0: none).
 
-    A folder in the place of a link comes from a copy of the run and is set aside.  File systems without links do
-    without.
+    A folder in place of a link comes from a copy of the run and is set aside. Errors are only logged, since some file
+    systems have no links.
     """
     for name, target in (("last", last), ("best", folder / folder_name(best))):
         path, temporary = folder / name, folder / f".{name}"
@@ -226,7 +227,7 @@ def link(folder: Path, last: Path, best: int) -> None:
 
 
 def set_aside_unused(folder: Path, resumed: Path | None) -> None:
-    """Sets aside what a killed run left half written, and the checkpoints later than the one that is resumed."""
+    """Sets aside incomplete checkpoints of a killed run, and those later than the one to resume from."""
     for path in sorted(_entries(folder)):
         if path.name.startswith(".step_"):
             _set_aside(path, "was left half written")

@@ -1,4 +1,4 @@
-"""A run directory: its files, its lock, its resolved config and the environments of its launches."""
+"""Run directory: files, lock, resolved config, class names and the environment of each launch."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ MAY_CHANGE = (
     "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch",
     "train.log_every", "validation.batch_size", "distillation.teacher",
 )  # fmt: skip
-"""Keys that say where and how a run is computed, not what: they may change when it is resumed."""
+"""Keys, or prefixes of keys, that do not affect what is computed and may change when a run is resumed."""
 
 PACKAGES = ("torch", "torchvision", "nvidia.dali", "numpy")
-"""Packages, by the names under which Python imports them, whose versions environment.json records."""
+"""Import names of the packages whose versions environment.json records."""
 
 
 class RunDirectory:
@@ -49,19 +49,19 @@ class RunDirectory:
 
     @property
     def holds_run(self) -> bool:
-        """Raises UserError where the folder cannot be read."""
+        """Whether there is a config.toml. Raises UserError if the folder cannot be read."""
         with reading(self.path):
             return self.config.is_file()
 
     def check(self, config: RunConfig, resume: bool) -> None:
-        """Raises UserError where a new run would overwrite another, or a resumed one would change its config."""
+        """Raises UserError if a new run would overwrite another, or a resumed run would change its config."""
         if not self.holds_run:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--run-dir {self.path}: this is a file, not a folder")
             return
         if not resume:
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
-        # keys that are newer than the run have their defaults, which are what it was computed with
+        # keys added since the run began load as their defaults, which match what the run was computed with
         before, now = (flatten(resolved(each)) for each in (loading.load(self.config), config))
         changed = [
             f"{key} was {before.get(key, 'unset')!r}, now {now.get(key, 'unset')!r}"
@@ -72,7 +72,7 @@ class RunDirectory:
             raise UserError(f"{self.path} holds a run of another config: {'; '.join(changed)}")
 
     def check_classes(self, found: Sequence[str], where: str) -> None:
-        """Raises UserError where the run began with other classes than were `found` in the data."""
+        """Raises UserError if the class names that the run began with differ from those `found` in the data."""
         text = read_text(self.classes)
         if text is not None:
             try:
@@ -83,7 +83,7 @@ class RunDirectory:
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Inside, no other process can train into this directory.  Raises UserError where one does, and says which."""
+        """Holds the lock of this directory. Raises UserError, naming the owner, if another process holds it."""
         make_folder(self.path)
         lock, owner = FileLock(self.path / ".lock", blocking=False), self.path / ".lock_owner"
         try:
@@ -100,13 +100,13 @@ class RunDirectory:
             described = f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}"
             replace_text(owner, described)
             yield
-            with suppress(OSError):  # the lock alone decides; who has it is only told
+            with suppress(OSError):  # only informative: the lock decides
                 owner.unlink()
         finally:
             lock.release()
 
     def create(self, config: RunConfig, classes: Sequence[str], environment: Mapping[str, Any]) -> None:
-        """Makes the folders, writes config.toml and classes.json, and adds this launch to environment.json."""
+        """Creates the folders, writes config.toml and classes.json, and appends this launch to environment.json."""
         for folder in (self.path, self.checkpoints, self.logs):
             make_folder(folder)
         replace_text(self.config, tomli_w.dumps(resolved(config)))
@@ -114,7 +114,7 @@ class RunDirectory:
         replace_text(self.environment, json.dumps([*self._launches(), environment], indent=2) + "\n")
 
     def _launches(self) -> list[Any]:
-        """Entries of environment.json; a file that holds none is set aside."""
+        """Entries of environment.json; an invalid file is set aside."""
         text = read_text(self.environment)
         if text is None:
             return []
@@ -127,7 +127,7 @@ class RunDirectory:
 
 
 def require_same_classes(trained: Sequence[str], by: str, found: Sequence[str], where: str) -> None:
-    """Raises UserError where the class names that run `by` was trained on differ from those found in `where`."""
+    """Raises UserError if the class names that run `by` was trained on differ from those found in `where`."""
     if list(trained) != list(found):
         missing, new = (sorted({*some} - {*others}) for some, others in ((trained, found), (found, trained)))
         told = [
@@ -153,7 +153,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def environment(world_size: int, device: str) -> dict[str, Any]:
-    """What one needs to know to repeat a launch."""
+    """Environment of a launch, for reproducing it: command, commit, versions, host, ranks and device."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
@@ -169,16 +169,16 @@ def environment(world_size: int, device: str) -> dict[str, Any]:
 
 
 def _versions(packages: Sequence[str]) -> dict[str, str | None]:
-    """Versions of the packages that this process has imported; None: not imported, or without a version.
+    """Versions of imported packages; None if not imported or without a version.
 
-    The modules are asked, since distributions of one package can have several names (nvidia-dali-cuda120, -cuda130),
-    and one that is only on PYTHONPATH has none.
+    Read from the modules: distribution names vary (nvidia-dali-cuda120, -cuda130), and a package on PYTHONPATH has
+    none.
     """
     return {name: getattr(sys.modules.get(name), "__version__", None) for name in packages}
 
 
 def _git(*arguments: str) -> str | None:
-    """Output of git in the folder of the source; None where there is no git or no repository."""
+    """Output of git in the source folder; None without git or outside a repository."""
     folder = Path(__file__).parent
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)

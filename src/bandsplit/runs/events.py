@@ -1,4 +1,4 @@
-"""Events of a run and who listens to them: metrics.jsonl, the console, and whatever follows."""
+"""Events of a run and their listeners, such as metrics.jsonl and the console."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Listener = Callable[..., None]
 
 
 class Events:
-    """Hands every event to each listener in turn; a rank other than the first has none."""
+    """Passes each event to all listeners in order. Only rank 0 has listeners."""
 
     def __init__(self, *listeners: Listener) -> None:
         self._listeners = listeners

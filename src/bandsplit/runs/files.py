@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, set aside instead of deleted; errors of the disk become messages."""
+"""Atomic writes, files set aside instead of deleted, and disk errors as messages."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from pathlib import Path
 from bandsplit.paths import reading_from, writing_to
 
 SET_ASIDE = "set_aside"
-"""Folder of what is no longer used but was not deleted."""
+"""Name of the folder for files that are no longer used."""
 
 
 def replace_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a file atomically. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     with writing_to(path):
         with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
@@ -26,9 +26,9 @@ def replace_text(path: Path, text: str) -> None:
 
 
 def read_text(path: Path) -> str | None:
-    """Text of a file, in which bytes that are not UTF-8 survive a `replace_text`; None: there is no such file.
+    """Text of a file; None if it does not exist. Bytes that are not UTF-8 are kept by a later `replace_text`.
 
-    Raises UserError where it cannot be read.
+    Raises UserError if it cannot be read.
     """
     with reading(path):
         try:
@@ -38,13 +38,13 @@ def read_text(path: Path) -> str | None:
 
 
 def make_folder(path: Path) -> None:
-    """With those above it, where it is not there."""
+    """Creates a folder and its parents if missing. Raises UserError if it cannot."""
     with writing_to(path):
         path.mkdir(parents=True, exist_ok=True)
 
 
 def set_aside(path: Path) -> Path:
-    """Moves a file or folder into the folder `set_aside` beside it, under a name that is free; returns where it is."""
+    """Moves a file or folder into the folder `set_aside` next to it, under an unused name; returns the new path."""
     with writing_to(path):
         folder = path.parent / SET_ASIDE
         folder.mkdir(exist_ok=True)
@@ -57,17 +57,17 @@ def set_aside(path: Path) -> Path:
 
 
 def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, on file systems that can."""
+    """Makes renames in a folder durable, if the file system supports it."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # folders cannot be synced: CIFS, some of FUSE
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and some FUSE file systems cannot sync folders
             raise
     finally:
         os.close(descriptor)
 
 
 def reading(path: Path) -> AbstractContextManager[None]:
-    """`reading_from`, for what a second try may find readable."""
+    """`reading_from` with the advice to retry, for errors that may be temporary."""
     return reading_from(path, ". Nothing was changed; once it can be read, run the same command again")

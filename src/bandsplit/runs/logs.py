@@ -1,4 +1,4 @@
-"""Log files, one per rank, and the terminal."""
+"""Logging to one file per rank and to the terminal."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from loguru import logger
 from tqdm import tqdm
 
-from bandsplit.errors import Interrupted, ToldElsewhere, UserError
+from bandsplit.errors import Interrupted, ReportedElsewhere, UserError
 
 if TYPE_CHECKING:
     from loguru import Message, Record
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 class LogFile:
     """The log file of a rank.
 
-    Lines are held back until `open`, since a run that is refused writes nothing.  An error with its traceback opens the
-    file by itself, and goes to the terminal where the file cannot be written.
+    Lines are buffered until `open`, so that a run that is refused writes nothing. An error with a traceback opens the
+    file at once; if the file cannot be written, it goes to the terminal.
     """
 
     def __init__(self, path: Path) -> None:
@@ -37,7 +37,7 @@ class LogFile:
         return self._file is not None or self._failed
 
     def open(self) -> None:
-        """Writes what was held back; from now on every line is written at once."""
+        """Writes the buffered lines; later lines are written immediately."""
         held, self._held = self._held, []
         if not self._failed:
             try:
@@ -65,10 +65,10 @@ class LogFile:
 
 @contextmanager
 def logged(folder: Path, rank: int) -> Iterator[LogFile]:
-    """Inside, a rank logs to ``folder/rankN.log``, and to the terminal what concerns the user.
+    """Inside, this rank logs to ``folder/rankN.log`` and, for the user, to the terminal.
 
-    An error that ends the block is in the file with its traceback.  The terminal has none: the entry point tells what
-    the user can mend, and Python prints the traceback of everything else.
+    An error that ends the block is logged to the file with its traceback. Tracebacks are not logged to the terminal:
+    the entry point prints a UserError, and Python prints the traceback of all other errors.
     """
     file = LogFile(folder / f"rank{rank}.log")
     logger.remove()
@@ -78,7 +78,7 @@ def logged(folder: Path, rank: int) -> Iterator[LogFile]:
     _log_to_terminal(rank)
     try:
         yield file
-    except (Interrupted, ToldElsewhere):
+    except (Interrupted, ReportedElsewhere):
         raise
     except UserError as error:
         if file.is_open:
@@ -92,7 +92,7 @@ def logged(folder: Path, rank: int) -> Iterator[LogFile]:
 
 
 def _log_to_terminal(rank: int) -> None:
-    """Rank 0 above its progress bar, or with its figures where there is none; the others only errors."""
+    """Rank 0 logs INFO above its progress bar, or DEBUG (with train metrics) without a terminal; others only errors."""
     form, level = "{time:HH:mm:ss} {message}", "INFO" if sys.stderr.isatty() else "DEBUG"
     if rank > 0:
         form, level = f"{{time:HH:mm:ss}} rank {rank}: {{message}}", "ERROR"
@@ -102,7 +102,7 @@ def _log_to_terminal(rank: int) -> None:
 def _write_to_terminal(message: Message) -> None:
     try:
         tqdm.write(message, end="", file=sys.stderr)
-    except OSError:  # gone, as after SIGHUP or with the other end of a pipe: a checkpoint may still be to be written
+    except OSError:  # terminal or pipe closed: go on, so that a checkpoint can be written
         sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
 
 

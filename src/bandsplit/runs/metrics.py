@@ -1,4 +1,4 @@
-"""metrics.jsonl and the clock of a run."""
+"""Writing metrics.jsonl, and the clock of a run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from bandsplit.runs.files import read_text, replace_text, writing_to
 
 
 class Metrics:
-    """metrics.jsonl: one JSON object per line, each on disk as soon as it is written."""
+    """metrics.jsonl: one JSON object per line, flushed after each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -29,12 +29,12 @@ class Metrics:
 
     @property
     def ended(self) -> bool:
-        """Whether the last line tells the end of the run."""
+        """Whether the last line is the "end" event."""
         lines = _lines(read_text(self._path) or "")
         return bool(lines) and (_values(lines[-1]) or {}).get("event") == "end"
 
     def forget_after(self, step: int) -> None:
-        """Moves lines of later steps, which come again, and lines that are not whole to metrics_set_aside.jsonl."""
+        """Moves damaged lines and lines of later steps, which will be repeated, to metrics_set_aside.jsonl."""
         text = read_text(self._path) or ""
         lines = _lines(text)
         kept = [line for line in lines if _is_up_to(line, step)]
@@ -47,7 +47,7 @@ class Metrics:
                 file.writelines(f"{line}\n" for line in forgotten)
             logger.info("{}: {} lines after step {} moved to {}", self._path, len(forgotten), step, self._forgotten)
         whole = "".join(f"{line}\n" for line in kept)
-        if whole != text:  # also where only the end of the last line is missing
+        if whole != text:  # also if only the final newline is missing
             replace_text(self._path, whole)
 
 
@@ -56,7 +56,7 @@ def _lines(text: str) -> list[str]:
 
 
 def _values(line: str) -> dict[str, Any] | None:
-    """Values of a line of metrics; None: it is not whole."""
+    """Values of a line of metrics; None if it is damaged."""
     try:
         values = json.loads(line)
     except ValueError:
@@ -65,13 +65,13 @@ def _values(line: str) -> dict[str, Any] | None:
 
 
 def _is_up_to(line: str, step: int) -> bool:
-    """Whether a line of metrics is whole, not later than a step, and not the end, which comes again."""
+    """Whether a line is intact, not later than `step`, and not the "end" event, which will be repeated."""
     values = _values(line)
     return values is not None and values["step"] <= step and values.get("event") != "end"
 
 
 class Stopwatch:
-    """Seconds of training: paused during validation and checkpoints; a resumed run continues its count."""
+    """Wall-clock seconds of training, paused during validation and checkpoints. `seconds`: those before a resume."""
 
     def __init__(self, seconds: float = 0.0) -> None:
         self._before, self._since = seconds, time.perf_counter()

@@ -20,7 +20,7 @@ from bandsplit.runs.directory import RunDirectory, flatten, require_same_classes
 from bandsplit.spectral.view import View
 
 TRAINED = ("model.", "branch", "split.", "data.classes", "data.mean", "data.std")
-"""Keys that the weights of a run depend on."""
+"""Prefixes of config keys that the weights of a run depend on."""
 
 
 @dataclass(frozen=True)
@@ -36,10 +36,10 @@ class Restored:
 
     @classmethod
     def of(cls, run_dir: Path, which: str, overrides: Sequence[str] = ()) -> Restored:
-        """A run at a checkpoint ("best", "last" or a step), as it was validated.
+        """Loads a run at a checkpoint ("best", "last" or a step), with EMA weights if there are any.
 
-        Raises UserError where there is no such run or checkpoint, where the checkpoint is damaged, and where
-        `overrides` change what the weights were trained for.
+        Raises UserError if the run or checkpoint does not exist, if the checkpoint is damaged, and if `overrides`
+        change a key that the weights depend on.
         """
         directory = RunDirectory(run_dir)
         if not directory.holds_run:
@@ -52,13 +52,13 @@ class Restored:
         ensemble, state = Ensemble.of(config), checkpoint.read_ensemble(folder, run["branches"])
         try:
             ensemble.load_state_dict(state)
-        except RuntimeError as error:  # tells each tensor in a line of its own
+        except RuntimeError as error:  # one line per tensor
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{folder}: these weights do not fit the networks of the config: {reason}") from error
         return cls(run_dir, config, ensemble, run["progress"]["step"], run["classes"])
 
     def require_classes(self, found: Sequence[str], where: str) -> None:
-        """Raises UserError where its classes are not, by name, those that were found in `where`."""
+        """Raises UserError if its class names differ from those `found` in `where`."""
         require_same_classes(self.classes, str(self.run_dir), found, where)
 
 
@@ -75,9 +75,9 @@ class Teacher:
 
     @classmethod
     def of(cls, config: RunConfig, classes: Sequence[str], precision: Precision) -> Teacher | None:
-        """The teacher that a config names, for data of these classes; None: it names none.
+        """The teacher of a config, None without distillation. `classes`: class names of the training data.
 
-        Raises UserError where there is no such run, or it does not fit this config's images or classes.
+        Raises UserError if there is no such run, or if it does not fit the images or classes of this config.
         """
         if config.distillation is None:
             return None
@@ -92,7 +92,7 @@ class Teacher:
 
     @torch.no_grad()
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Inputs of its branches, (B, channels, h, w) each -> fused logits (B, classes), float32."""
+        """Inputs of the teacher's branches, (B, channels, h, w) each -> fused logits (B, classes), float32."""
         with self._precision.autocast():
             return fuse(self._ensemble(inputs))
 
@@ -102,7 +102,7 @@ def teachers_directory(distillation: Distillation) -> Path:
 
 
 def _require_same_networks(own: RunConfig, config: RunConfig, run_dir: Path) -> None:
-    """Overrides may change where images come from and how they are cut, not what the weights mean."""
+    """Raises UserError if overrides change a key of TRAINED; data and preprocessing may change."""
     was, now = (flatten(resolved(each)) for each in (own, config))
     for key in sorted({*was, *now}):
         if key.startswith(TRAINED) and was.get(key) != now.get(key):

@@ -1,4 +1,4 @@
-"""Checkpoints are written in the background, read back, and get their name only when they are complete."""
+"""Background writing of checkpoints: files are read back, and the folder is renamed only when it is complete."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from loguru import logger
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.ranks import Ranks
-from bandsplit.errors import ToldElsewhere, UserError
+from bandsplit.errors import ReportedElsewhere, UserError
 from bandsplit.runs import checkpoint
 from bandsplit.runs.checkpoint import State, damage_of_file, files_of
 from bandsplit.runs.files import sync_folder
 
 
 class Writer:
-    """Writes this rank's files of one checkpoint after the other, in a thread.
+    """Writes this rank's files of a checkpoint in a background thread, one checkpoint at a time.
 
-    The first rank's thread waits until the files of all ranks are there, then names the folder, points the links
-    ``last`` and ``best`` and removes checkpoints that are not kept.  A kill at any moment leaves the previous
-    checkpoints.
+    On rank 0 the thread waits for the files of all ranks, renames the temporary folder, updates the links ``last`` and
+    ``best`` and deletes old checkpoints. If the run is killed at any point, the previous checkpoints remain valid.
     """
 
     def __init__(self, folder: Path, leads: bool, keep: int) -> None:
@@ -43,9 +42,9 @@ class Writer:
         return self._thread is not None and self._thread.is_alive()
 
     def start(self, step: int, files: Mapping[str, State], everybodys: Sequence[str]) -> None:
-        """Begins to write `files` of a checkpoint that consists of `everybodys`; not while `busy`.
+        """Starts writing `files`, this rank's part of a checkpoint whose files on all ranks are `everybodys`.
 
-        Nothing may change the states from here on.
+        Must not be called while `busy`. The caller must not modify the states afterwards.
         """
         assert not self.busy
         self._written.clear()
@@ -55,18 +54,18 @@ class Writer:
         self._thread.start()
 
     def finish(self, own: float = 60.0, others: float = 5.0) -> None:
-        """Waits so many seconds for this rank's files, and then for those of the other ranks, which may have ended."""
+        """Waits up to `own` seconds for this rank's files, then up to `others` seconds for those of other ranks."""
         if self._thread is not None and self._written.wait(own):
             self._thread.join(others)
 
     def give_up(self, seconds: float = 10.0) -> None:
-        """Stops waiting for ranks that could not write, and removes this rank's files of the unfinished checkpoint."""
+        """Stops waiting for other ranks, and deletes this rank's files of the unfinished checkpoint."""
         self._given_up.set()
         if self._thread is not None:
             self._thread.join(seconds)
         if self.busy:  # the file system does not answer
             return
-        with suppress(OSError):  # what stays is set aside on resuming; the folder goes with the last rank's files
+        with suppress(OSError):  # leftovers are set aside on resume; the last rank can delete the folder
             for path in self._own:
                 path.unlink(missing_ok=True)
                 _unfinished(path).unlink(missing_ok=True)
@@ -85,7 +84,7 @@ class Writer:
                 self._name(temporary, files[checkpoint.RUN]["progress"]["best_step"])
                 seconds = time.perf_counter() - began
                 logger.debug(f"checkpoint of step {step}: {size:,.1f} MiB in {seconds:.1f} s beside the training")
-        except Exception as error:  # whatever it is, the run has to hear of it
+        except Exception as error:  # the thread must report every error to the run
             logger.opt(exception=error).debug("the checkpoint of step {} cannot be written", step)
             self.error = UserError(
                 f"{self._folder}: the checkpoint of step {step} cannot be written: {_cause(error)}; "
@@ -115,11 +114,11 @@ class Writer:
         checkpoint.link(self._folder, path, best_step)
         try:
             self._remove_old()
-        except (OSError, UserError) as error:  # the new one is good all the same
+        except (OSError, UserError) as error:  # the new checkpoint is still valid
             logger.warning("{}: checkpoints that are not kept cannot be removed: {}", self._folder, error)
 
     def _remove_old(self) -> None:
-        """Keeps the newest ones, and of each of them the one that it remembers as the best."""
+        """Deletes all but the newest `keep` checkpoints and those that they record as the best."""
         found = checkpoint.saved(self._folder)
         newest = found[-self._keep :]
         kept = {checkpoint.step_of(path) for path in newest}
@@ -130,7 +129,7 @@ class Writer:
 
 
 def _cause(error: BaseException) -> BaseException:
-    """The system's error behind torch's: when a disk is full, torch.save tells of an unexpected position."""
+    """The OSError in the chain of causes, if any: on a full disk, torch.save reports only an unexpected position."""
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__cause__ or cause.__context__
@@ -138,12 +137,12 @@ def _cause(error: BaseException) -> BaseException:
 
 
 def _unfinished(path: Path) -> Path:
-    """The name of a file while it is written."""
+    """Temporary name of a file while it is being written."""
     return path.with_name(f".{path.name}")
 
 
 def _write_file(path: Path, state: State) -> None:
-    """The file has its name only when it is complete on disk and was read back without an error."""
+    """Writes under a temporary name, syncs, reads back and renames. Raises OSError if the checksums do not match."""
     temporary = _unfinished(path)
     with temporary.open("wb") as file:
         torch.save(state, file)
@@ -156,9 +155,9 @@ def _write_file(path: Path, state: State) -> None:
 
 
 class Saver:
-    """When checkpoints are written, and whether they were: what the ranks have to agree on.
+    """Coordinates checkpoints between ranks: when to write one, and whether writing succeeded on every rank.
 
-    As a context it lets a checkpoint that is being written become complete before an error ends the run.
+    As a context manager, it lets a checkpoint in progress finish before an error ends the run.
     """
 
     def __init__(self, folder: Path, config: RunConfig, ranks: Ranks) -> None:
@@ -170,13 +169,14 @@ class Saver:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Exception):  # not where Ctrl-C wants the end at once
+        if kind is None or issubclass(kind, Exception):  # not on a second Ctrl-C, which exits at once
             self._writer.finish()
 
     def agree(self, signal_here: int) -> tuple[int, bool]:
-        """A signal that any rank has received (0: none), and whether `checkpoint.every_minutes` are over.
+        """A signal that any rank has received (0: none), and whether `checkpoint.every_minutes` have passed.
 
-        Raises UserError where this rank could not write the last checkpoint, ToldElsewhere where another could not.
+        Every rank must call it. If the last checkpoint could not be written, raises UserError on the rank that reports
+        it and ReportedElsewhere on all others.
         """
         minutes = self._config.checkpoint.every_minutes
         over = self._ranks.is_first and minutes is not None and time.monotonic() - self._last >= 60 * minutes
@@ -185,7 +185,7 @@ class Saver:
         return signal_anywhere, bool(over_anywhere)
 
     def settle(self) -> None:
-        """Waits until the last checkpoint is written on every rank; raises as `agree` does."""
+        """Waits until every rank has written the last checkpoint. Raises as `agree` does, and UserError on timeout."""
         deadline = time.monotonic() + self._config.parallel.timeout_seconds
         while True:
             busy, failed, late = self._ranks.largest([self._writer.busy, self._failed, time.monotonic() > deadline])
@@ -197,16 +197,16 @@ class Saver:
             time.sleep(0.01)
 
     def save(self, step: int, files: Mapping[str, State], streams: int) -> None:
-        """Begins to write a checkpoint; `settle` comes first."""
+        """Starts writing a checkpoint; call `settle` first. `streams`: number of streams of the whole run."""
         self._writer.start(step, files, files_of(self._config.split.numbers, streams))
         self._last = time.monotonic()
 
     @property
     def _failed(self) -> int:
-        """0: nothing; otherwise larger, the earlier this rank comes, since the first of those that failed tells it."""
+        """0 without an error, else world_size - rank: the maximum belongs to the lowest failed rank, which reports."""
         return self._ranks.world_size - self._ranks.rank if self._writer.error is not None else 0
 
     def _end_if(self, failed: int) -> None:
         if failed:
             self._writer.give_up()
-            raise self._writer.error if self._writer.error and failed == self._failed else ToldElsewhere()
+            raise self._writer.error if self._writer.error and failed == self._failed else ReportedElsewhere()

@@ -1,8 +1,8 @@
-"""Transforms as matrices, and the split in plain torch: the reference for the DALI operator.
+"""Transform matrices, and the spectral split in plain torch: the reference for the DALI operator.
 
-An image is cut into blocks of s x s pixels. Pixel n = r * s + c of a block is its row r, column c; a transform is an
-N x N matrix (N = s²) that turns the N pixels of a block into N coefficients. Coefficient k of every block, at the
-block's position, forms band k: an image of H/s x W/s.
+An image is divided into blocks of s x s pixels. Pixel n = r * s + c of a block is at row r, column c (row-major). A
+transform is an N x N matrix, N = s², that maps the N pixels of a block to N coefficients. Band k is the image of
+H/s x W/s that holds coefficient k of every block.
 
 Shapes: B images, C color channels, H x W pixels, N bands of h x w, with h = H/s and w = W/s.
 """
@@ -22,23 +22,23 @@ Matrix = npt.NDArray[np.floating] | Tensor
 
 
 def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArray[np.float64]:
-    """The transform of a block as a matrix: row k gives coefficient k, column n = r * block + c is a pixel.
+    """The transform of a block as a matrix: row k holds the weights of coefficient k, column n those of pixel n.
 
-    | kind | row k | "none" instead of "ortho" |
+    | kind | row k | with norm "none" |
     |---|---|---|
-    | dct2d | separable DCT-II, k = u * block + v: vertical frequency u, horizontal v | factor 2 per axis, as scipy's |
-    | dct1d | DCT-II over the flattened block: what the authors of the method ran | X_k = 2 Σ x_n cos(πk(2n+1) / 2N) |
-    | hadamard | separable Walsh-Hadamard, k = u * block + v: u sign changes downwards, v across | entries ±1 |
-    | identity | pixel k (polyphase components) | the same |
+    | dct2d | separable DCT-II, k = u * block + v: vertical frequency u, horizontal v | factor 2 per axis, as in scipy |
+    | dct1d | DCT-II of the flattened block, as in the authors' code | X_k = 2 Σ x_n cos(πk(2n+1) / 2N) |
+    | hadamard | separable Walsh-Hadamard, k = u * block + v: u vertical sign changes, v horizontal | entries ±1 |
+    | identity | pixel k (polyphase components) | no difference |
 
-    Hadamard rows are ordered by sign changes per axis (sequency, Walsh's order), not by Sylvester's order: band k
-    covers the same part of the spectrum as band k of dct2d and a group such as [0, 1] means the same for both. The
-    rows are those of `scipy.linalg.hadamard(N)`; at block 2 the order is the same too.
+    Hadamard rows are in sequency (Walsh) order, by the number of sign changes per axis, so that band k covers the same
+    part of the spectrum as band k of dct2d. Up to order they are the rows of `scipy.linalg.hadamard(N)`, which uses
+    Sylvester's order; at block 2 the two orders agree.
 
     Args:
         kind: the transform.
         block: side s of the pixel block, at least 1.
-        norm: "ortho" makes the matrix orthonormal: energy is kept and the inverse is the transpose.
+        norm: "ortho" makes the matrix orthonormal: it preserves energy, and its inverse is its transpose.
 
     Returns:
         (N, N) float64, N = block².
@@ -46,7 +46,7 @@ def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArra
     Raises:
         ValueError: unknown kind or norm, block below 1, or hadamard with a block that is not a power of 2.
 
-    Sources: DCT-II: Ahmed, Natarajan and Rao 1974, in the scaling of `scipy.fft.dct`; sequency order: Walsh 1923.
+    Sources: DCT-II: Ahmed, Natarajan and Rao (1974), scaled as in `scipy.fft.dct`; sequency order: Walsh (1923).
     """
     if block < 1:
         raise ValueError(f"block = {block}: must be at least 1")
@@ -69,7 +69,10 @@ def _on_both_axes(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def _dct_matrix(length: int, norm: Norm) -> npt.NDArray[np.float64]:
-    """(length, length): X_k = 2 Σ x_n cos(πk(2n+1) / 2·length); ortho: times √(1/4·length), √(1/2·length) for k > 0."""
+    """DCT-II matrix (L, L), L = length: X_k = 2 Σ x_n cos(πk(2n+1) / 2L).
+
+    "ortho" multiplies row 0 by √(1/4L) and all other rows by √(1/2L).
+    """
     n = np.arange(length, dtype=np.float64)
     matrix = 2 * np.cos(np.pi / (2 * length) * np.outer(n, 2 * n + 1))
     if norm == "ortho":
@@ -79,7 +82,7 @@ def _dct_matrix(length: int, norm: Norm) -> npt.NDArray[np.float64]:
 
 
 def _walsh_matrix(length: int, norm: Norm) -> npt.NDArray[np.float64]:
-    """(length, length): rows of the Hadamard matrix, row k the one with k sign changes; ortho: divided by √length."""
+    """Hadamard matrix (length, length) whose row k has k sign changes; "ortho" divides it by √length."""
     if length & (length - 1):
         raise ValueError(f"block = {length}: the hadamard transform needs a power of 2 (1, 2, 4, 8, ...)")
     matrix = np.ones((1, 1))
@@ -91,63 +94,68 @@ def _walsh_matrix(length: int, norm: Norm) -> npt.NDArray[np.float64]:
 
 
 def split(images: Tensor, matrix: Matrix, block: int) -> Tensor:
-    """Split images into bands: band k at block (i, j) is Σ_n matrix[k, n] x_n over the pixels n of that block.
+    """Splits images into bands: band k at block (i, j) is Σ_n matrix[k, n] x_n over the pixels n of that block.
+
+    Differentiable with respect to `images`.
 
     Args:
-        images: (B, C, H, W), a floating type; H and W multiples of block.
+        images: (B, C, H, W), floating point; H and W are multiples of `block`.
         matrix: (N, N), N = block², as returned by `transform_matrix`.
         block: side of the pixel block.
 
     Returns:
-        (N, B, C, H/block, W/block), type and device of the images; differentiable.
+        (N, B, C, H/block, W/block), with the dtype and device of `images`.
 
     Raises:
-        ValueError: a side that block does not divide, a matrix that is not N x N, or images of an integer type.
+        ValueError: H or W is not a multiple of `block`, `matrix` is not N x N, or `images` has an integer dtype.
     """
     _check_matrix(matrix, block)
     height, width = images.shape[-2:]
     if height % block or width % block:
         raise ValueError(f"block = {block} does not divide images of {height} x {width} (height x width)")
     if not images.is_floating_point():
-        raise ValueError(f"images of type {images.dtype}: normalize them first; a floating type is needed")
+        raise ValueError(f"images have dtype {images.dtype}: must be floating point; normalize them first")
     pixels = rearrange(images, "b c (h r) (w s) -> (r s) b c h w", r=block, s=block)
     return torch.einsum("kn,nbchw->kbchw", torch.as_tensor(matrix).to(pixels), pixels)
 
 
 def merge(bands: Tensor, matrix: Matrix, block: int) -> Tensor:
-    """Undo `split`: the inverse matrix (for an orthonormal one, its transpose) turns coefficients into pixels.
+    """Inverts `split`: multiplies the coefficients of each block by the inverse of `matrix`, computed in float64.
+
+    Differentiable with respect to `bands`.
 
     Args:
-        bands: (N, B, C, h, w), N = block².
-        matrix: (N, N), the one that split them; it has to be invertible.
+        bands: (N, B, C, h, w), floating point, N = block².
+        matrix: (N, N), the matrix given to `split`.
         block: side of the pixel block.
 
     Returns:
-        (B, C, h * block, w * block), type and device of the bands; differentiable.
+        (B, C, h * block, w * block), with the dtype and device of `bands`.
 
     Raises:
-        ValueError: a matrix that is not N x N, or a number of bands other than N.
+        ValueError: `matrix` is not N x N, or the number of bands is not N.
+        torch.linalg.LinAlgError: `matrix` is singular.
     """
     _check_matrix(matrix, block)
     if len(bands) != block * block:
-        raise ValueError(f"{len(bands)} bands: block = {block} makes {block * block}")
+        raise ValueError(f"{len(bands)} bands given: block = {block} has {block * block}")
     inverse = torch.linalg.inv(torch.as_tensor(matrix, dtype=torch.float64))
     pixels = torch.einsum("nk,kbchw->nbchw", inverse.to(bands), bands)
     return rearrange(pixels, "(r s) b c h w -> b c (h r) (w s)", r=block, s=block)
 
 
 def stack(bands: Tensor, groups: Sequence[Sequence[int]]) -> list[Tensor]:
-    """Lay the bands of each group side by side in the channel axis: channel i * C + c is color c of the i-th band.
+    """Stacks the bands of each group as channels: channel i * C + c is color c of the group's i-th band.
 
     Args:
         bands: (N, B, C, h, w).
-        groups: for each branch the bands it reads; groups may overlap and repeat.
+        groups: the bands that each branch reads; groups may overlap, and a band may repeat.
 
     Returns:
-        one (B, C * len(group), h, w) a group.
+        one (B, C * len(group), h, w) per group.
 
     Raises:
-        ValueError: an empty group, or a band outside 0..N-1.
+        ValueError: a group is empty, or a band is outside 0..N-1.
     """
     for index, group in enumerate(groups):
         if not group:
@@ -167,33 +175,33 @@ def split_images(
     groups: Sequence[Sequence[int]] | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> list[Tensor]:
-    """From decoded images to the inputs of the branches: exactly what the DALI operator `spectral_split` computes.
+    """Turns decoded images into branch inputs: the DALI operator `spectral_split` in plain torch.
 
-    Mirrors, normalizes to (x - mean) / std, splits, stacks and converts. Reference for the operator's tests, and the
-    fallback where no compiler can build the operator.
+    Flips, normalizes to (x - mean) / std, splits, stacks and converts. It is the reference in the operator's tests, and
+    the fallback where the operator cannot be built.
 
     Args:
-        images: (B, H, W, C) uint8.
+        images: (B, H, W, C), uint8.
         matrix: (N, N), N = block².
         block: side of the pixel block.
-        mean: C numbers in units of the pixel values 0..255.
-        std: C numbers in the same units.
-        mirror: (B,), nonzero where an image is flipped left to right; None flips none.
-        groups: for each branch its bands; None gives each band its own.
-        dtype: dtype of the results. The arithmetic is float32, or float64 for dtype float64.
+        mean: mean of each color channel, on the 0..255 scale of the pixels.
+        std: standard deviation of each color channel, on the same scale.
+        mirror: (B,), nonzero for images to flip horizontally; None flips no image.
+        groups: the bands that each branch reads; None means one branch per band.
+        dtype: dtype of the results. Computed in float64 if it is float64, otherwise in float32.
 
     Returns:
-        one (B, C * len(group), H/block, W/block) a group, in channels_last memory format.
+        one (B, C * len(group), H/block, W/block) per group, in channels_last memory format.
 
     Raises:
-        ValueError: images that are not uint8 (B, H, W, C), mean or std that have not C entries, and all that
-            `split` and `stack` refuse.
+        ValueError: `images` is not uint8 of shape (B, H, W, C), `mean` or `std` does not have C entries, or as raised
+            by `split` and `stack`.
     """
     if images.dtype != torch.uint8 or images.ndim != 4:
-        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: needed is uint8 (B, H, W, C)")
+        raise ValueError(f"images are {images.dtype} {tuple(images.shape)}: must be uint8 (B, H, W, C)")
     channels = images.shape[-1]
     if len(mean) != channels or len(std) != channels:
-        raise ValueError(f"mean has {len(mean)} and std {len(std)} entries for {channels} color channels")
+        raise ValueError(f"mean has {len(mean)} and std {len(std)} entries: images have {channels} color channels")
     if mirror is not None:
         flip = rearrange(mirror.to(images.device) != 0, "b -> b 1 1 1")
         images = torch.where(flip, images.flip(2), images)

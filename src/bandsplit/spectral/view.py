@@ -1,4 +1,4 @@
-"""What an ensemble is shown of an image; needs no DALI."""
+"""What an ensemble reads of an image. Imports no DALI."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from bandsplit.config.schema import RunConfig, Split
 
 @dataclass(frozen=True)
 class View:
-    """What an ensemble is shown of an image: bands of a transform, and which mean and deviation colors have."""
+    """What an ensemble reads of an image: the spectral split, and the normalization before it.
+
+    A run and its teacher may have different views of the same images.
+    """
 
     split: Split
     mean: tuple[float, float, float]
+    """Mean of each color, on the 0..255 scale of the pixels."""
     std: tuple[float, float, float]
+    """Standard deviation of each color, on the same scale."""
 
     @classmethod
     def of(cls, config: RunConfig) -> View:

@@ -1,4 +1,4 @@
-"""The terminal during training: a progress bar, and a line of log for each event."""
+"""Terminal output of a training run: a progress bar, and a log line for each event."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from bandsplit.training.state import ResumePoint, device_name
 
 
 class Console:
-    """A listener of the run's events; `step` moves the bar."""
+    """Listener that logs the run's events; `step` advances the progress bar. `done`: steps done before this launch."""
 
     def __init__(self, session: Session, directory: RunDirectory, done: int) -> None:
         self._epochs, self._path = session.config.train.epochs, directory.path
@@ -56,13 +56,13 @@ def _loss(values: dict[str, Any]) -> str:
 
 
 def log_stop(number: int, step: int) -> None:
-    """Says which signal stopped the run, and where."""
+    """Logs the signal that stopped the run, and the last step."""
     name = signal.Signals(number).name
     logger.info(f"stopped by {name} after step {step}; the same command with --resume continues")
 
 
 def log_finished(point: ResumePoint, directory: RunDirectory) -> None:
-    """Says that there is nothing left to resume."""
+    """Logs that the run to resume is already finished."""
     progress = point.run["progress"]
     logger.info(
         f"{directory.path} is finished: {progress['step']} steps, best top-1 {progress['best_top1']:.2f} % at step "
@@ -71,7 +71,7 @@ def log_finished(point: ResumePoint, directory: RunDirectory) -> None:
 
 
 def log_start(session: Session, directory: RunDirectory) -> None:
-    """Says what is about to run: networks, data, ranks and batch normalization."""
+    """Logs networks, data, ranks, traffic and batch norm of a run that is about to start."""
     config, plan, mesh = session.config, session.plan, session.mesh
     ranks, parameters = mesh.ranks, plan.parameters
     size = config.data.image_size // config.split.block

@@ -1,4 +1,4 @@
-"""What a config would run, computed on torch's meta device: no weights are allocated, nothing is written."""
+"""Dry run: cost, memory and steps of a config, computed on torch's meta device. Nothing is allocated or written."""
 
 from __future__ import annotations
 
@@ -28,18 +28,18 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class BranchCost:
-    """Cost of one branch at the batch of one rank."""
+    """Cost of one branch on one rank."""
 
     channels: int
     parameters: int
     macs: int
     """Multiply-accumulates of a forward pass over one image."""
     activation_bytes: int
-    """Saved by the forward pass for the backward pass, at the batch of one rank in float32."""
+    """Bytes saved by the forward pass for the backward pass, for the batch of one rank in float32."""
 
 
 def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) -> BranchCost:
-    """Cost of a branch, on the meta device, for inputs (batch_size, channels, size, size)."""
+    """Cost of a branch on the meta device, for inputs (batch_size, channels, size, size)."""
     kept: dict[int, int] = {}
     weights = {parameter.untyped_storage()._cdata for parameter in branch.parameters()}
 
@@ -49,7 +49,7 @@ def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) ->
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    images = max(2, batch_size)  # one alone may be too few for a batch norm that in training joins several ranks
+    images = max(2, batch_size)  # plain batch norm rejects 1 image, which is valid if ranks share statistics
     x = torch.empty(images, channels, size, size, device="meta")
     labels = torch.empty(images, dtype=torch.int64, device="meta")
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
@@ -60,10 +60,10 @@ def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) ->
 
 
 def show(config: RunConfig, planned_ranks: int | None = None) -> None:
-    """Prints branches, cost, memory and steps of a config on the ranks that torchrun started here.
+    """Prints branches, cost, memory and steps of a config for the ranks that torchrun started.
 
-    With `planned_ranks`, on so many elsewhere: on GPUs, also where this machine has none.
-    Raises UserError where the batch does not fit the ranks, the networks or the data.
+    With `planned_ranks`, for that many GPU ranks instead; this machine need not have a GPU.
+    Raises UserError if the batch does not fit the ranks, the networks or the data.
     """
     found = _found(config)
     if config.data.classes is None:
@@ -124,7 +124,7 @@ def _found(config: RunConfig) -> dict[str, Found] | UserError:
 
 
 def _devices(on_gpu: bool) -> tuple[str, str]:
-    """The type of device to show, and the other one."""
+    """The device type to show, and the other one, to compare with."""
     return ("cuda", "cpu") if on_gpu else ("cpu", "cuda")
 
 
@@ -159,7 +159,7 @@ def _show_teacher(config: RunConfig) -> None:
 
 
 def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: list[int], half: bool) -> None:
-    """What each number of branch groups costs, the chosen one marked."""
+    """Prints the traffic of each possible number of branch groups; an asterisk marks the chosen one."""
     possible = possible_groups(config, world_size)
     if len(possible) == 1:
         return
@@ -180,7 +180,8 @@ def _alike(costs: list[BranchCost]) -> list[tuple[BranchCost, int]]:
 
 
 def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_size: int) -> int:
-    """Weights and optimizer state of all branches, gradients and activations of the largest one, and all bands."""
+    """Estimate for one rank: weights, optimizer state and EMA of all `costs`, gradients and activations of the largest
+    branch, and the bands of the current batch and of the prefetched ones."""
     weights = 4 * sum(cost.parameters for cost in costs)
     largest = max(4 * cost.parameters + cost.activation_bytes for cost in costs)
     bands = 4 * batch_size * config.train.grad_accum_steps * size * size * sum(cost.channels for cost in costs)
@@ -190,7 +191,7 @@ def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_s
 
 
 def _show_sizes(config: RunConfig) -> None:
-    """The training image size by epoch, where it changes."""
+    """Prints the epochs at which the training image size changes."""
     if config.augment.progressive is None:
         return
     sizes = [config.image_size_at(epoch) for epoch in range(config.train.epochs)]
@@ -201,7 +202,7 @@ def _show_sizes(config: RunConfig) -> None:
 
 
 def _show_steps(config: RunConfig, found: dict[str, Found] | UserError) -> None:
-    """Images and steps, where the data can be read."""
+    """Prints the number of images and steps if the data can be read."""
     if isinstance(found, UserError):
         print(f"steps     unknown: {found}")
         return

@@ -1,4 +1,4 @@
-"""A run that is asked to stop finishes its step, writes a checkpoint and ends."""
+"""Signals that stop a run: the current step is finished and a checkpoint is written first."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
-"""Preemption or `scancel`, the end of a Slurm job's time (``--signal=B:USR1@120``), Ctrl-C, a terminal that is gone."""
+"""Preemption or `scancel`, Slurm's time limit (``--signal=B:USR1@120``), Ctrl-C, a closed terminal."""
 
 SAME_PRESS = 1.0
-"""Seconds within which a second SIGINT is the same Ctrl-C: Slurm and torchrun may both pass one on."""
+"""Seconds within which a second SIGINT counts as the same Ctrl-C: Slurm and torchrun may both forward it."""
 
 
 class Interruption:
-    """Which of SIGNALS this process has received, if any."""
+    """The latest of SIGNALS that this process has received; `signal` is 0 before the first."""
 
     def __init__(self) -> None:
         self.signal = 0
         self._pressed: float | None = None
 
     def note(self, number: int, _: FrameType | None) -> None:
-        """Raises KeyboardInterrupt for the second Ctrl-C."""
+        """Signal handler. Raises KeyboardInterrupt on the second Ctrl-C."""
         if number == signal.SIGINT:
             now = time.monotonic()
             if self._pressed is None:
@@ -39,7 +39,7 @@ class Interruption:
 
 @contextmanager
 def noticed() -> Iterator[Interruption]:
-    """Inside, SIGNALS are noted and do nothing else; SIGHUP stays ignored where `nohup` wants it so."""
+    """Inside, SIGNALS are only recorded. SIGHUP stays ignored under `nohup`."""
     interruption = Interruption()
     noted = [n for n in SIGNALS if n != signal.SIGHUP or signal.getsignal(n) != signal.SIG_IGN]
     before = {number: signal.signal(number, interruption.note) for number in noted}

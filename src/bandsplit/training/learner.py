@@ -1,4 +1,4 @@
-"""One branch and what trains it."""
+"""Training of one branch: optimizer, loss scale and EMA."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from bandsplit.training import losses, optimizers
 
 
 class Outcome(NamedTuple):
-    """What came of a step: scalars on the device, for which the host has not waited."""
+    """Result of a step: scalars on the device, not synchronized with the host."""
 
     loss: Tensor
     """Mean over the batch, float32."""
     taken: Tensor
-    """bool: gradients were finite; otherwise weights, optimizer state and EMA are as before.  The same on all ranks
-    that train the branch."""
+    """bool: gradients were finite; otherwise weights, optimizer state and EMA are unchanged. Equal on all replicas."""
     failed: Tensor
-    """bool: gradients were not finite, and the loss scale of fp16, whose search meets such steps, is not why."""
+    """bool: gradients were not finite although the loss scale is at most 1. Above 1, overflow is expected in fp16 and
+    only lowers the scale."""
 
 
 class Learner:
-    """One branch with its optimizer and loss scale, independent of all others."""
+    """One branch with its optimizer, loss scale and EMA, independent of all other branches."""
 
     def __init__(
         self, branch: nn.Module, config: RunConfig, precision: Precision, mesh: Mesh, ema: EMA | None = None
@@ -62,11 +62,11 @@ class Learner:
         momentum: float | None = None,
         teacher_logits: Sequence[Tensor | None] | None = None,
     ) -> Outcome:
-        """One optimizer step over the parts of a batch, (B, channels, h, w) each.
+        """One optimizer step over the micro-batches of a batch, (B, channels, h, w) each.
 
-        Labels are classes (B,) or shares of classes (B, classes); teacher_logits (B, classes); momentum None: that of
-        the optimizer.  Frees this branch's activations and gradients.  Where gradients are not finite, nothing but
-        running statistics changes, and with `train.on_nonfinite` "skip" or "lower_lr" these do not either.
+        Labels are class indices (B,) or class probabilities (B, classes); teacher_logits (B, classes); momentum None
+        leaves the optimizer's value. Frees this branch's activations and gradients. If gradients are not finite, only
+        the running statistics change; with `train.on_nonfinite` "skip" or "lower_lr" they do not change either.
         """
         self._set(lr * self.lr_factor, momentum)
         statistics = None if self._on_nonfinite == "stop" else _Buffers(self._module)
@@ -94,7 +94,7 @@ class Learner:
     def _backward(
         self, inputs: Sequence[Tensor], labels: Sequence[Tensor], teacher_logits: Sequence[Tensor | None]
     ) -> Tensor:
-        """Gradients of the mean loss over the parts of a batch, averaged over ranks; returns that loss of this rank."""
+        """Accumulates gradients over the micro-batches, averaged over replicas; returns this rank's mean loss."""
         mean_loss = torch.zeros((), device=inputs[0].device)
         for i, (x, y, t) in enumerate(zip(inputs, labels, teacher_logits, strict=True)):
             with self._reducing_gradients(i == len(inputs) - 1):
@@ -109,7 +109,7 @@ class Learner:
         return mean_loss
 
     def _gradient_norm(self) -> Tensor:
-        """2-norm of the gradients, which it clips, where `train.clip_norm` is set, else the largest absolute value."""
+        """With `train.clip_norm`, clips the gradients and returns their 2-norm; else their largest absolute value."""
         parameters, clip_norm = list(self._module.parameters()), self._config.train.clip_norm
         if clip_norm is not None:
             return clip_grad_norm_(parameters, clip_norm)
@@ -124,12 +124,12 @@ class Learner:
         return get_total_norm([x for x in tensors if x.is_floating_point()], math.inf).isfinite()
 
     def _reducing_gradients(self, last: bool) -> AbstractContextManager[None]:
-        """Ranks reduce their gradients once a step, with the last part."""
+        """Context that all-reduces gradients only in the backward pass of the last micro-batch."""
         branch = self._branch
         return nullcontext() if last or not isinstance(branch, DistributedDataParallel) else branch.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors in use, not copies."""
+        """State for a checkpoint; tensors are references, not copies."""
         ema = {} if self.ema is None else {"ema": self.ema.module.state_dict(), "ema_updates": self.ema.updates}
         return {
             "network": self._module.state_dict(),
@@ -150,7 +150,7 @@ class Learner:
 
 
 class _Buffers:
-    """A copy of a network's buffers, one tensor for each type."""
+    """A copy of a network's buffers, flattened into one tensor per dtype."""
 
     def __init__(self, network: nn.Module) -> None:
         buffers = list(network.buffers())
@@ -158,7 +158,7 @@ class _Buffers:
         self._copies = [_flat(same) for same in self._buffers]
 
     def restore_unless(self, condition: Tensor) -> None:
-        """Writes them back unless a bool scalar on the device is true; the host does not wait for it."""
+        """Restores the copy unless `condition`, a bool scalar on the device, is true. Does not synchronize."""
         for same, copy in zip(self._buffers, self._copies, strict=True):
             kept = torch.split(torch.where(condition, _flat(same), copy), [b.numel() for b in same])
             torch._foreach_copy_(same, [x.view_as(b) for x, b in zip(kept, same, strict=True)])
@@ -171,7 +171,7 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
 def learners_of(config: RunConfig, at_once: int, precision: Precision, mesh: Mesh) -> tuple[Ensemble, list[Learner]]:
     """This rank's branches, freshly initialized, and a learner for each.
 
-    `at_once`: images that a rank takes through a branch at once.
+    `at_once`: images in one forward pass of a branch on one rank.
     """
     ensemble = Ensemble.of(config, mesh.own).to(mesh.ranks.device).to(memory_format=torch.channels_last)
     bn_batch_size = batch_norm.bn_batch_size(config, at_once, mesh.replicas)

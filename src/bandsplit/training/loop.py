@@ -24,10 +24,10 @@ from bandsplit.training.session import Plan, Session
 
 
 def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
-    """Trains the ensemble of a config into a run directory; every rank calls it.
+    """Trains the ensemble of a config and writes the run directory; every rank must call it.
 
-    Raises UserError for what the user can fix, before anything is written where that is possible, and Interrupted
-    where a signal has stopped the run.
+    Raises UserError for mistakes that the user can fix, if possible before anything is written, and Interrupted if a
+    signal has stopped the run.
     """
     directory = RunDirectory(run_dir)
     with (
@@ -49,7 +49,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         validation_loader = session.validation_loader()
         log_start(session, directory)
 
-        # ------------------------------------------------------------------ where the last checkpoint left them
+        # ------------------------------------------------------------------ resume
         meter = Meter(session.mesh, config)
         progress = state.restore(point, session, meter) if point else Progress()
         watch, metrics = Stopwatch(progress.seconds), Metrics(directory.metrics)

@@ -1,4 +1,4 @@
-"""Loss of a branch."""
+"""Training losses of a branch."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from bandsplit.config import schema
 
 
 def loss(logits: Tensor, target: Tensor, config: schema.Loss) -> Tensor:
-    """Mean loss, a scalar.  Logits (B, classes); target: classes (B,), or shares of classes (B, classes)."""
+    """Mean loss, a scalar. Logits (B, classes); target: class indices (B,) or class probabilities (B, classes)."""
     match config:
         case schema.CrossEntropy():
             return cross_entropy(logits, target, label_smoothing=config.smoothing)
         case schema.BinaryCrossEntropy():
-            if target.ndim == 1:  # not by one_hot, which on a CPU reads the labels back to check them
+            if target.ndim == 1:  # on a CPU, one_hot reads the labels back to check their range
                 target = torch.zeros_like(logits).scatter_(1, target[:, None], 1)
             shares = target.to(logits.dtype) * (1 - config.smoothing) + config.smoothing / logits.shape[-1]
             if config.target_threshold is not None:

@@ -25,20 +25,20 @@ from bandsplit.training.session import Plan, Session
 Floats = npt.NDArray[np.float64]
 
 DIVERGED = 4.0
-"""A branch stops when its smoothed loss is this many times its best."""
+"""A branch stops when its smoothed loss exceeds this many times its lowest value."""
 
 
 def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path) -> float:
-    """Trains with learning rates from `low` to `high`, a constant factor apart; every rank calls it.
+    """Trains one step at each of `steps` learning rates, log-spaced from `low` to `high`; every rank must call it.
 
-    Prints a suggestion for each branch and for all together, plots the losses, and returns the suggestion for all.
-    Branches that diverge stop; nothing is validated or saved.  Raises UserError where nothing can be suggested.
+    Prints a suggestion for each branch and for the mean loss, plots the losses, and returns the suggestion for the
+    mean loss. Branches that diverge stop. No validation, no checkpoints. Raises UserError if the loss never falls.
     """
     lrs = np.geomspace(low, high, steps)
     losses = _range_test(config, lrs, output)
     curves = [smoothed(branch) for branch in losses]
     every = [suggestion(lrs, curve) for curve in curves]
-    together = smoothed(losses.mean(axis=0))  # as long as none has diverged
+    together = smoothed(losses.mean(axis=0))  # NaN once any branch has diverged
     best = suggestion(lrs, together)
     if best is None:
         raise UserError(f"no learning rate between {low:g} and {high:g} lowers the loss; try another --from and --to")
@@ -54,7 +54,7 @@ def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path
         replace_text(output / "lr_finder.json", json.dumps(table) + "\n")
         for number, lr in zip(config.split.numbers, every, strict=True):
             print(f"branch {number:>2}  {'none in this range' if lr is None else f'{lr:.2g}'}")
-        scaled = best / config.peak_lr * config.optim.lr  # where optim.lr is for another batch
+        scaled = best / config.peak_lr * config.optim.lr  # peak_lr may be optim.lr scaled to the batch size
         print(f"all: --set optim.lr={scaled:.2g}\nfigure and numbers: {output}")
     return best
 
@@ -63,7 +63,7 @@ def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
     """Losses (branches, steps); NaN once a branch has diverged."""
     with logged(output / "logs", rank()), joined(config.parallel.timeout_seconds) as ranks:
         session = Session(Plan.of(config, ranks))
-        ranks.from_first(partial(make_folder, output))  # tells now what would lose the result later
+        ranks.from_first(partial(make_folder, output))  # fail before training if the output is not writable
         mesh, branches = session.mesh, len(session.plan.parameters)
         losses = np.full((branches, len(lrs)), np.nan)
         alive = np.ones(branches, dtype=bool)
@@ -103,8 +103,8 @@ def smoothed(losses: Floats, memory: float = 0.9) -> Floats:
 def suggestion(lrs: Floats, curve: Floats) -> float | None:
     """Learning rate at which the smoothed loss falls most steeply, over log lr, before its minimum.
 
-    The slope is taken over a tenth of the range; the first tenth, where smoothing is noisy, is ignored.  None: the loss
-    does not fall.
+    Slopes are differences over a fifth of the range. The first tenth, where smoothing is noisy, is ignored.
+    None if the loss does not fall.
     """
     tenth = max(1, len(lrs) // 10)
     known = np.flatnonzero(~np.isnan(curve))[tenth:]

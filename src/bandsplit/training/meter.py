@@ -1,4 +1,4 @@
-"""Progress of a run, and what it measures of itself: losses, speed, and whether numbers are finite."""
+"""Progress of a run and its measurements: losses, throughput, and checks for non-finite values."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ _NEVER = torch.iinfo(torch.int64).max
 
 @dataclass
 class Progress:
-    """Part of every checkpoint."""
+    """How far a run is; part of every checkpoint."""
 
     step: int = 0
     """Optimizer steps done."""
     epoch: float = 0.0
     images: int = 0
     seconds: float = 0.0
-    """Of training, validation and checkpoints not counted."""
+    """Wall-clock time of training, without validation and checkpoints."""
     best_step: int = 0
     best_top1: float = -1.0
     validation: dict[str, Any] = field(default_factory=dict)
-    """The last validation."""
+    """Values of the last validation."""
 
     def advance(self, images: int, steps_per_epoch: int) -> None:
         self.step += 1
@@ -45,7 +45,7 @@ class Progress:
         self.images += images
 
     def note_validation(self, accuracy: dict[str, Any], seconds: float) -> None:
-        """Keeps the accuracy of this step, also as the best where its top-1 is, unless its loss is not finite."""
+        """Records a validation of this step, and the step as the best if its top-1 is and its loss is finite."""
         self.validation = {
             "step": self.step, "epoch": self.epoch, "seconds": round(seconds, 3), "images": self.images, **accuracy
         }  # fmt: skip
@@ -54,30 +54,30 @@ class Progress:
 
 
 class Meter:
-    """Losses of all branches since the last line of metrics, on the device, and the speed."""
+    """Losses of all branches, summed on the device since the last "train" line of metrics.jsonl, and throughput."""
 
     def __init__(self, mesh: Mesh, config: RunConfig) -> None:
         self._mesh, self._config, device = mesh, config, mesh.ranks.device
         self._numbers = config.split.numbers
-        """Which branch of the whole ensemble each branch of this run is."""
+        """Number of each branch of this run in the full ensemble (see `split.only`)."""
         self._sums = torch.zeros(3, mesh.branches, dtype=torch.float64, device=device)
-        """Losses, steps that they are of, and steps that were left out."""
+        """(3, branches): sum of losses, number of steps summed, and number of skipped steps."""
         self._nonfinite = torch.full((2, mesh.branches), _NEVER, dtype=torch.int64, device=device)
-        """First step with a loss, and with a gradient, that is not finite, where that ends the run."""
+        """(2, branches): first step with a non-finite loss, and first with a non-finite gradient; used with "stop"."""
 
     def start(self, progress: Progress) -> None:
-        """Starts to measure the speed."""
+        """Starts measuring throughput."""
         self._images, self._seconds, self._waited = progress.images, progress.seconds, 0.0
 
     @contextmanager
     def waiting_for_data(self) -> Iterator[None]:
-        """Counts the host's time inside as waiting; on a CPU that includes mixing and the teacher's forward pass."""
+        """Counts host time inside as data wait; on a CPU this includes mixup, CutMix and the teacher's forward pass."""
         began = time.perf_counter()
         yield
         self._waited += time.perf_counter() - began
 
     def note(self, i: int, outcome: Outcome, step: int) -> None:
-        """Outcome of a step of this rank's branch i; the host does not wait for it."""
+        """Adds the outcome of a step of this rank's branch `i`. Does not synchronize with the device."""
         k, (loss, taken, failed) = self._mesh.own[i], outcome
         if self._config.train.on_nonfinite == "stop":
             self._sums[0, k] += loss
@@ -91,10 +91,10 @@ class Meter:
             self._sums[2, k] += failed
 
     def require_finite(self, step: int, steps_per_epoch: int, learners: Sequence[Learner] = ()) -> None:
-        """Raises UserError on every rank where numbers of a branch are not finite on any rank; waits for the device.
+        """Raises UserError on every rank if a branch has non-finite values on any rank. Synchronizes with the device.
 
-        Checks losses and gradients since the run began, with `train.on_nonfinite = "stop"`, and what a checkpoint of
-        `learners` would hold: this rank's, after `step`, or none.
+        With `train.on_nonfinite = "stop"`, checks all losses and gradients so far. Also checks the state of `learners`
+        (all of this rank's, or none) after `step`, so that no checkpoint holds non-finite values.
         """
         state = torch.full_like(self._nonfinite[:1], _NEVER)
         for i, learner in enumerate(learners):
@@ -112,7 +112,7 @@ class Meter:
         )
 
     def line(self, progress: Progress, watch: Stopwatch) -> dict[str, Any]:
-        """Values of a "train" line, and an error in the log for steps that were left out; waits for the device."""
+        """Values of a "train" line of metrics.jsonl. Logs an error for skipped steps. Synchronizes with the device."""
         sums, counts, left_out = self._mesh.ranks.sum(self._sums).tolist()
         if self._mesh.ranks.is_first:
             for k in filter(left_out.__getitem__, range(self._mesh.branches)):
@@ -145,16 +145,16 @@ class Meter:
         )
 
     def state(self) -> Tensor:
-        """Sums over all ranks."""
+        """The sums (3, branches) over all ranks, for a checkpoint; every rank must call it."""
         return self._mesh.ranks.sum(self._sums.clone())
 
     def load(self, state: Tensor) -> None:
-        if self._mesh.ranks.is_first:  # the others start from zero: only sums over ranks matter
+        if self._mesh.ranks.is_first:  # only the sum over ranks matters, so the others start from zero
             self._sums.copy_(state)
 
 
 def _peak_memory_mib(device: torch.device) -> float:
-    """Of this rank: on a GPU the tensors' memory, on a CPU the whole process."""
+    """Peak memory of this rank in MiB: allocated tensors on a GPU, resident set of the process on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -1,4 +1,4 @@
-"""Optimizers, their steps on condition, and the EMA of weights."""
+"""Optimizers, steps that can be skipped without a device sync, and the EMA of weights."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from bandsplit.models.ema import EMA
 
 
 def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimizer:
-    """The optimizer of one branch; torch's fused kernel where there is one.
+    """The optimizer of one branch, with torch's fused kernel if it has one.
 
-    Without `optim.decay_norm_and_bias`, parameters of at most one dimension (norms and biases) are in a group without
-    weight decay.  Raises UserError where LAMB is asked for and timm is not installed.
+    With `optim.decay_norm_and_bias = false`, parameters of at most one dimension (norms and biases) get no weight
+    decay. Raises UserError for LAMB if timm is not installed.
     """
     optim = config.optim
     parameters = [p for p in branch.parameters() if p.requires_grad]
@@ -56,11 +56,11 @@ def _schedule_sets_momentum(config: schema.RunConfig) -> bool:
 
 @torch.no_grad()
 def step_if(optimizer: Any, condition: Tensor) -> None:
-    """One optimizer step where `condition` holds, a bool scalar on the device; otherwise nothing changes.
+    """One optimizer step if `condition`, a bool scalar on the device, is true; otherwise nothing changes.
 
-    The host does not wait for it.  LAMB still counts the step in its bias correction, since it counts on the host.
+    Does not synchronize. LAMB counts a skipped step in its bias correction, since it counts on the host.
     """
-    if optimizer.defaults.get("fused"):  # their kernels skip a step as torch.amp.GradScaler asks them to
+    if optimizer.defaults.get("fused"):  # fused kernels skip the step if found_inf is set, as by torch.amp.GradScaler
         optimizer.grad_scale, optimizer.found_inf = None, (~condition).float()
         optimizer.step()
         del optimizer.grad_scale, optimizer.found_inf
@@ -69,8 +69,8 @@ def step_if(optimizer: Any, condition: Tensor) -> None:
     before = {key: x.clone() for key, x in (parameters | state_of(optimizer)).items()}
     optimizer.step()
     for key, x in (parameters | state_of(optimizer)).items():
-        if x.device == condition.device:  # not so counters that an optimizer keeps on the host
-            x.copy_(torch.where(condition, x, before.get(key, 0)))  # state that this step has made starts at zero
+        if x.device == condition.device:  # leaves out step counters kept on the host
+            x.copy_(torch.where(condition, x, before.get(key, 0)))  # new state starts at zero
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:

@@ -8,7 +8,7 @@ from bandsplit.config import schema
 
 
 def lr_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> float:
-    """Learning rate of step 0, 1, …, in [0, peak]: linear warm-up to the peak, then the schedule."""
+    """Learning rate of a step, counted from 0: linear warm-up to the peak, then the schedule."""
     peak, warmup = config.peak_lr, _warmup_steps(steps_per_epoch, config)
     if step < warmup:
         return peak * (step + 1) / warmup
@@ -30,7 +30,7 @@ def lr_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> float:
 
 
 def momentum_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> float | None:
-    """Momentum (Adam's first beta) of step 0, 1, … where the schedule changes it; None: that of the optimizer."""
+    """Momentum (Adam's beta1) of a step, counted from 0. None if the schedule does not change it."""
     cycle, warmup = config.schedule, _warmup_steps(steps_per_epoch, config)
     if not isinstance(cycle, schema.OneCycle) or cycle.momentum is None:
         return None
@@ -56,7 +56,7 @@ def _steps_down(step: int, steps_per_epoch: int, steps: schema.Step) -> float:
 
 
 def _one_cycle(step: int, total: int, peak_at: float, start: float, peak: float, end: float) -> float:
-    """Half a cosine up and half a cosine down, as torch's OneCycleLR; where that divides by zero, the peak."""
+    """Cosine from `start` up to `peak` and down to `end`, as in torch's OneCycleLR; `peak` where that divides by 0."""
     top = peak_at * total - 1
     if step <= top:
         return _between(peak, start, step / top) if top else peak

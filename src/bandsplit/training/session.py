@@ -1,4 +1,4 @@
-"""What trains on one rank, built once: used by the training loop, the LR finder and the benchmarks."""
+"""Networks, learners and data of one rank, as used by the training loop, the LR finder and the benchmarks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bandsplit.training.learner import learners_of
 
 @dataclass(frozen=True)
 class Plan:
-    """How a config runs on these ranks, decided before anything is built or written."""
+    """How a config runs on these ranks, decided before networks are built or anything is written."""
 
     config: RunConfig
     ranks: Ranks
@@ -65,20 +65,20 @@ class Plan:
         return self.config.train.epochs * self.steps_per_epoch
 
     def streams(self, count: int | None = None) -> Streams:
-        """Streams of images; `count`: as many as a resumed run had when it began."""
+        """Streams of training images. `count`: the number of streams of a run to resume; default: one per rank."""
         return Streams(self.config, count or self.ranks.world_size, self.ranks)
 
     def bn_batch_size(self, streams: Streams) -> int:
-        """Images over which batch norm takes its statistics; raises UserError as `batch_norm.bn_batch_size` does."""
+        """Images per batch norm statistic. Raises UserError as `batch_norm.bn_batch_size` does."""
         return batch_norm.bn_batch_size(self.config, self.images_at_once(streams), self.mesh.replicas)
 
     def images_at_once(self, streams: Streams) -> int:
-        """Images that a rank takes through a branch at once."""
+        """Images in one forward pass of a branch on one rank."""
         return streams.batch_size * self.mesh.branch_groups
 
 
 class Session:
-    """Ensemble, learners and training batches of one rank; the streams of a resumed run continue."""
+    """Ensemble, learners and training batches of one rank. With `stream_states`, the streams continue from there."""
 
     def __init__(
         self, plan: Plan, streams: Streams | None = None, stream_states: Sequence[StreamState] | None = None
@@ -91,7 +91,7 @@ class Session:
         self.loader = self.streams.loader(plan.train_files, plan.precision.half_bands, stream_states, plan.teacher)
         self.feed = BatchFeed(self.loader, plan.mesh)
         self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
-        """Which branch of the whole ensemble each of this rank's branches is."""
+        """Number of each of this rank's branches in the full ensemble (see `split.only`)."""
 
     @property
     def networks(self) -> nn.ModuleList:
@@ -104,6 +104,6 @@ class Session:
         return ValidationLoader(self.config, self.plan.val_files, shard)
 
     def seed_branch(self, i: int, step: int) -> None:
-        """Seeds torch for one branch's step (dropout, stochastic depth), whatever else this rank trains."""
+        """Seeds torch (dropout, stochastic depth) for a step of branch `i`, independent of other local branches."""
         purpose = f"branch {self.numbers[i]} step {step}"
         torch.manual_seed(seeds.derived(self.config.seed, purpose, self.mesh.replica))

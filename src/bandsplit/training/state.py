@@ -27,23 +27,23 @@ class ResumePoint:
     path: Path
     run: checkpoint.State
     finished: bool
-    """Whether nothing is left to do."""
+    """Whether the run has done all of its steps."""
 
     def stream_states(self, streams: Streams, ranks: Ranks) -> list[StreamState]:
-        """Every rank calls it."""
+        """Positions of this rank's streams; every rank must call it."""
         return ranks.each(
             lambda: [checkpoint.read(self.path, checkpoint.stream_file(s))["loader"] for s in streams.own]
         )
 
     def fits(self, mesh: Mesh) -> bool:
-        """Whether as many ranks wrote it as resume it, with the same branches each."""
+        """Whether it was written with the same number of ranks and of branch groups as `mesh`."""
         return (self.run["world_size"], self.run["branch_groups"]) == (mesh.ranks.world_size, mesh.branch_groups)
 
 
 def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack) -> ResumePoint | None:
-    """On the first rank: checks and locks the run directory, and finds the checkpoint to resume from.
+    """Checks and locks the run directory, and finds the checkpoint to resume from; only rank 0 calls it.
 
-    Nothing on disk has changed where it raises UserError, nor where the run is finished.
+    Leaves the run's files unchanged if it raises UserError or if the run is finished.
     """
     config, classes = plan.config, plan.train_files.classes
     directory.check(config, resume)
@@ -77,8 +77,8 @@ def device_name(ranks: Ranks) -> str:
 def capture(session: Session, progress: Progress, meter: Meter) -> dict[str, checkpoint.State]:
     """This rank's files of a checkpoint, copied to the host: its streams and its share of its branches.
 
-    Ranks that train the same branches take turns writing them. Running statistics in branch files are the mean over
-    those ranks; each rank's own are saved with its streams.
+    Replicas share the work of writing their branches. Running statistics in branch files are the mean over replicas;
+    those of each rank are saved with its streams.
     """
     config, mesh, streams, networks = session.config, session.mesh, session.streams, session.networks
     buffers = [buffer.clone() for buffer in networks.buffers()]
@@ -108,13 +108,13 @@ def capture(session: Session, progress: Progress, meter: Meter) -> dict[str, che
 
 
 def restore(point: ResumePoint, session: Session, meter: Meter) -> Progress:
-    """Loads a checkpoint into this rank's networks, optimizers and meter; returns how far the run was."""
+    """Loads a checkpoint into this rank's networks, optimizers and meter; returns the run's progress."""
     progress, mesh, ranks = Progress(**point.run["progress"]), session.mesh, session.mesh.ranks
     for number, learner in zip(session.numbers, session.learners, strict=True):
         learner.load_state_dict(ranks.each(partial(checkpoint.read, point.path, checkpoint.branch_file(number))))
     meter.load(point.run["losses"])
     logger.info(f"resuming after step {progress.step} (epoch {progress.epoch:.2f})")
-    if not point.fits(mesh):  # no rank's own statistics are this rank's: continue from the means
+    if not point.fits(mesh):  # running statistics per rank do not apply; keep the mean from the branch file
         logger.info(
             f"this checkpoint was written by {point.run['world_size']} ranks with {point.run['branch_groups']} branch "
             f"groups; resuming on {ranks.world_size} with {mesh.branch_groups}: same images in the same steps, but "

@@ -1,11 +1,11 @@
-"""The DALI operator `fn.spectral_split`: its build, its cache, its loading.
+"""Builds, caches and loads the DALI operator `fn.spectral_split`.
 
-`load()` registers the operator with DALI. The first process compiles it (about 10 s; with the CUDA kernel, about half a
-minute), later ones load it from the cache. `python -m bandsplit.spectral.native` prebuilds it, for example on a login
-node. The operator computes `bandsplit.spectral.transforms.split_images`; its sources are in this folder.
+`load()` registers the operator with DALI. The first process compiles the plugin (about 10 s, or 30 s with the GPU
+kernel) and later ones load it from the cache. `python -m bandsplit.spectral.native` prebuilds it, for example on a
+login node. The operator computes `bandsplit.spectral.transforms.split_images`; its sources are in this folder.
 
-A plugin fits one version of DALI (whose symbols are versioned) and one kind of processor (-march=native), so these
-are part of its file's name, and one cache serves nodes that differ.
+A plugin works with one DALI version only (DALI's symbols are versioned), and with one set of CPU features
+(-march=native). Both are hashed into its file name, so different machines can share a cache.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ CUDA_SOURCE = "spectral_split.cu"
 SOURCES = ("spectral_split.h", "tiles.h", *CPU_SOURCES, CUDA_SOURCE)
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-march=native", "-ffp-contract=fast", "-w"]
-# Machine code for A100, A40 (and RTX 30) and H100; PTX for what comes after them.
+# Machine code for A100 (sm_80), A40 and RTX 30 (sm_86) and H100 (sm_90); PTX for newer GPUs.
 NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-w", "--threads", "4"] + [
     f"-gencode=arch=compute_{arch},code={code}"
     for arch, code in [(80, "sm_80"), (86, "sm_86"), (90, "sm_90"), (90, "compute_90")]
@@ -37,59 +37,59 @@ NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-w", "--threads", "4"
 
 
 class BuildError(RuntimeError):
-    """There is no operator here; the message says what is missing, or ends with what compiler or loader said."""
+    """The operator cannot be built or loaded; the message names what is missing or ends with the tool's output."""
 
 
 def load() -> None:
-    """Make `nvidia.dali.fn.spectral_split` available in this process, building the plugin if the cache has none.
+    """Registers `nvidia.dali.fn.spectral_split` in this process; builds the plugin if it is not in the cache.
 
-    From then on DALI takes its host memory from a pool (see host_memory.cc).
+    Loading the plugin also makes DALI allocate host memory from a pool (see host_memory.cc).
 
     Raises:
-        BuildError: as `build`.
+        BuildError: as raised by `build`, or the plugin cannot be loaded.
     """
     _loaded()
 
 
 def has_gpu_kernel() -> bool:
-    """Whether the plugin that `load` takes has the operator for the GPU: not so where there is a GPU but no nvcc.
+    """Whether the plugin has the GPU operator. It does not if there is a GPU but no nvcc. Loads the plugin.
 
     Raises:
-        BuildError: as `build`.
+        BuildError: as raised by `load`.
     """
     return "-cuda-" in _loaded().name
 
 
 @functools.cache
 def _loaded() -> Path:
-    """The plugin of this process. Cached: DALI takes an operator's name once."""
+    """Loads the plugin and returns its path. Cached, because DALI registers an operator's name only once."""
     from nvidia.dali import plugin_manager
 
     plugin = build()
     try:
         plugin_manager.load_library(str(plugin))
-    except RuntimeError as error:  # such as a cache on a file system without the right to execute
+    except RuntimeError as error:  # such as a cache on a file system mounted noexec
         raise BuildError(f"cannot load {plugin}: {error}") from error
     return plugin
 
 
 def build(cuda: bool | None = None) -> Path:
-    """The plugin from the cache, compiled into it first if need be. Any number of processes may call this at once.
+    """Returns the cached plugin, compiling it first if it is not in the cache. Safe to call from several processes.
 
-    The cache is $BANDSPLIT_CACHE, else $XDG_CACHE_HOME/bandsplit, else ~/.cache/bandsplit, else (without a home)
-    bandsplit-UID in the folder for temporary files. The compiler is $CXX, else g++, else c++. Where none of them is, a
-    plugin that another machine of the same kind put into the cache is taken.
+    The cache folder is the first available of $BANDSPLIT_CACHE, $XDG_CACHE_HOME/bandsplit, ~/.cache/bandsplit and, if
+    the user has no home folder, bandsplit-UID in the folder for temporary files. The compiler is $CXX, g++ or c++. If
+    there is no compiler, a plugin that another machine with the same CPU features put in the cache is used.
 
     Args:
-        cuda: whether to include the GPU kernel; None: where torch sees a GPU and there is an nvcc, or a plugin
-            with the GPU kernel is in the cache already.
+        cuda: whether to include the GPU kernel; None includes it if torch sees a GPU and either nvcc is found or a
+            plugin with the GPU kernel is in the cache.
 
     Returns:
         the path of the shared library.
 
     Raises:
-        BuildError: no compiler, no nvcc (for cuda=True), no CUDA headers, a cache that cannot be written or is
-            another user's, or the compilation failed.
+        BuildError: the compiler, nvcc (for `cuda=True`) or the CUDA headers are missing, the cache folder is not
+            writable or not safe to use, or compilation failed.
     """
     if cuda is None:
         cuda = _gpu_is_visible() and (_find_nvcc() is not None or _cached(_stem(cuda=True)) is not None)
@@ -99,9 +99,9 @@ def build(cuda: bool | None = None) -> Path:
         if prebuilt is None:
             missing = "a C++ compiler (g++, or set CXX)" if cxx is None else "nvcc (pip install bandsplit[nvcc])"
             raise BuildError(
-                f"the build of spectral_split needs {missing}, which is not installed; nor has the cache "
-                f"{_cache_folder()} a plugin for this machine: build one on a machine with compilers, with "
-                "`python -m bandsplit.spectral.native`"
+                f"building spectral_split needs {missing}, which is not installed, and the cache {_cache_folder()} "
+                "has no plugin for this machine: install it, or prebuild the plugin with "
+                "`python -m bandsplit.spectral.native` on a machine with a compiler and the same CPU features"
             )
         return prebuilt
 
@@ -116,11 +116,13 @@ def build(cuda: bool | None = None) -> Path:
         with FileLock(cache / f"{name}.lock"):
             return _cached(name) or _compile(name, cxx, nvcc if cuda else None)
     except OSError as error:
-        raise BuildError(f"cannot write the cache {cache} ({error}): set BANDSPLIT_CACHE to a folder") from error
+        raise BuildError(
+            f"cannot write to the cache {cache} ({error}): set BANDSPLIT_CACHE to a writable folder"
+        ) from error
 
 
 def _compile(name: str, cxx: list[str], nvcc: str | None) -> Path:
-    """Compiles and links in a folder of its own, then renames the plugin into the cache, its digest in its name."""
+    """Compiles and links in a temporary folder in the cache, then moves the plugin into the cache."""
     from nvidia.dali import sysconfig
 
     includes = [*sysconfig.get_compile_flags(), "-isystem", str(_cuda_headers(nvcc))]
@@ -130,11 +132,11 @@ def _compile(name: str, cxx: list[str], nvcc: str | None) -> Path:
         objects = [str(Path(folder) / f"{source}.o") for source in CPU_SOURCES]
         for source, target in zip(CPU_SOURCES, objects, strict=True):
             _run([*cxx, *CXX_FLAGS, *includes, "-c", str(HERE / source), "-o", target])
-        # --no-undefined: a missing symbol shows here, with its name, and not when a rank loads the plugin
+        # --no-undefined reports a missing symbol at link time, not when a rank loads the plugin
         if nvcc is None:
             _run([*cxx, "-shared", *objects, "-o", linked, *libraries, "-Wl,--no-undefined"])
         else:
-            host = ["-ccbin", cxx[-1]]  # the last word: $CXX may be "ccache g++", and nvcc takes one name
+            host = ["-ccbin", cxx[-1]]  # $CXX may be "ccache g++", but -ccbin takes one program
             gpu, dali_flags = str(Path(folder) / "gpu.o"), sysconfig.get_compile_flags()
             _run([nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / CUDA_SOURCE), "-o", gpu])
             _run([nvcc, *host, "-shared", *objects, gpu, "-o", linked, *libraries, "-Xlinker", "--no-undefined"])
@@ -146,7 +148,7 @@ def _run(command: list[str]) -> None:
     if done.returncode:
         tail = "\n".join(done.stdout.splitlines()[-30:])
         raise BuildError(
-            f"the build of spectral_split failed (exit code {done.returncode}):\n{shlex.join(command)}\n{tail}"
+            f"building spectral_split failed (exit code {done.returncode}):\n{shlex.join(command)}\n{tail}"
         )
 
 
@@ -154,7 +156,7 @@ def _output(command: list[str]) -> str:
     return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
 
 
-# What is in the cache ------------------------------------------------------------------------------------------------
+# Cache ---------------------------------------------------------------------------------------------------------------
 
 
 def _cache_folder() -> Path:
@@ -162,25 +164,28 @@ def _cache_folder() -> Path:
         return Path(folder)
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bandsplit"
-    except RuntimeError:  # a container's user that the system does not know
+    except RuntimeError:  # no home folder: a container's user without an entry in /etc/passwd
         return _temporary_cache()
 
 
 def _temporary_cache() -> Path:
-    """A folder of this user alone among everybody's temporary files: who could write there could run code as us."""
+    """A cache folder in the shared folder for temporary files.
+
+    It must be this user's, and nobody else may write to it: whoever can write there can run code as this user.
+    """
     try:
         folder = Path(tempfile.gettempdir(), f"bandsplit-{os.getuid()}")
         folder.mkdir(mode=0o700, exist_ok=True)
         found = folder.lstat()
     except OSError as error:
-        raise BuildError(f"no folder for a cache ({error}): set BANDSPLIT_CACHE to one") from error
+        raise BuildError(f"cannot create a cache folder ({error}): set BANDSPLIT_CACHE to a writable folder") from error
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise BuildError(f"{folder} is not a folder that only this user can write to: set BANDSPLIT_CACHE to one")
+        raise BuildError(f"{folder} is not a folder that only this user can write to: set BANDSPLIT_CACHE to another")
     return folder
 
 
 def _stem(cuda: bool) -> str:
-    """The part of the file's name that a machine without a compiler can tell: all but the compilers' versions."""
+    """The file name up to the hash of the compilers' versions, which a machine without a compiler does not know."""
     import nvidia.dali
     from nvidia.dali import sysconfig
 
@@ -191,19 +196,22 @@ def _stem(cuda: bool) -> str:
 
 
 def _into_cache(built: Path, name: str) -> Path:
-    """Renames a plugin when all of it is on the disk, in place of damaged ones of this name."""
+    """Moves a plugin into the cache, with its digest in its name, and removes damaged ones of the same name.
+
+    The file is synced to disk first, so that a crash leaves no truncated plugin under the final name.
+    """
     plugin = _cache_folder() / f"{name}-{_digest(built)}.so"
     _sync(built)
     built.replace(plugin)
     _sync(plugin.parent)
     for damaged in set(_plugins(name)) - {plugin}:
-        with contextlib.suppress(OSError):  # another user's
+        with contextlib.suppress(OSError):  # owned by another user
             damaged.unlink()
     return plugin
 
 
 def _sync(path: Path) -> None:
-    """Waits until a file, or the names in a folder, are on the disk."""
+    """Flushes a file, or the entries of a folder, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -212,9 +220,9 @@ def _sync(path: Path) -> None:
 
 
 def _cached(name: str) -> Path | None:
-    """The newest plugin in the cache whose file name begins with `name` and that is as it was written.
+    """The newest plugin in the cache whose file name starts with `name` and whose content matches its digest.
 
-    Loading one that was cut off since, by a failing disk, a quota or a copy, would end the process with a bus error.
+    The digest is checked because loading a truncated plugin (bad disk, quota, partial copy) crashes with a bus error.
     """
     whole = [plugin for plugin in _plugins(name) if plugin.stem.endswith(f"-{_digest(plugin)}")]
     return max(whole, key=lambda plugin: plugin.stat().st_mtime, default=None)
@@ -225,7 +233,7 @@ def _plugins(name: str) -> Iterator[Path]:
 
 
 def _digest(file: Path) -> str | None:
-    """Of a file's content; None: it cannot be read."""
+    """First 16 hex digits of the SHA-256 of a file; None if it cannot be read."""
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
     except OSError:
@@ -237,7 +245,7 @@ def _hash(parts: Iterable[str]) -> str:
 
 
 def _cpu_features() -> str:
-    """The features that -march=native looks at."""
+    """The CPU features that -march=native depends on."""
     for line in Path("/proc/cpuinfo").read_text().splitlines():
         name, _, features = line.partition(":")
         if name.strip() in ("flags", "Features"):  # x86, Arm
@@ -245,7 +253,7 @@ def _cpu_features() -> str:
     return ""
 
 
-# What is on the machine ----------------------------------------------------------------------------------------------
+# Compilers and headers -----------------------------------------------------------------------------------------------
 
 
 def _gpu_is_visible() -> bool:
@@ -255,25 +263,30 @@ def _gpu_is_visible() -> bool:
 
 
 def _find_cxx() -> list[str] | None:
-    """The command of the C++ compiler: $CXX, which may have several words ("ccache g++"), g++ or c++."""
+    """The C++ compiler's command as a list of words ($CXX may be "ccache g++"); None if there is none.
+
+    Raises BuildError if $CXX is not installed.
+    """
     if chosen := shlex.split(os.environ.get("CXX", "")):
         if shutil.which(chosen[0]) is None:
-            raise BuildError(f"the build of spectral_split: CXX = {chosen[0]!r} is not installed")
+            raise BuildError(f"building spectral_split: CXX = {chosen[0]!r} is not installed")
         return chosen
     return next(([name] for name in ("g++", "c++") if shutil.which(name)), None)
 
 
 def _find_nvcc() -> str | None:
     for folder in [*_chosen_toolkits(), None, *_toolkits_of_wheels(), Path("/usr/local/cuda")]:
-        if nvcc := shutil.which("nvcc", path=None if folder is None else str(folder / "bin")):  # None: on the PATH
+        if nvcc := shutil.which("nvcc", path=None if folder is None else str(folder / "bin")):  # None searches PATH
             return nvcc
     return None
 
 
 def _cuda_headers(nvcc: str | None) -> Path:
-    """The folder of cuda_runtime.h, which DALI's headers include even where no GPU code is compiled.
+    """The folder of cuda_runtime.h, which DALI's headers include even in a CPU build.
 
-    torch's wheels bring it without the crt/ headers that it includes; the package nvidia-cuda-crt puts these beside it.
+    The CUDA wheels that torch installs lack the crt/ headers it includes; the package nvidia-cuda-crt adds them.
+
+    Raises BuildError if no folder has all the headers.
     """
     own = [] if nvcc is None else [Path(nvcc).resolve().parent.parent]
     toolkits = [*own, *_chosen_toolkits(), *_toolkits_of_wheels(), Path("/usr/local/cuda")]
@@ -282,8 +295,8 @@ def _cuda_headers(nvcc: str | None) -> Path:
         if all((headers / name).exists() for name in ("cuda_runtime.h", "cuda_fp16.h", "crt/host_config.h")):
             return headers
     raise BuildError(
-        "the build of spectral_split needs CUDA's headers (cuda_runtime.h, crt/host_config.h), and none of "
-        f"{', '.join(str(toolkit / 'include') for toolkit in toolkits)} has them: "
+        "building spectral_split needs the CUDA headers cuda_runtime.h, cuda_fp16.h and crt/host_config.h; searched "
+        f"{', '.join(str(toolkit / 'include') for toolkit in toolkits)}: "
         "pip install nvidia-cuda-runtime nvidia-cuda-crt, or set CUDA_HOME to a CUDA toolkit"
     )
 
@@ -293,7 +306,7 @@ def _chosen_toolkits() -> list[Path]:
 
 
 def _toolkits_of_wheels() -> list[Path]:
-    """What NVIDIA's Python packages unpack: nvidia/cu13 and the like."""
+    """Toolkit folders of NVIDIA's Python packages, such as site-packages/nvidia/cu13; the newest first."""
     import nvidia
 
     return [folder for root in nvidia.__path__ for folder in sorted(Path(root).glob("cu[0-9]*"), reverse=True)]

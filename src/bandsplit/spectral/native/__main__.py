@@ -1,4 +1,4 @@
-"""Build the DALI operator ahead of its first use, on a login node say: python -m bandsplit.spectral.native [--cuda]."""
+"""Prebuild the DALI operator, for example on a login node: python -m bandsplit.spectral.native [--cuda]."""
 
 import argparse
 import sys
@@ -12,7 +12,7 @@ def main() -> int:
         "--cuda",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="with or without the GPU kernel; by default with it where a GPU and nvcc are found",
+        help="build with or without the GPU kernel (default: with it if a GPU and nvcc are found)",
     )
     try:
         print(build(parser.parse_args().cuda))

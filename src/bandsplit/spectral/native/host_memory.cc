@@ -1,8 +1,8 @@
-// DALI's host memory from a pool, from the moment that the plugin is loaded.
+// Makes DALI allocate host memory from a pool. Takes effect when the plugin is loaded.
 //
-// DALI takes the buffers of every batch from malloc and gives them back after it. A batch of bands is megabytes an
-// output: glibc returns that to the system each time, and the next batch pays for every page again, which at block = 2
-// costs as much as the transform. DALI has a pool for the memory of the GPU; this is the same pool for that of the host.
+// By default, DALI allocates the buffers of every batch with malloc and frees them after the batch. Each output is
+// several megabytes, so glibc returns the pages to the kernel and every batch takes its page faults again. At block = 2
+// they cost as much as the transform. DALI pools GPU memory; this uses the same pool class for host memory.
 
 #include "dali/core/mm/default_resources.h"
 #include "dali/core/mm/detail/free_list.h"
@@ -18,16 +18,16 @@ namespace mm = ::dali::mm;
 
 bool PoolHostMemory() {
   mm::pool_options options = mm::default_host_pool_opts();
-  options.min_block_size = 64 << 20;  // what it takes from malloc at once; pages never touched cost nothing
+  options.min_block_size = 64 << 20;  // size of each malloc; pages that are never touched take no memory
   options.growth_factor = 1;
-  // Never deleted: buffers live on when static objects are destroyed.
+  // Never deleted, because buffers may outlive static objects.
   static auto *pool = new mm::pool_resource<mm::memory_kind::host, mm::coalescing_free_tree, ::dali::spinlock>(
       &mm::malloc_memory_resource::instance(), options);
   mm::SetDefaultResource<mm::memory_kind::host>(pool);
   return true;
 }
 
-#ifndef __SANITIZE_ADDRESS__  // which watches what comes from malloc
+#ifndef __SANITIZE_ADDRESS__  // AddressSanitizer checks malloc's blocks only; a pool would hide errors
 const bool host_memory_is_pooled = PoolHostMemory();
 #endif
 

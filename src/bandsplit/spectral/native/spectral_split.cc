@@ -1,4 +1,8 @@
-// The schema of fn.spectral_split and its CPU kernel.
+// The schema and the CPU backend of fn.spectral_split.
+//
+// Images are processed in chunks that fit into the L2 cache, in three steps. Pixels are copied into planes, one per
+// position within a block. The planes are multiplied by the matrix, with vector instructions across many blocks. The
+// resulting planes of coefficients are copied to the outputs.
 
 #include "spectral_split.h"
 
@@ -21,32 +25,31 @@ using ::dali::float16;
 DALI_SCHEMA(SpectralSplit)
     .DocStr(R"(Splits images into spectral sub-bands.
 
-Each ``block`` x ``block`` square of pixels is turned into N = ``block``² coefficients by a matrix; coefficient k of
-every square, kept at its place, is band k. One pass mirrors, normalizes to (x - mean) / std, transforms, and writes
-each group of bands as one output in the asked layout and type. Channel i * C + c of an output is color c of the
-group's i-th band.)")
+A matrix maps each ``block`` x ``block`` block of pixels to N = ``block``² coefficients; band k is the image that holds
+coefficient k of every block. One pass flips, normalizes to (x - mean) / std, transforms, and writes each group of bands
+as one output in the requested layout and dtype. Channel i * C + c of an output is color c of the group's i-th band.)")
     .NumInput(1)
     .InputLayout(0, "HWC")
-    .InputDox(0, "images", "TensorList of UINT8", "Height and width are multiples of ``block``.")
+    .InputDox(0, "images", "TensorList of UINT8", "Height and width must be multiples of ``block``.")
     .OutputFn([](const ::dali::OpSpec &spec) { return static_cast<int>(GroupsOf(spec).size()); })
-    .AddOptionalArg("block", "Side of the square of pixels.", 2)
-    .AddArg("matrix", "The transform, N x N, row by row: row k weighs the pixels of a square for band k.",
+    .AddOptionalArg("block", "Side of the pixel block, 1 to 32.", 2)
+    .AddArg("matrix", "The N x N transform, row-major: row k holds the weights of a block's pixels for band k.",
             DALI_FLOAT_VEC)
-    .AddOptionalArg("mean", "What is subtracted from each color channel, in units of the pixel values.",
+    .AddOptionalArg("mean", "Mean of each color channel, on the 0..255 scale of the pixels.",
                     std::vector<float>{0, 0, 0})
-    .AddOptionalArg("std", "What each color channel is then divided by.", std::vector<float>{1, 1, 1})
-    .AddOptionalArg("mirror", "Not 0 flips the image left to right, before everything else.", 0, true)
-    .AddOptionalArg("groups", "The bands of all groups, one group after the other; by default each band is a group.",
+    .AddOptionalArg("std", "Standard deviation of each color channel, on the same scale.", std::vector<float>{1, 1, 1})
+    .AddOptionalArg("mirror", "If nonzero, flips the image horizontally before the transform.", 0, true)
+    .AddOptionalArg("groups", "The bands of all groups, concatenated; by default, each band is a group.",
                     std::vector<int>{})
-    .AddOptionalArg("group_sizes", "How many entries of ``groups`` belong to each group.", std::vector<int>{})
-    .AddOptionalTypeArg("dtype", "FLOAT or FLOAT16.", DALI_FLOAT)
-    .AddOptionalArg("output_layout", "\"HWC\" or \"CHW\".", ::dali::TensorLayout("HWC"));
+    .AddOptionalArg("group_sizes", "Number of bands in each group.", std::vector<int>{})
+    .AddOptionalTypeArg("dtype", "Data type of the outputs: FLOAT or FLOAT16.", DALI_FLOAT)
+    .AddOptionalArg("output_layout", "Layout of the outputs: \"HWC\" or \"CHW\".", ::dali::TensorLayout("HWC"));
 
 namespace {
 
 // Vectors ------------------------------------------------------------------------------------------------------------
 
-// A vector register of floats (GCC's vector extension: operators act on every lane).
+// One vector register of floats. This is GCC's vector extension: operators work lane by lane.
 #ifdef __AVX512F__
 constexpr int kLanes = 16;
 #else
@@ -54,16 +57,19 @@ constexpr int kLanes = 8;
 #endif
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float)), may_alias));
 
+/// Loads kLanes floats; no alignment required.
 Lanes Load(const float *from) {
   Lanes values;
   std::memcpy(&values, from, sizeof(values));
   return values;
 }
 
+/// Stores kLanes floats; no alignment required.
 void Store(float *to, Lanes values) { std::memcpy(to, &values, sizeof(values)); }
 
-// What compilers do not find by themselves, each with a plain form for other processors.
+// Conversions that compilers do not vectorize well by themselves, with a scalar fallback for other CPUs.
 
+/// Loads kLanes bytes and converts them to float; no alignment required.
 Lanes Load(const uint8_t *from) {
 #if defined(__AVX512F__)
   return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i *>(from))));
@@ -76,9 +82,10 @@ Lanes Load(const uint8_t *from) {
 #endif
 }
 
+/// Rounds kLanes floats to nearest even and stores them as float16; no alignment required.
 void Store(float16 *to, Lanes values) {
 #ifdef __F16C__
-  // One instruction for 8 floats, where dali::float16 converts one at a time in software. The bits are the same.
+  // Converts 8 floats at once; dali::float16 converts one at a time in software. The results are bitwise equal.
   for (int lane = 0; lane < kLanes; lane += 8) {
     __m256 eight;
     std::memcpy(&eight, reinterpret_cast<const char *>(&values) + lane * sizeof(float), sizeof(eight));
@@ -89,13 +96,18 @@ void Store(float16 *to, Lanes values) {
 #endif
 }
 
-/// RGB pixels of `count` blocks, `step` bytes apart, to planes: pixel s of block j goes to place j of to + s stride, or,
-/// backwards, to place count - 1 - j. `pixels` pixels of a block are taken, which lie side by side.
+/// Copies one row of RGB pixels into planes: pixel s of block j, at from + j * step + 3 * s, goes to
+/// to + s * stride + 3 * j, or 3 * (count - 1 - j) if `backwards`.
+///
+/// Takes `pixels` adjacent pixels from each of `count` blocks. `step` is the distance between blocks in bytes, `stride`
+/// that between planes, which may be negative. No alignment is required; `from` and `to` must not overlap. Reads
+/// nothing past the last block, and writes only 3 * count bytes of each plane.
 void CopyPixels(const uint8_t *from, int step, int count, int pixels, bool backwards, uint8_t *to, ptrdiff_t stride) {
   int j = 0;
 #ifdef __SSSE3__
-  // Four pixels of four blocks at once. They are read as 16 bytes, of which 12 count, so not the last two blocks, after
-  // which nothing may be ours to read; and written as 16, of which the next four overwrite 4, so not the last places.
+  // Four pixels of four blocks at a time. A load reads 16 bytes and uses 12; a store writes 16 bytes, of which 4 are
+  // overwritten by the next four blocks. The last blocks are left to the scalar loop, so that loads do not run past the
+  // end of the image and stores do not run past the plane.
   const __m128i spread = _mm_setr_epi8(0, 1, 2, -1, 3, 4, 5, -1, 6, 7, 8, -1, 9, 10, 11, -1);
   const __m128i drop = backwards ? _mm_setr_epi8(-1, -1, -1, -1, 12, 13, 14, 8, 9, 10, 4, 5, 6, 0, 1, 2)
                                  : _mm_setr_epi8(0, 1, 2, 4, 5, 6, 8, 9, 10, 12, 13, 14, -1, -1, -1, -1);
@@ -118,7 +130,7 @@ void CopyPixels(const uint8_t *from, int step, int count, int pixels, bool backw
       store(3, _mm_unpackhi_epi64(high01, high23));
     }
   }
-  // The same with one pixel of four blocks, where there are fewer than four.
+  // With fewer than four pixels per block: one pixel of four blocks at a time.
   const auto pixel = [=](int i, int s) {
     int bytes;
     std::memcpy(&bytes, from + ptrdiff_t(i) * step + 3 * s, 4);
@@ -137,7 +149,8 @@ void CopyPixels(const uint8_t *from, int step, int count, int pixels, bool backw
       std::memcpy(to + s * stride + 3 * (backwards ? count - 1 - j : j), from + ptrdiff_t(j) * step + 3 * s, 3);
 }
 
-/// memcpy past the caches: what is written need not be read first, and does not push out what is still needed.
+/// memcpy with non-temporal stores. They bypass the caches: no cache line is read before it is written, and the output
+/// evicts nothing. No alignment required; the buffers must not overlap. Call FinishStreams before other threads read.
 void Stream(void *target, const void *source, size_t bytes) {
   auto *to = static_cast<char *>(target);
   auto *from = static_cast<const char *>(source);
@@ -151,7 +164,7 @@ void Stream(void *target, const void *source, size_t bytes) {
   std::memcpy(to, from, bytes);
 }
 
-/// Makes what Stream wrote visible to the threads that this one wakes next.
+/// Orders the non-temporal stores of this thread before its later stores, so that other threads see them.
 void FinishStreams() {
 #ifdef __AVX__
   _mm_sfence();
@@ -160,18 +173,21 @@ void FinishStreams() {
 
 // Products of small matrices -----------------------------------------------------------------------------------------
 
-// The inner loop makes up to 6 rows of a product for 2 vectors of places at once, or fewer rows for 4, so that its sums
-// fill the 16 registers there are and none waits for the one before.
+// A plane is an array with one element per block and color; `place` is an index into it. All planes of a chunk have the
+// same length and order, so a transform is a matrix product over planes.
+//
+// The inner loop computes up to 6 rows of the product for 2 vectors of places, or up to 2 rows for 4 vectors. These are
+// enough independent sums to hide the latency of FMA, and they fit into the 16 vector registers of AVX2.
 constexpr int kRowsAtOnce = 6;
 constexpr int kPlacesAtOnce = 4 * kLanes;
 
 int RoundUp(int value, int multiple) { return (value + multiple - 1) / multiple * multiple; }
 
-/// y[rows[i]] = Σ_n matrix[i][n] x[first + n step], for planes x and y of many places.
+/// The product y[rows[i]] = Σ_n matrix[i][n] x[first + n * step], n < count, for input planes x and output planes y.
 struct Product {
-  int first, step, count;     ///< the planes that go in
-  std::vector<int> rows;      ///< the planes that come out
-  std::vector<float> matrix;  ///< kRowsAtOnce rows after each other, each group of rows column by column
+  int first, step, count;     ///< input planes
+  std::vector<int> rows;      ///< output planes
+  std::vector<float> matrix;  ///< in tiles of kRowsAtOnce rows (the last may have fewer), each tile column-major
 
   /// weight(i, n) is matrix[i][n].
   template <typename Weight>
@@ -184,7 +200,8 @@ struct Product {
   }
 };
 
-/// kCount: the count where the compiler shall know it; 0: any.
+/// Multiplies one tile of kRows rows. `matrix` and `rows` point to the tile's part of the product's.
+/// kCount is product.count as a compile-time constant, or 0 to read it at run time.
 template <int kRows, int kCount, typename Load, typename Store>
 void MultiplyRows(const Product &product, const float *matrix, const int *rows, int places, const Load &load,
                   const Store &store) {
@@ -203,7 +220,10 @@ void MultiplyRows(const Product &product, const float *matrix, const int *rows, 
   }
 }
 
-/// load(plane, place) gives a vector, store(plane, place, lanes) takes one; past `places` both need room.
+/// Computes a product over places 0 to `places` - 1, in vectors of kLanes places.
+///
+/// load(plane, place) returns the vector that starts at `place`; store(plane, place, lanes) writes one. Both are also
+/// called past the end, up to the next multiple of kPlacesAtOnce, so planes need that much padding.
 template <typename Load, typename Store>
 void Multiply(const Product &product, int places, const Load &load, const Store &store) {
   const float *matrix = product.matrix.data();
@@ -232,9 +252,10 @@ void Multiply(const Product &product, int places, const Load &load, const Store 
   }
 }
 
-/// Scratch memory, aligned for vectors.
+/// Scratch memory that is reused from chunk to chunk. One per thread.
 class Scratch {
  public:
+  /// Uninitialized memory for `count` values, aligned to 64 bytes; valid until the next Reset.
   template <typename T>
   T *Take(size_t count) {
     T *taken = reinterpret_cast<T *>(lines_[used_].bytes);
@@ -242,12 +263,13 @@ class Scratch {
     return taken;
   }
 
-  /// Forgets all that was taken, and has room for `lines` now.
+  /// Releases everything that was taken, and makes room for `lines` lines.
   void Reset(size_t lines) {
     used_ = 0;
     if (lines_.size() < lines + 1) lines_.resize(lines + 1);
   }
 
+  /// Number of 64-byte lines that Take<T>(count) uses.
   template <typename T>
   static size_t Lines(size_t count) {
     return (count * sizeof(T) + sizeof(Line) - 1) / sizeof(Line);
@@ -261,7 +283,7 @@ class Scratch {
   size_t used_ = 0;
 };
 
-/// Places that go through both stages of a transform together, so that what lies between them stays in the first cache.
+/// Number of places that go through both stages of a transform together: the intermediate planes stay in the L1 cache.
 constexpr int kStretch = 2 * kPlacesAtOnce;
 
 /// One image of the batch.
@@ -269,14 +291,14 @@ struct Image {
   const uint8_t *pixels;  ///< (height * block, width * block, channels)
   int height, width;      ///< in blocks
   bool mirror;
-  std::vector<void *> outputs;  ///< one a group
+  std::vector<void *> outputs;  ///< one per group: (height, width, channels of the group), or CHW
 };
 
-/// Rows of blocks of an image, and where their planes lie in scratch memory.
+/// A chunk of an image (some rows of blocks), and the memory layout of its planes in scratch memory.
 ///
-/// Plane n holds pixel n of every block, all colors, so that one vector instruction works on many blocks. Its order is
-/// that of the output: block by block with the colors together (HWC: one run), or color by color (CHW: a run each).
-/// The planes of coefficients lie alike.
+/// Plane n holds pixel n of every block, in all colors. Its elements are ordered as in the output: for HWC, block by
+/// block with interleaved colors (one run per plane); for CHW, color by color (one run per color). The planes of
+/// coefficients have the same layout.
 struct Chunk {
   Chunk(const Image &image, int first, int rows, int channels, bool channels_last)
       : image(image), first(first), rows(rows), runs(channels_last ? 1 : channels),
@@ -284,9 +306,10 @@ struct Chunk {
         run_stride(RoundUp(run_length, kPlacesAtOnce)), plane_stride(runs * run_stride + kPlacesAtOnce) {}
 
   const Image &image;
-  int first, rows;  ///< rows of blocks
-  int runs, row_length, run_length;
-  int run_stride, plane_stride;  ///< from a run or plane to the next, with room for vectors and pixels that overhang
+  int first, rows;               ///< first row of blocks, and number of rows
+  int runs;                      ///< runs per plane
+  int row_length, run_length;    ///< elements of a run per row of blocks, and in total
+  int run_stride, plane_stride;  ///< in elements, padded for loads and stores past the end of a run
 };
 
 }  // namespace
@@ -313,7 +336,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     if (images.empty()) return;
     auto &pool = ws.GetThreadPool();
     scratch_.resize(pool.NumThreads());
-    // A few tasks a thread: enough to level the load, few enough that queueing costs nothing.
+    // About four tasks per thread: enough to balance the load, few enough that queueing costs nothing.
     const int batch = static_cast<int>(images.size());
     const int parts = std::max(1, 4 * pool.NumThreads() / batch);
     for (const Image &image : images) {
@@ -328,8 +351,10 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
   }
 
  private:
-  /// The transform as one product, or, for a Kronecker product where that is less work, as two stages: first
-  /// each row of a block by the horizontal factor, then each column of the result by the vertical one.
+  /// Plans the transform as one product, or as two stages if it is separable and that takes fewer multiplications.
+  ///
+  /// Stage one (first_) multiplies each row of a block by the horizontal factor, only for horizontal frequencies that
+  /// some band needs. Stage two (last_) multiplies each column of the result by the vertical factor.
   void PlanProducts() {
     const int block = plan_.block, count = plan_.row_count();
     std::vector<int> rows(count);
@@ -360,6 +385,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     middles_ = block * columns;
   }
 
+  /// The images of the batch, with pointers to their outputs.
   std::vector<Image> Images(::dali::Workspace &ws) const {
     const auto &input = ws.Input<::dali::CPUBackend>(0);
     const int batch = input.num_samples();
@@ -376,6 +402,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     return images;
   }
 
+  /// Splits rows first to last - 1 of blocks of an image.
   void SplitRows(const Image &image, int first, int last, Scratch &scratch) const {
     if (plan_.dtype == DALI_FLOAT)
       SplitRowsTo<float>(image, first, last, scratch);
@@ -383,7 +410,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
       SplitRowsTo<float16>(image, first, last, scratch);
   }
 
-  /// Rows first..last of blocks, in chunks that fit into the processor's second cache.
+  /// SplitRows for an output type: works in chunks that fit into the L2 cache.
   template <typename Out>
   void SplitRowsTo(const Image &image, int first, int last, Scratch &scratch) const {
     constexpr int kChunkBytes = 192 * 1024;
@@ -416,12 +443,13 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
       BandsToOutput(chunk, bands, plan_.groups[g], static_cast<Out *>(chunk.image.outputs[g]));
   }
 
+  /// Copies the chunk's pixels into planes, flipped horizontally if the image is mirrored.
   void PixelsToPlanes(const Chunk &chunk, uint8_t *planes) const {
     const int block = plan_.block, channels = plan_.channels(), width = chunk.image.width;
     const ptrdiff_t row_bytes = ptrdiff_t(width) * block * channels;
     const bool mirror = chunk.image.mirror;
     const int step = block * channels;
-    const ptrdiff_t stride = mirror ? -chunk.plane_stride : chunk.plane_stride;  // to the plane of the next pixel
+    const ptrdiff_t stride = mirror ? -chunk.plane_stride : chunk.plane_stride;  // to the next pixel's plane
     const uint8_t *row = chunk.image.pixels + chunk.first * block * row_bytes;
     for (int y = 0; y < chunk.rows; y++) {
       for (int r = 0; r < block; r++, row += row_bytes) {
@@ -443,14 +471,18 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     }
   }
 
-  /// A stretch of all planes of pixels to the same stretch of all planes of coefficients.
+  /// Normalizes and transforms `places` places of all planes, at most kStretch.
+  ///
+  /// `planes` and `bands` point to the first of these places in plane 0; both have `stride` elements from plane to
+  /// plane. `scale` and `shift` give the normalization of each place. `middles` is scratch memory for the intermediate
+  /// planes, (middles_, kStretch). Places up to the next multiple of kPlacesAtOnce are overwritten.
   template <typename Out>
   void StretchToBands(const uint8_t *planes, const float *scale, const float *shift, float *middles, Out *bands,
                       ptrdiff_t stride, int places) const {
     const auto bytes = [=](int n, int place) { return Load(planes + n * stride + place); };
     const auto pixels = [=](int n, int place) { return bytes(n, place) * Load(scale + place) + Load(shift + place); };
     const auto to_bands = [=](int k, int place, Lanes lanes) { Store(bands + k * stride + place, lanes); };
-    if (first_.empty() && 2 * plan_.row_count() < plan_.pixels) {  // fewer bands than pixels to normalize
+    if (first_.empty() && 2 * plan_.row_count() < plan_.pixels) {  // cheaper to normalize the bands than the pixels
       const float *row_sums = row_sums_.data();
       Multiply(last_[0], places, bytes, [=](int k, int place, Lanes lanes) {
         to_bands(k, place, lanes * Load(scale + place) + row_sums[k] * Load(shift + place));
@@ -467,7 +499,7 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     for (const Product &product : last_) Multiply(product, places, from_middles, to_bands);
   }
 
-  /// The chunk's part of one output, from the bands of its group.
+  /// Writes the chunk's part of one output from the planes of the group's bands.
   template <typename Out>
   void BandsToOutput(const Chunk &chunk, const Out *bands, const std::vector<int> &group, Out *output) const {
     const int channels = plan_.channels(), size = static_cast<int>(group.size());
@@ -490,11 +522,15 @@ class SpectralSplitCPU : public SpectralSplit<::dali::CPUBackend> {
     }
   }
 
-  std::vector<Product> first_, last_;  ///< pixels to middles, and middles to bands; or only pixels to bands
-  int middles_ = 0;
-  std::vector<float> row_sums_;       ///< Σ_n of each row: by linearity, the normalization may come after the product
-  std::vector<float> scale_, shift_;  ///< (channels, kStretch): of the lanes of a stretch, wherever it starts
-  std::vector<Scratch> scratch_;      ///< one a thread
+  std::vector<Product> first_, last_;  ///< the two stages; with a single stage, first_ is empty
+  int middles_ = 0;                    ///< number of intermediate planes
+  std::vector<float> row_sums_;        ///< sum of each matrix row, to normalize bands instead of pixels (linearity)
+
+  /// Normalization of the places of a stretch, channels * kStretch entries. HWC: colors alternate, and a stretch starts
+  /// at the color of its first place. CHW: kStretch equal entries per color.
+  std::vector<float> scale_, shift_;
+
+  std::vector<Scratch> scratch_;  ///< one per thread
 };
 
 DALI_REGISTER_OPERATOR(SpectralSplit, SpectralSplitCPU, ::dali::CPU);

@@ -1,4 +1,4 @@
-// The GPU side of fn.spectral_split: which kernel of tiles.h runs over which images.
+// The GPU backend of fn.spectral_split: chooses and launches the kernels of tiles.h.
 
 #include "spectral_split.h"
 
@@ -16,13 +16,14 @@ namespace bandsplit {
 
 namespace {
 
-/// Samples first..last, of one size and side by side in memory, inputs and outputs both: what one launch can take.
+/// Samples that one launch can process: of one size, with inputs and outputs that are contiguous in memory.
 struct Span {
-  int first, last;
+  int first, last;  ///< samples first to last - 1
   Images images;
-  std::vector<void *> outputs;  ///< one a group, of sample `first`
+  std::vector<void *> outputs;  ///< per group: the output of sample `first`
 };
 
+/// SplitTiles for this block; nullptr if it is not compiled for it.
 template <bool kIsProduct, typename Out>
 auto KernelFor(int block) -> void (*)(const Tiles) {
   switch (block) {
@@ -57,8 +58,8 @@ class SpectralSplitGPU : public SpectralSplit<::dali::GPUBackend> {
   }
 
  private:
-  /// SplitTiles computes a band once: a group joins the first launch that has none of its bands yet, and one that names
-  /// a band twice joins none.
+  /// Assigns a group to the first launch of SplitTiles that has none of its bands, because a launch writes each band to
+  /// one place only. A group that repeats a band is left to SplitAny.
   void PlaceGroup(int group) {
     const std::vector<int> &rows = plan_.groups[group];
     const std::set<int> named(rows.begin(), rows.end());
@@ -78,7 +79,7 @@ class SpectralSplitGPU : public SpectralSplit<::dali::GPUBackend> {
     }
   }
 
-  /// Once an operator: scale, shift, matrix and the bands of all groups, in the memory of the GPU.
+  /// Copies scale, shift, matrix and the bands of all groups to the GPU; called once per operator.
   void CopyConstants(cudaStream_t stream) {
     std::vector<float> constants = plan_.scale;
     constants.insert(constants.end(), plan_.shift.begin(), plan_.shift.end());
@@ -91,6 +92,7 @@ class SpectralSplitGPU : public SpectralSplit<::dali::GPUBackend> {
     CUDA_CALL(cudaStreamSynchronize(stream));
   }
 
+  /// Merges consecutive samples of the batch into spans where possible; leaves out empty images.
   std::vector<Span> Spans(::dali::Workspace &ws) const {
     const auto &input = ws.Input<::dali::GPUBackend>(0);
     const int samples = input.num_samples(), groups = ws.NumOutput();
@@ -123,6 +125,7 @@ class SpectralSplitGPU : public SpectralSplit<::dali::GPUBackend> {
     return spans;
   }
 
+  /// Computes all outputs of a span.
   template <typename Out>
   void Launch(const Span &span, cudaStream_t stream) const {
     const auto kernel = plan_.channels() != 3 ? nullptr
@@ -135,7 +138,7 @@ class SpectralSplitGPU : public SpectralSplit<::dali::GPUBackend> {
     for (const int group : slow_groups_) LaunchAny<Out>(span, group, stream);
   }
 
-  /// False where a row of blocks does not fit into shared memory.
+  /// Launches SplitTiles for `groups`; false if a row of blocks does not fit into shared memory.
   template <typename Out>
   bool LaunchTiles(void (*kernel)(const Tiles), const Span &span, const std::vector<int> &groups,
                    cudaStream_t stream) const {
@@ -162,6 +165,7 @@ class SpectralSplitGPU : public SpectralSplit<::dali::GPUBackend> {
     return true;
   }
 
+  /// Launches SplitAny for one group.
   template <typename Out>
   void LaunchAny(const Span &span, int group, cudaStream_t stream) const {
     size_t before = 0;
@@ -187,10 +191,10 @@ class SpectralSplitGPU : public SpectralSplit<::dali::GPUBackend> {
 
   const float *matrix() const { return constants_.data() + 2 * plan_.channels(); }
 
-  std::vector<std::vector<int>> launches_;  ///< of SplitTiles: the groups of each
-  std::vector<int> slow_groups_;
-  ::dali::DeviceBuffer<float> constants_;
-  ::dali::DeviceBuffer<int> bands_;
+  std::vector<std::vector<int>> launches_;  ///< the groups of each launch of SplitTiles
+  std::vector<int> slow_groups_;            ///< groups for SplitAny
+  ::dali::DeviceBuffer<float> constants_;   ///< scale, shift and matrix, concatenated
+  ::dali::DeviceBuffer<int> bands_;         ///< bands of all groups, concatenated
 };
 
 DALI_REGISTER_OPERATOR(SpectralSplit, SpectralSplitGPU, ::dali::GPU);

@@ -1,7 +1,8 @@
-// The DALI operator fn.spectral_split: mirror, normalize, transform, layout and dtype of images in one pass.
+// The DALI operator fn.spectral_split: flips, normalizes, transforms and converts images in one pass.
 //
-// Here: its arguments, checked, and what both backends share. spectral_split.cc holds the schema and the CPU kernel,
-// spectral_split.cu the CUDA kernel. The same computation in Python: bandsplit.spectral.split_images.
+// This header parses the arguments and holds the code that both backends share. spectral_split.cc has the schema and
+// the CPU backend, spectral_split.cu the GPU backend, tiles.h the CUDA kernels. The reference implementation is
+// bandsplit.spectral.transforms.split_images.
 
 #ifndef BANDSPLIT_NATIVE_SPECTRAL_SPLIT_H_
 #define BANDSPLIT_NATIVE_SPECTRAL_SPLIT_H_
@@ -21,20 +22,22 @@
 
 namespace bandsplit {
 
-/// Throws what DALI raises in Python as RuntimeError. (DALI_ENFORCE would put the C++ condition before the message.)
+/// Throws an exception that DALI raises as RuntimeError in Python, unless `condition` holds.
+/// (DALI_ENFORCE would prefix the message with the C++ condition.)
 template <typename... Parts>
 void Require(bool condition, const Parts &...message) {
   if (!condition) DALI_FAIL("spectral_split: ", message...);
 }
 
+/// The argument `block`, checked.
 inline int BlockOf(const ::dali::OpSpec &spec) {
   const int block = spec.GetArgument<int>("block");
-  // at 32 the matrix has a million entries: beyond that a transform by matrix is the wrong tool
+  // At 32 the matrix already has 2^20 entries; larger blocks would need a fast transform instead of a matrix.
   Require(1 <= block && block <= 32, "block = ", block, ": allowed are 1 to 32");
   return block;
 }
 
-/// The bands of each output: what `groups` and `group_sizes` say, or one band each.
+/// The bands of each output, from `groups` and `group_sizes`, checked; by default one band per output.
 inline std::vector<std::vector<int>> GroupsOf(const ::dali::OpSpec &spec) {
   const int block = BlockOf(spec);
   const int bands = block * block;
@@ -60,13 +63,18 @@ inline std::vector<std::vector<int>> GroupsOf(const ::dali::OpSpec &spec) {
   return groups;
 }
 
-/// Two matrices A and B, (block, block) and row-major, whose Kronecker product a matrix is: entry (u block + v,
-/// r block + s) = A_ur B_vs. The transform is then A x Bᵀ on a block x of pixels, 2 block products a pixel, not block².
+/// Factors A and B of a matrix that is a Kronecker product: entry (u * block + v, r * block + s) is A[u][r] * B[v][s].
+///
+/// Such a transform is separable: a block x of pixels becomes A x Bᵀ, which takes 2 * block instead of block²
+/// multiplications per pixel.
 struct Factors {
-  std::vector<float> vertical, horizontal;  ///< A and B
+  std::vector<float> vertical, horizontal;  ///< A and B: (block, block), row-major
 };
 
-/// The factors, if there are any: the row and the column through the largest entry say what they would have to be.
+/// Factors `matrix`, (block², block²) and row-major; nullopt if it is zero or not a Kronecker product.
+///
+/// With (u, v, r, s) the indices of the entry of largest magnitude, A is read from the entries that share v and s with
+/// it, and B from those that share u and r. Their product is then compared with every entry.
 inline std::optional<Factors> FactorsOf(const std::vector<float> &matrix, int block) {
   const auto largest = std::max_element(matrix.begin(), matrix.end(),
                                         [](float a, float b) { return std::abs(a) < std::abs(b); });
@@ -79,7 +87,7 @@ inline std::optional<Factors> FactorsOf(const std::vector<float> &matrix, int bl
     factors.vertical.push_back(entry(i / block, band % block, i % block, pixel % block));
     factors.horizontal.push_back(entry(band / block, i / block, pixel / block, i % block) / *largest);
   }
-  // Further than rounding from the product, at any entry: not a Kronecker product.
+  // Allows for rounding to float32. The negated comparison also rejects NaN.
   const float tolerance = 1e-6f * std::abs(*largest);
   for (int i = 0; i < pixels; i++)
     for (int j = 0; j < pixels; j++)
@@ -89,10 +97,10 @@ inline std::optional<Factors> FactorsOf(const std::vector<float> &matrix, int bl
   return factors;
 }
 
-/// The arguments of the operator, checked, in the form that the kernels use.
+/// The operator's arguments, checked and in the form that the kernels use.
 ///
-/// Only the bands that a group names are computed, each once: they are numbered as rows, which the groups name.
-/// Normalized is a pixel x times scale plus shift.
+/// The CPU kernel computes each band that occurs in a group once. These bands are numbered 0, 1, ... in the order of
+/// their first use; that number is called a row. A normalized pixel is x * scale + shift.
 struct Plan {
   explicit Plan(const ::dali::OpSpec &spec)
       : block(BlockOf(spec)), pixels(block * block), dtype(spec.GetArgument<::dali::DALIDataType>("dtype")) {
@@ -111,19 +119,19 @@ struct Plan {
   int block;   ///< side of a block of pixels
   int pixels;  ///< N = block²
   ::dali::DALIDataType dtype;
-  bool channels_last;
-  std::vector<float> scale, shift;       ///< one a color channel: 1 / std, -mean / std
-  std::vector<std::vector<int>> groups;  ///< for each output its rows
-  std::vector<int> bands;                ///< of each row its band
-  std::vector<float> matrix;             ///< (N, N), row-major: a row each band
-  std::optional<Factors> factors;        ///< of the matrix
+  bool channels_last;  ///< outputs are HWC, otherwise CHW
+  std::vector<float> scale, shift;       ///< per color channel: 1 / std and -mean / std
+  std::vector<std::vector<int>> groups;  ///< the rows of each output
+  std::vector<int> bands;                ///< the band of each row
+  std::vector<float> matrix;             ///< (N, N), row-major, indexed by band and pixel
+  std::optional<Factors> factors;        ///< of `matrix`, if it is separable
 
  private:
   void ReadColors(const ::dali::OpSpec &spec) {
     const auto mean = spec.GetRepeatedArgument<float>("mean");
     const auto std = spec.GetRepeatedArgument<float>("std");
     Require(!mean.empty() && mean.size() == std.size(), "mean has ", mean.size(), " and std ", std.size(),
-            " entries: both need one a color channel");
+            " entries: both need one per color channel");
     for (size_t c = 0; c < std.size(); c++) {
       Require(std[c] > 0 && std::isfinite(std[c]), "std[", c, "] = ", std[c], ": must be positive");
       scale.push_back(1 / std[c]);
@@ -148,8 +156,8 @@ struct Plan {
   }
 };
 
-/// What both backends share: the arguments, the check of the input, and the shapes of the outputs.
-/// Stateless, so that a pipeline with checkpointing accepts it.
+/// Base class of both backends: parses the arguments, checks the input and sets the output shapes.
+/// Stateless, so pipelines with checkpointing accept the operator.
 template <typename Backend>
 class SpectralSplit : public ::dali::StatelessOperator<Backend> {
  public:
@@ -160,9 +168,9 @@ class SpectralSplit : public ::dali::StatelessOperator<Backend> {
     const auto &input = ws.Input<Backend>(0);
     const int batch = input.num_samples();
     Require(batch == 0 || input.type() == DALI_UINT8,
-            "the images are ", input.type(), ": needed is uint8");
+            "the images are ", input.type(), ": must be uint8");
     Require(batch == 0 || input.sample_dim() == 3,
-            "the images have ", input.sample_dim(), " axes: needed are height, width, channel");
+            "the images have ", input.sample_dim(), " axes: must have 3 (height, width, channels)");
     for (int i = 0; i < batch; i++) CheckImage(i, input.shape().tensor_shape(i));
 
     outputs.resize(plan_.groups.size());
@@ -180,10 +188,12 @@ class SpectralSplit : public ::dali::StatelessOperator<Backend> {
     return true;
   }
 
+  /// Labels the outputs HWC or CHW.
   void SetOutputLayouts(::dali::Workspace &ws) const {
     for (int g = 0; g < ws.NumOutput(); g++) ws.Output<Backend>(g).SetLayout(plan_.channels_last ? "HWC" : "CHW");
   }
 
+  /// The argument `mirror` of each sample; nonzero means flip.
   std::vector<int> Mirror(const ::dali::Workspace &ws, int batch) const {
     std::vector<int> mirror;
     ::dali::GetPerSampleArgument(mirror, "mirror", this->spec_, ws, batch);

@@ -1,4 +1,7 @@
-// The CUDA kernels of fn.spectral_split, apart from DALI so that a test can run them where there is no GPU.
+// The CUDA kernels of fn.spectral_split. They include nothing from DALI, so a test can run them on the CPU.
+//
+// SplitTiles is the fast kernel: RGB, a block of up to 8 known at compile time, each band in at most one output per
+// launch. SplitAny covers all other cases.
 
 #ifndef BANDSPLIT_NATIVE_TILES_H_
 #define BANDSPLIT_NATIVE_TILES_H_
@@ -10,55 +13,59 @@
 
 namespace bandsplit {
 
-constexpr int kMostSamples = 4096;  ///< of a launch
-constexpr int kFastBlock = 8;       ///< the largest block that SplitTiles takes
+constexpr int kMostSamples = 4096;  ///< largest number of samples per launch
+constexpr int kFastBlock = 8;       ///< largest block that SplitTiles supports
 constexpr int kFastBands = kFastBlock * kFastBlock;
 
-/// Images of one size, one after the other in memory.
+/// Images of one size, contiguous in device memory.
 struct Images {
   const uint8_t *pixels;  ///< (samples, height * block, width * block, channels)
   int height, width;      ///< in blocks
-  uint32_t mirror[kMostSamples / 32];  ///< a bit each
+  uint32_t mirror[kMostSamples / 32];  ///< one bit per sample: flip horizontally
 
   __device__ bool is_mirrored(unsigned sample) const { return mirror[sample / 32] >> (sample % 32) & 1; }
 };
 
-/// What one launch of SplitTiles works on: a tile is `tile_rows` rows of blocks of one image.
+/// The argument of SplitTiles. A tile is `tile_rows` rows of blocks of one image; one thread block computes one tile.
 ///
-/// It travels as the argument of the kernel, which the GPU holds in constant memory: nothing is copied or allocated for
-/// a launch, and the entries of the matrices are operands of instructions.
+/// It is passed by value, so it is in constant memory: a launch needs no allocation or copy, and instructions can read
+/// matrix entries as operands.
 struct Tiles {
   Images images;
   int tile_rows;
-  uint64_t inverse_width;  ///< floor(2^32 / width) + 1, to divide by the width in one product
-  bool channels_last;
-  float scale[3], shift[3];
-  float vertical[kFastBands], horizontal[kFastBands];  ///< see Factors
-  const float *matrix;                                 ///< (N, N), for what is no Kronecker product
+  uint64_t inverse_width;    ///< floor(2^32 / width) + 1: division by the width becomes a product and a shift
+  bool channels_last;        ///< outputs are HWC, otherwise CHW
+  float scale[3], shift[3];  ///< per color: a normalized pixel is x * scale + shift
+  float vertical[kFastBands], horizontal[kFastBands];  ///< see Factors; used if the matrix is separable
+  const float *matrix;                                 ///< (N, N) in device memory; used otherwise
 
-  // In shared memory lie the tile's pixels and, from `outputs_start` on, its part of each output just as it is written.
-  unsigned outputs_start;  ///< in bytes
+  // Shared memory holds the tile's pixels and, from `outputs_start` on, its part of each group's output, contiguous and
+  // in the output's layout.
+  unsigned outputs_start;  ///< in bytes, a multiple of 16
   int groups;
-  void *outputs[kFastBands];       ///< one a group: (samples, height, width, channels) or (samples, channels, …)
-  unsigned start[kFastBands];      ///< of each group in shared memory, in numbers from outputs_start
-  int channels[kFastBands];        ///< of each group
-  int16_t group_of[kFastBands];    ///< of each band, or -1
-  int16_t channel_of[kFastBands];  ///< in its group, of color 0
+  void *outputs[kFastBands];       ///< per group: (samples, height, width, channels), or CHW
+  unsigned start[kFastBands];      ///< per group: its first element in shared memory, counted from outputs_start
+  int channels[kFastBands];        ///< per group
+  int16_t group_of[kFastBands];    ///< per band: its group, or -1
+  int16_t channel_of[kFastBands];  ///< per band: its channel of color 0 within the group
 };
-static_assert(sizeof(Tiles) <= 4096, "the limit of a kernel's arguments");
+static_assert(sizeof(Tiles) <= 4096, "kernel arguments are limited to 4 KiB");
 
-/// How SplitTiles is launched: over (tiles, samples).
+/// The launch configuration of SplitTiles: grid (tiles, samples), `threads` threads per thread block.
 struct Launch {
   unsigned tiles, threads;
   size_t shared_bytes;
 };
 
-/// Fills in what follows from the images and from the bands of each group, none of them twice: the size of a tile and
-/// where its outputs lie in shared memory. Nothing where a row of blocks does not fit there.
+/// Chooses the size of a tile and lays out its outputs in shared memory.
+///
+/// Reads tiles.images; sets tile_rows, inverse_width, outputs_start, groups, start, channels, group_of and channel_of.
+/// `groups` lists the bands of each group; no band may occur twice. `number_bytes` is the size of an output element.
+/// Returns nullopt if a single row of blocks does not fit into shared memory.
 inline std::optional<Launch> PlaceTiles(Tiles &tiles, int block, const std::vector<std::vector<int>> &groups,
                                         size_t number_bytes) {
-  constexpr size_t kSharedBytes = 48 * 1024;  // what every GPU gives a kernel without asking
-  constexpr size_t kTileBytes = 32 * 1024;    // more tiles at once hide the wait for memory better than larger ones
+  constexpr size_t kSharedBytes = 48 * 1024;  // available to every kernel without opting in
+  constexpr size_t kTileBytes = 32 * 1024;    // more resident thread blocks hide latency better than larger tiles
   constexpr size_t kMostThreads = 256;
   const auto round_up = [](size_t value, size_t multiple) { return (value + multiple - 1) / multiple * multiple; };
   const size_t height = tiles.images.height, width = tiles.images.width;
@@ -75,7 +82,7 @@ inline std::optional<Launch> PlaceTiles(Tiles &tiles, int block, const std::vect
   size_t rows = 1;
   while (rows < height && shared_bytes(rows + 1) <= kTileBytes) rows++;
   const size_t count = (height + rows - 1) / rows;
-  rows = (height + count - 1) / count;  // equal tiles
+  rows = (height + count - 1) / count;  // tiles of nearly equal size
 
   tiles.tile_rows = int(rows);
   tiles.inverse_width = (uint64_t{1} << 32) / width + 1;
@@ -92,19 +99,22 @@ inline std::optional<Launch> PlaceTiles(Tiles &tiles, int block, const std::vect
       tiles.channel_of[groups[g][i]] = int16_t(3 * i);
     }
   }
-  // As few threads as do the items of a tile in equal turns.
+  // The fewest threads, in whole warps, that still process a tile in the same number of iterations as kMostThreads.
   const size_t items = rows * width * 3, turns = (items + kMostThreads - 1) / kMostThreads;
   return Launch{unsigned((height + rows - 1) / rows), unsigned(round_up((items + turns - 1) / turns, 32)),
                 shared_bytes(rows)};
 }
 
+/// Thread `index` of `team` copies every team-th word. `to`, `from` and `bytes` must be multiples of sizeof(Word).
 template <typename Word>
 __device__ void CopyWords(void *to, const void *from, unsigned bytes, unsigned index, unsigned team) {
   for (unsigned i = index; i < bytes / sizeof(Word); i += team)
     static_cast<Word *>(to)[i] = static_cast<const Word *>(from)[i];
 }
 
-/// Member `index` of a team's part of a copy, in the widest words that the addresses and the length allow.
+/// Copies `bytes` bytes with `team` threads, each of which calls this with its `index`; the buffers must not overlap.
+/// Any alignment works; copies 16 bytes at a time if both addresses and the length are multiples of 16, otherwise 4, 2
+/// or 1.
 __device__ inline void CopyTogether(void *to, const void *from, unsigned bytes, unsigned index, unsigned team) {
   const auto odd = reinterpret_cast<uintptr_t>(to) | reinterpret_cast<uintptr_t>(from) | bytes;
   if (odd % 16 == 0) CopyWords<uint4>(to, from, bytes, index, team);
@@ -113,10 +123,10 @@ __device__ inline void CopyTogether(void *to, const void *from, unsigned bytes, 
   else CopyWords<uint8_t>(to, from, bytes, index, team);
 }
 
-/// RGB images: blockIdx.y is the sample, blockIdx.x the tile.
+/// Splits RGB images; blockIdx.x is the tile, blockIdx.y the sample. kIsProduct: the matrix is separable.
 ///
-/// Three steps with shared memory between them, because reading and writing want neighboring threads at neighboring
-/// addresses and whole words, and the arithmetic wants all pixels of a block in one thread.
+/// Goes through shared memory so that global reads and writes are coalesced and in wide words, although each thread
+/// computes with all pixels of a block.
 template <int kBlock, bool kIsProduct, typename Out>
 __global__ void SplitTiles(const __grid_constant__ Tiles tiles) {
   extern __shared__ uint4 shared[];
@@ -129,18 +139,18 @@ __global__ void SplitTiles(const __grid_constant__ Tiles tiles) {
   const unsigned places = min(unsigned(tiles.tile_rows), height - first) * width;
   const unsigned row_bytes = width * kBlock * 3;
 
-  // 1. The pixels.
+  // 1. Copy the pixels to shared memory.
   CopyTogether(pixels, images.pixels + (size_t(sample) * height + first) * kBlock * row_bytes,
                places * (kBlock * kBlock * 3), thread, threads);
   __syncthreads();
 
-  // 2. The coefficients: one color of one block at a time.
+  // 2. Compute the coefficients; each iteration handles one color of one block.
   const unsigned color_step = tiles.channels_last ? 1 : places;
   for (unsigned item = thread; item < places * 3; item += threads) {
     const unsigned place = item / 3, color = item % 3;
     const unsigned row = uint64_t(place) * tiles.inverse_width >> 32, column = place - row * width;
     const float scale = tiles.scale[color], shift = tiles.shift[color];
-    // A mirrored image is read from its right end.
+    // A mirrored image is read from right to left.
     const bool mirror = images.is_mirrored(sample);
     const uint8_t *corner = pixels + row * kBlock * row_bytes + (mirror ? row_bytes - 3 - column * kBlock * 3
                                                                         : column * kBlock * 3) + color;
@@ -189,7 +199,7 @@ __global__ void SplitTiles(const __grid_constant__ Tiles tiles) {
   }
   __syncthreads();
 
-  // 3. The outputs: where there are many, each warp writes some of them.
+  // 3. Copy to the outputs. With at least as many groups as warps, each warp copies whole groups by itself.
   constexpr unsigned kWarp = 32;
   const bool by_warp = tiles.groups >= int(threads / kWarp);
   const unsigned index = by_warp ? thread % kWarp : thread, team = by_warp ? kWarp : threads;
@@ -206,19 +216,20 @@ __global__ void SplitTiles(const __grid_constant__ Tiles tiles) {
   }
 }
 
-/// What one launch of SplitAny works on: all numbers of one output.
+/// The argument of SplitAny, which computes one output. Pointers are to device memory.
 struct Numbers {
   Images images;
   int samples, block, channels;
-  bool channels_last;
-  const float *scale, *shift;  ///< one a color channel
-  const float *matrix;         ///< (N, N)
-  const int *bands;            ///< of the output
+  bool channels_last;          ///< the output is HWC, otherwise CHW
+  const float *scale, *shift;  ///< per color channel: a normalized pixel is x * scale + shift
+  const float *matrix;         ///< (N, N), row-major
+  const int *bands;            ///< the output's bands, (band_count)
   int band_count;
-  void *output;
+  void *output;  ///< (samples, height, width, band_count * channels), or CHW
 };
 
-/// Any block, number of channels and list of bands: one number a thread, straight from the images.
+/// Supports any block, number of channels and list of bands. Each thread computes one output element at a time directly
+/// from global memory, in a grid-stride loop.
 template <typename Out>
 __global__ void SplitAny(const __grid_constant__ Numbers numbers) {
   const Images &images = numbers.images;
