@@ -234,7 +234,7 @@ def test_a_config_may_be_extended_twice_but_not_by_itself(config_file: Path, tmp
     both = loading.load(write(tmp_path, "both.toml", 'extends = ["left.toml", "right.toml"]\n'))
     assert both.seed == 5
     write(tmp_path, "left.toml", 'extends = ["tiny.toml", "both.toml"]\n')
-    with pytest.raises(UserError, match="both.toml: extends itself, by way of both.toml and left.toml"):
+    with pytest.raises(UserError, match="both.toml: extends itself via both.toml and left.toml"):
         loading.load(tmp_path / "both.toml")
 
 
@@ -283,5 +283,5 @@ def test_mistakes_name_the_file_they_are_in(config_file: Path, tmp_path: Path) -
         with pytest.raises(UserError, match=message):
             loading.load(write(tmp_path, "bad.toml", text))
     write(tmp_path, "a.toml", 'extends = "b.toml"')
-    with pytest.raises(UserError, match="extends itself, by way of a.toml and b.toml"):
+    with pytest.raises(UserError, match="extends itself via a.toml and b.toml"):
         loading.load(write(tmp_path, "b.toml", 'extends = "a.toml"').with_name("a.toml"))

@@ -269,5 +269,5 @@ def test_a_bn_batch_size_that_does_not_fit_is_refused(config_file: Path) -> None
         UserError, match="5 given, but a forward pass has 12 images .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"
     ):
         batch_norm.bn_batch_size(config, at_once=12, replicas=1)
-    with pytest.raises(UserError, match="model.bn_batch_size: 'some' given; allowed: 'rank', 'all' or a number from 1"):
+    with pytest.raises(UserError, match="model.bn_batch_size: 'some' given; allowed: 'rank', 'all' or an integer >= 1"):
         loading.load(config_file, ["model.bn_batch_size=some"])

@@ -450,12 +450,16 @@ def test_timms_own_refusals() -> None:
 
 MISTAKES = {
     "model.arch=resnet35": r"model.arch: 'resnet35' given; it should be 'resnet18', .*'mobilenet_v3_large', 'inception",
-    "model.arch=vgg16": r"model.width: 0.125 given; allowed: 1.0 for vgg16; others are for resnet18, .*mobilenet_v2",
+    "model.arch=vgg16": (
+        r"model.width: 0.125 given; allowed: 1.0 for vgg16; other values are supported by resnet18, .*mobilenet_v2"
+    ),
     "model.arch=vgg16 model.width=1 model.stem=small": r"model.stem: 'small' given; allowed: 'standard' for vgg16",
     "model.arch=mobilenet_v2 model.tweaks=['d']": r"model.tweaks: \['d'\] given; allowed: \['b'\] for mobilenet_v2",
     "model.arch=mobilenet_v2 model.zero_gamma=true": "model.zero_gamma: True given; allowed: False for mobilenet_v2",
     "model.arch=mobilenet_v2 model.drop_path=0.1": "model.drop_path: 0.1 given; allowed: 0.0 for mobilenet_v2",
-    "model.dropout=0.1": "model.dropout: 0.1 given; allowed: unset for resnet18; others are for alexnet, vgg16",
+    "model.dropout=0.1": (
+        "model.dropout: 0.1 given; allowed: unset for resnet18; other values are supported by alexnet, vgg16"
+    ),
     "model.dropout=2": "model.dropout: 2 given; it should be less than or equal to 1",
     "model.drop_path=-1": "model.drop_path: -1 given; it should be greater than or equal to 0",
     "model.tweaks=['e']": r"model.tweaks: \['e'\] given; allowed: a list of \"b\", \"c\" and \"d\", each at most once",
@@ -592,7 +596,7 @@ def test_mistakes_in_branches(of_branches: Path, before: str, after: str, messag
 def test_a_key_of_the_model_must_fit_every_branch(of_branches: Path) -> None:
     text = of_branches.read_text().replace("width = 0.125", "width = 1\nzero_gamma = true")
     of_branches.write_text(text.replace("resnet34", "alexnet"))
-    message = "branch.1.arch: 'alexnet' given; allowed: one for which model.zero_gamma = True means something"
+    message = "branch.1.arch: 'alexnet' given; allowed: an architecture that supports model.zero_gamma = True"
     with pytest.raises(UserError, match=message):
         loading.load(of_branches)
 
