@@ -88,7 +88,7 @@ def test_its_header_names_its_own_command(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_extended_and_says_that_it_is_no_config(path: Path) -> None:
-    assert path.read_text().startswith("# Recipe, not a config of its own: ")
+    assert path.read_text().startswith("# Recipe, not a complete config: ")
     with pytest.raises(UserError, match=r"recipe_\w+.toml: model(\.arch)?: missing"):
         loading.load(path)
     extended = [tomli.loads(other.read_text()).get("extends", []) for other in CONFIGS]
