@@ -1,4 +1,4 @@
-"""What tests ask about run directories: whether two runs are the same, and how far one is."""
+"""Helpers to compare run directories and to wait for files in them."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ VOLATILE = {"seconds", "images_per_second", "data_wait", "peak_memory_mib", "val
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """Lines of metrics.jsonl without what the clock decides."""
+    """Lines of metrics.jsonl without values that depend on timing."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{key: value for key, value in line.items() if key not in VOLATILE} for line in lines]
 
 
 def assert_same_run(first: Path, second: Path) -> None:
-    """Metrics and every tensor of the last and the best checkpoint are equal bit for bit."""
+    """Metrics and all tensors of the last and the best checkpoint are bit-equal."""
     assert metrics(first) == metrics(second)
     for name in ("last", "best"):
         a, b = (run_dir / "checkpoints" / name for run_dir in (first, second))
@@ -34,7 +34,7 @@ def assert_same_run(first: Path, second: Path) -> None:
 
 
 def wait_for(path: Path, launch: Launch, seconds: float = 120) -> None:
-    """Until a file or folder is there."""
+    """Waits until a file or folder exists."""
     deadline = time.monotonic() + seconds
     while not path.exists():
         assert launch.running, f"ended before {path} was there: {launch.wait().stderr}"

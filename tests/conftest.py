@@ -1,4 +1,4 @@
-"""Shared by the tests: a small data set of real JPEG files, a config that trains on it in seconds, and commands."""
+"""Shared fixtures and helpers: a small JPEG data set, a config that trains on it in seconds, and entry points."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from bandsplit.data import demo, folders
 from bandsplit.data.images import ImageFiles, Paths
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-TRAIN_PER_CLASS, VAL_PER_CLASS = 16, 5  # 160 and 50 images: no multiple of the batch sizes below
+TRAIN_PER_CLASS, VAL_PER_CLASS = 16, 5  # 160 and 50 images: not multiples of the batch sizes below
 
 TRAIN_TOML = """
 data = "data.toml"
@@ -57,19 +57,19 @@ threads = 1
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """In parallel, groups (Slurm, compilation) and slow tests start first: no worker is left alone with them."""
+    """In parallel runs, groups (Slurm, compilation) and slow tests start first, so that no worker finishes late."""
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist
         items.sort(key=lambda item: [item.get_closest_marker(name) is None for name in ("xdist_group", "slow")])
 
 
 class Shared:
-    """A folder of this session, shared by all workers of pytest-xdist: what one makes, the others find."""
+    """A folder of this test session, shared by all workers of pytest-xdist."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def once(self, name: str, make: Callable[[Path], None]) -> Path:
-        """Where `make` has made something; the first who asks for a name makes it, the others wait."""
+        """Path of what `make` creates; the first caller with this name creates it, others wait."""
         path, made = self._folder / name, self._folder / f"{name}.made"
         path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self._folder / f"{name}.lock"):
@@ -87,7 +87,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 @pytest.fixture(scope="session")
 def image_root(shared: Shared) -> Path:
-    """Root of a data set with train/ and val/; not to be changed."""
+    """Root of a data set with train/ and val/; tests must not change it."""
 
     def make(root: Path) -> None:
         demo.generate(root, seed=1, train_per_class=TRAIN_PER_CLASS, val_per_class=VAL_PER_CLASS)
@@ -103,7 +103,7 @@ def image_files(folder: Path) -> ImageFiles:
 
 @pytest.fixture
 def config_file(tmp_path: Path, image_root: Path) -> Path:
-    """A train config beside its data config, free to be changed."""
+    """A train config next to its data config; tests may change both."""
     (tmp_path / "data.toml").write_text(DATA_TOML.format(root=image_root))
     path = tmp_path / "tiny.toml"
     path.write_text(TRAIN_TOML)
@@ -118,7 +118,7 @@ def command(script: str, *arguments: object, ranks: int, torchrun: tuple[str, ..
 
 @dataclass(frozen=True)
 class Done:
-    """What an entry point did; of several ranks the largest exit code of a failure."""
+    """Result of an entry point; with several ranks, the largest exit code of a failure."""
 
     returncode: int
     stdout: str
@@ -132,7 +132,7 @@ _forks.set_forkserver_preload(["tests.conftest", "bandsplit.training.loop", "ban
 class Launch:
     """An entry point on one or several ranks, as torchrun would start it.
 
-    Each rank is forked from a process that has imported everything, which saves the seconds that this takes.
+    Each rank is forked from a process that has already imported everything, which saves seconds.
     """
 
     def __init__(self, script: str, *arguments: object, ranks: int = 1, env: dict[str, str] | None = None) -> None:
@@ -167,7 +167,7 @@ class Launch:
 
 
 def _start(count: int, env: dict[str, str], function: Callable[..., None], *args: object) -> list[Any]:
-    """Processes that call ``function(rank, *args)``, with what torchrun puts into their environment."""
+    """Processes that call ``function(rank, *args)``, with the environment variables that torchrun sets."""
     common = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
     processes = []
     for rank in range(count):
@@ -181,7 +181,7 @@ def _rank(env: dict[str, str], function: Callable[..., None], *args: object) -> 
     import torch
 
     os.environ.update(env)
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # ignored where the tests run under nohup
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # it is ignored if the tests run under nohup
     torch.set_num_threads(1)
     function(*args)
 
@@ -195,7 +195,7 @@ def _script(rank: int, argv: list[str], output: Path) -> None:
 
 
 def on_ranks(count: int, function: Callable[..., Any], *args: object) -> list[Any]:
-    """What a function returns on each of so many ranks."""
+    """Return values of a function on `count` ranks."""
     with tempfile.TemporaryDirectory() as folder:
         processes = _start(count, {}, _call, Path(folder), function, *args)
         for process in processes:
@@ -222,7 +222,7 @@ def run(script: str, *arguments: object, ranks: int = 1) -> Done:
 
 @pytest.fixture
 def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., Done]:
-    """Like `run`, within this process: saves the seconds that importing torch takes."""
+    """Like `run`, but in this process, which saves the seconds of importing torch."""
 
     def call(script: str, *arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
@@ -238,7 +238,7 @@ def run_here(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 
 @pytest.fixture
 def unprivileged() -> Callable[..., Done]:
-    """Runs Python with arguments as a user who may not read everything, which root may."""
+    """Runs Python without root's permission to read every file."""
     drop = ["setpriv", "--bounding-set=-dac_override,-dac_read_search"] if os.getuid() == 0 else []
     if drop and not shutil.which("setpriv"):
         pytest.skip("root may read every file, and there is no setpriv")
@@ -252,7 +252,7 @@ def unprivileged() -> Callable[..., Done]:
 
 @pytest.fixture(scope="session")
 def finished(image_root: Path, shared: Shared) -> Callable[..., Path]:
-    """Run directories of undisturbed runs on so many processes, with overrides; made when first asked for."""
+    """Run directories of uninterrupted runs on `ranks` processes with overrides; created on first use."""
 
     def configs(folder: Path) -> None:
         folder.mkdir()

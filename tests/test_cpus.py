@@ -1,4 +1,4 @@
-"""CPUs that are allotted to a process, of which the machine may have many more."""
+"""CPUs that are allotted to a process; the machine may have many more."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write(root: Path, files: dict[str, str]) -> None:
         (root / name).write_text(text)
 
 
-def test_the_affinity_counts_and_not_the_machine() -> None:
+def test_the_affinity_counts_not_the_machine() -> None:
     (one,) = list(os.sched_getaffinity(0))[:1]
     code = "from bandsplit.cpus import available_cpus; print(available_cpus(env={}))"
     bound = f"import os; os.sched_setaffinity(0, [{one}]); {code}"
@@ -39,7 +39,7 @@ def test_without_limits_the_affinity_remains(root: Path) -> None:
     assert available_cpus(root, env={}) == AFFINITY
 
 
-# What /proc/self/cgroup says, the groups' files below /sys/fs/cgroup, and the CPUs that this allows.
+# Contents of /proc/self/cgroup, the groups' files in /sys/fs/cgroup, and the number of CPUs that they allow.
 GROUPS = {
     "version 2": ("0::/job/step\n", {"job/step/cpu.max": "1600000 100000\n"}, 16),
     "version 2, a group above": ("0::/a/b\n", {"a/b/cpu.max": "max 100000\n", "a/cpu.max": "400000 100000\n"}, 4),
@@ -79,7 +79,7 @@ def test_quotas_of_control_groups(root: Path, case: str) -> None:
     ("env", "cpus"),
     [
         ({"SLURM_CPUS_ON_NODE": "16"}, 16),
-        # The batch script starts torchrun itself: its ranks share what the job has on this node.
+        # The batch script starts torchrun itself, so its ranks share the job's CPUs on this node.
         ({"SLURM_CPUS_ON_NODE": "64", "SLURM_CPUS_PER_TASK": "8"}, 64),
         ({"SLURM_STEP_ID": "0", "SLURM_CPUS_ON_NODE": "64", "SLURM_CPUS_PER_TASK": "8"}, 8),
         ({"SLURM_STEP_ID": "0", "SLURM_CPUS_ON_NODE": "64"}, 64),
@@ -88,11 +88,11 @@ def test_quotas_of_control_groups(root: Path, case: str) -> None:
         ({"SLURM_CPUS_ON_NODE": ""}, AFFINITY),
     ],
 )
-def test_what_slurm_allots_where_it_binds_nothing(root: Path, env: dict[str, str], cpus: int) -> None:
+def test_cpus_that_slurm_allots_without_binding(root: Path, env: dict[str, str], cpus: int) -> None:
     assert available_cpus(root, env) == cpus
 
 
-def test_the_least_of_all_counts(root: Path) -> None:
+def test_the_smallest_limit_counts(root: Path) -> None:
     write(root / "proc/self", {"cgroup": "0::/\n"})
     write(root / "sys/fs/cgroup", {"cpu.max": "1200000 100000\n"})
     assert available_cpus(root, {"SLURM_CPUS_ON_NODE": "16"}) == 12

@@ -16,7 +16,7 @@ from tests.conftest import REPOSITORY
 PROJECT = tomli.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 OURS = {"bandsplit", "common", "script", "tests"}
 PART_OF = {"pydantic-core": "pydantic"}  # which pins it
-NOT_ON_PYPI = {"ffcv"}  # the benchmark of the data pipeline takes it where it is installed
+NOT_ON_PYPI = {"ffcv"}  # the benchmark of the data pipeline uses it if it is installed
 
 
 def imported(folder: Path) -> set[str]:

@@ -1,4 +1,4 @@
-"""Paths in a config: variables, home folders, and what the file system refuses."""
+"""Paths in a config: variables, home folders, and errors of the file system."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def test_variables_and_homes_are_expanded(tmp_path: Path, monkeypatch: pytest.Mo
     assert expanded("x", "data.root") == Path("x")
 
 
-def test_what_cannot_be_expanded_is_told_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_cannot_be_expanded_is_reported_with_its_key(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match=r"data.root: '\$NOWHERE/x' given, but the variable is not set"):
         expanded("$NOWHERE/x", "data.root")
     with pytest.raises(UserError, match="distillation.teacher: '~nobodyknows/x' given, but ~nobodyknows has no home"):

@@ -1,4 +1,4 @@
-"""From files and --set to a config: encodings, short forms of values, a change of type."""
+"""Loading a config from files and --set: encodings, short forms of values, a change of type."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_lists_without_brackets(config_file: Path) -> None:
     assert (config.split.branches, config.name, config.data.root) == (((0,), (1, 2)), "a,b", "/data/a,b")
 
 
-def test_another_type_by_set_drops_the_keys_that_only_the_former_has(config_file: Path) -> None:
+def test_set_of_another_type_drops_the_keys_that_only_the_old_type_has(config_file: Path) -> None:
     text = config_file.read_text().replace(
         "lr = 0.05", "lr = 0.05\nmomentum = 0.8\nnesterov = true\nweight_decay = 0.3"
     )
@@ -58,7 +58,7 @@ def test_a_byte_order_mark_is_read(config_file: Path) -> None:
         loading.load(config_file)
 
 
-def test_a_line_that_is_no_toml_is_shown(config_file: Path) -> None:
+def test_a_line_that_is_not_toml_is_shown(config_file: Path) -> None:
     config_file.write_text("[optim]\nlr = 0.1\n  nesterov = True\n")
     with pytest.raises(UserError, match=r"tiny.toml: not valid TOML: .* line 3, column 14\): nesterov = True$"):
         loading.load(config_file)

@@ -219,7 +219,7 @@ def test_a_config_extends_another_key_by_key(config_file: Path, tmp_path: Path) 
 
 
 def test_a_config_extends_a_list_in_order(config_file: Path, tmp_path: Path) -> None:
-    """Later ones override earlier ones, each with all that it extends itself, and the config's own keys come last."""
+    """Later ones override earlier ones, including what those extend; the config's own keys override all of them."""
     write(tmp_path, "wide.toml", "[model]\nwidth = 0.5\n[optim]\nlr = 0.1\nmomentum = 0.7\n[train]\nepochs = 5\n")
     write(tmp_path, "sub/long.toml", 'extends = "../longest.toml"\n[optim]\nlr = 0.2\nmomentum = 0.6\n')
     write(tmp_path, "longest.toml", "[train]\nepochs = 9\nclip_norm = 1.0\n[optim]\nlr = 0.3\n")
@@ -240,12 +240,12 @@ def test_a_config_may_be_extended_twice_but_not_by_itself(config_file: Path, tmp
     both = loading.load(write(tmp_path, "both.toml", 'extends = ["left.toml", "right.toml"]\n'))
     assert both.seed == 5
     write(tmp_path, "left.toml", 'extends = ["tiny.toml", "both.toml"]\n')
-    with pytest.raises(UserError, match="both.toml: extends itself, by way of both.toml and left.toml"):
+    with pytest.raises(UserError, match="both.toml: extends itself via both.toml and left.toml"):
         loading.load(tmp_path / "both.toml")
 
 
-def test_a_table_that_names_its_type_takes_the_place_of_the_whole_table(config_file: Path, tmp_path: Path) -> None:
-    """Also where the type is the same: otherwise a cosine over a cosine that bounces would bounce too."""
+def test_a_table_with_a_type_replaces_the_whole_table(config_file: Path, tmp_path: Path) -> None:
+    """Also if the type is the same: otherwise a cosine that extends a bouncing cosine would bounce too."""
     text = config_file.read_text().replace("lr = 0.05", "lr = 0.05\nmomentum = 0.8")
     write(tmp_path, "base.toml", text.replace("[schedule]", '[schedule]\ntype = "cosine"\nperiod_epochs = 1'))
     child = write(tmp_path, "child.toml", 'extends = "base.toml"\n[optim]\ntype = "adam"\nlr = 0.001\n')
@@ -289,5 +289,5 @@ def test_mistakes_name_the_file_they_are_in(config_file: Path, tmp_path: Path) -
         with pytest.raises(UserError, match=message):
             loading.load(write(tmp_path, "bad.toml", text))
     write(tmp_path, "a.toml", 'extends = "b.toml"')
-    with pytest.raises(UserError, match="extends itself, by way of a.toml and b.toml"):
+    with pytest.raises(UserError, match="extends itself via a.toml and b.toml"):
         loading.load(write(tmp_path, "b.toml", 'extends = "a.toml"').with_name("a.toml"))

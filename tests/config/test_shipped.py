@@ -1,4 +1,4 @@
-"""Every config that is shipped: it loads, builds, has the learning rates that it names, and trains."""
+"""Every shipped config: it loads, its network builds, its learning rates are correct, and it trains."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from bandsplit.training import optimizers, schedules
 from tests.conftest import DATA_TOML, REPOSITORY, run
 
 SHIPPED = sorted((REPOSITORY / "config/train").glob("*.toml"))
-RECIPES = [path for path in SHIPPED if path.name.startswith("recipe_")]  # fragments, which name no network
+RECIPES = [path for path in SHIPPED if path.name.startswith("recipe_")]  # fragments without a network
 CONFIGS = [path for path in SHIPPED if path not in RECIPES]
 DATA = sorted((REPOSITORY / "config/data").glob("*.toml"))
-STEPS = 100  # an epoch
+STEPS = 100  # per epoch
 
 
 def by_hand(config: schema.RunConfig) -> tuple[list[float], list[float | None]]:
-    """Learning rate and momentum of ten steps from the formulas, written again with numpy."""
+    """Learning rate and momentum of ten steps, computed from the formulas with numpy."""
     schedule, optim = config.schedule, config.optim
     total = config.train.epochs * STEPS
     ratio = config.train.batch_size / (optim.base_batch or config.train.batch_size)
@@ -88,7 +88,7 @@ def test_its_header_names_its_own_command(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_a_recipe_is_extended_and_says_that_it_is_no_config(path: Path) -> None:
-    assert path.read_text().startswith("# Recipe, not a config of its own: ")
+    assert path.read_text().startswith("# Recipe, not a complete config: ")
     with pytest.raises(UserError, match=r"recipe_\w+.toml: model(\.arch)?: missing"):
         loading.load(path)
     extended = [tomli.loads(other.read_text()).get("extends", []) for other in CONFIGS]
@@ -97,7 +97,7 @@ def test_a_recipe_is_extended_and_says_that_it_is_no_config(path: Path) -> None:
 
 @dataclass(frozen=True)
 class Audit:
-    """A table of doc/recipes.md: the values of each key, for all configs or one for each group of them."""
+    """A table of doc/recipes.md: the values of each key, one for all configs or one per group of configs."""
 
     groups: list[list[str]]
     rows: dict[str, list[object]]
@@ -120,7 +120,7 @@ class Audit:
         return [None if unset else tomli.loads(f"value = {value}")["value"] for value, unset in found]
 
     def check(self, name: str, resolved: dict[str, Any], said: dict[str, Any]) -> None:
-        """The values are those of the config, and every key that its files set has a row."""
+        """The values match the config, and every key that its files set has a row."""
         number = next(i for i, group in enumerate(self.groups) if name in group)
         for key, values in self.rows.items():
             assert len(values) in (1, len(self.groups)), key
@@ -141,10 +141,10 @@ def flat(table: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return values
 
 
-NAMED = ("name", "data.", "model.arch", "split.block")  # what the name of a config tells, or its data config
+NAMED = ("name", "data.", "model.arch", "split.block")  # given by the name of the config, or by its data config
 
 
-def test_every_config_is_what_its_audit_says() -> None:
+def test_every_config_matches_its_audit() -> None:
     audits = Audit.read("Configs")
     named = [name for audit in audits for group in audit.groups for name in group]
     assert sorted(named) == [path.stem for path in CONFIGS]
@@ -155,7 +155,7 @@ def test_every_config_is_what_its_audit_says() -> None:
             audit.check(name, resolved(config), {key: v for key, v in said.items() if not key.startswith(NAMED)})
 
 
-def test_every_data_config_is_what_its_audit_says() -> None:
+def test_every_data_config_matches_its_audit() -> None:
     audits = Audit.read("Data")
     assert sorted(name for audit in audits for group in audit.groups for name in group) == [path.stem for path in DATA]
     for audit in audits:

@@ -1,4 +1,4 @@
-"""Values that whole kinds of keys take or refuse: "none" where a key may be unset, and no infinity anywhere."""
+"""Values that all keys of a kind accept or reject: "none" for optional keys, and no infinity or NaN anywhere."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ REQUIRED: dict[str, dict[str, Any]] = {
     "Step": {"milestones": [1.0]},
     "Train": {"epochs": 1, "batch_size": 1},
 } | {name: {"lr": 0.1} for name in ("SGD", "Adam", "AdamW", "RMSprop", "Lamb")}
-"""A valid table of each kind, as far as it needs keys."""
+"""Required keys of each table, with valid values."""
 
 OPTIONAL = [(table, key) for table in TABLES for key, field in table.model_fields.items() if takes_none(field)]
 
 
 @pytest.mark.parametrize(("table", "key"), OPTIONAL, ids=lambda part: getattr(part, "__name__", part))
 def test_none_is_accepted_wherever_a_key_may_be_unset(table: type[Table], key: str) -> None:
-    """And is still there in what is written out: a key that is set by default must not come back."""
+    """Also after a round trip through TOML: a key must not get its default back."""
     given = {**REQUIRED.get(table.__name__, {}), key: "none"}
     read = table.model_validate(given)
     assert getattr(read, key) is None
@@ -62,7 +62,7 @@ def test_none_is_a_word_elsewhere() -> None:
 
 
 def unset_keys() -> Iterator[tuple[str, list[str]]]:
-    """Dotted optional keys below RunConfig, each with the overrides that it needs."""
+    """Dotted optional keys of RunConfig, each with the overrides that it needs."""
 
     def below(table: type[BaseModel], prefix: str, needs: list[str]) -> Iterator[tuple[str, list[str]]]:
         for key, field in table.model_fields.items():
@@ -70,7 +70,7 @@ def unset_keys() -> Iterator[tuple[str, list[str]]]:
                 yield prefix + key, needs
             options = tables_of(table, key)
             if takes_none(field) or key == "branch":
-                continue  # tables that are not there by default, and have no optional keys of their own
+                continue  # tables that are unset by default and have no optional keys
             for option in options:
                 chosen = [f"{prefix}{key}.type={option.model_fields['type'].default}"] if len(options) > 1 else []
                 yield from below(option, f"{prefix}{key}.", [*needs, *chosen])
@@ -85,7 +85,7 @@ UNSET = dict(unset_keys())
 @pytest.mark.parametrize("word", ["none", '"none"', "null", "None"])
 @pytest.mark.parametrize("key", UNSET)
 def test_a_run_keeps_what_was_switched_off(config_file: Path, tmp_path: Path, key: str, word: str) -> None:
-    """From --set to config.toml and back, and to a config that is compared when the run is resumed."""
+    """From --set to config.toml and back, including the form that resuming compares."""
     config = loading.load(config_file, [*UNSET[key], f"{key}={word}"])
     value: Any = config
     for part in key.split("."):
@@ -98,7 +98,7 @@ def test_a_run_keeps_what_was_switched_off(config_file: Path, tmp_path: Path, ke
 
 
 def test_the_keys_that_are_set_by_default_can_be_switched_off() -> None:
-    """Those for which the test above shows most: without a word, reading config.toml would set them again."""
+    """The keys that the test above is mainly for: without "none", reading config.toml would set them again."""
     defaults = {(table.__name__, key): table.model_fields[key].default for table, key in OPTIONAL}
     assert {place for place, default in defaults.items() if default is not None} == {
         ("Checkpoint", "every_minutes"),
@@ -106,7 +106,7 @@ def test_the_keys_that_are_set_by_default_can_be_switched_off() -> None:
     }
 
 
-def test_none_takes_a_table_of_the_extended_file_away(config_file: Path, tmp_path: Path) -> None:
+def test_none_removes_a_table_of_the_extended_file(config_file: Path, tmp_path: Path) -> None:
     child, grandchild = tmp_path / "child.toml", tmp_path / "grandchild.toml"
     config_file.write_text(config_file.read_text() + "[augment.erasing]\nprobability = 0.25\n")
     child.write_text(f'extends = "{config_file}"\n[augment]\nerasing = "none"\n')

@@ -1,4 +1,4 @@
-"""Augmentations of training images: what they do, what they leave alone, and that a stream goes on exactly."""
+"""Augmentations of training images: their effect, what they must not change, and exact resuming of a stream."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def share(batch_size: int = 6) -> Shard:
 
 @pytest.fixture(scope="module", autouse=True)
 def operator() -> None:
-    """Loaded before there are any pipelines: DALI has crashed when some were collected while it loaded a plugin."""
+    """Loads the plugin before any pipeline exists: DALI has crashed when pipelines were freed while it loaded one."""
     pipeline.has_operator("cpu")
 
 
@@ -66,7 +66,7 @@ def numbered(tmp_path: Path) -> ImageFiles:
 
 @pytest.fixture
 def flat(config_file: Path, tmp_path: Path) -> Callable[..., Array]:
-    """What becomes of images of one color: (images, height, width, channels)."""
+    """Augments images of one color: (images, height, width, channels)."""
 
     def make(color: tuple[int, int, int], keys: list[str], batches: int = 4, size: int = 8) -> Array:
         path = tmp_path / "flat.png"
@@ -77,7 +77,7 @@ def flat(config_file: Path, tmp_path: Path) -> Callable[..., Array]:
         return np.concatenate([outputs(pipe)[0] for _ in range(batches)])
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "has_operator", lambda device: False)  # images come out as the split would get them
+        patch.setattr(pipeline, "has_operator", lambda device: False)  # outputs are the images before the split
         yield make
 
 
@@ -87,7 +87,7 @@ def outputs(pipe: Any) -> list[Array]:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training pipelines give out: images, mirror, labels, and the images before any augmentation."""
+    """Training pipelines output images, mirror, labels, and the images before augmentation."""
     crops: list[Any] = []
     augmented = augmentation.augmented
 
@@ -275,7 +275,7 @@ def test_operations_are_left_out_by_chance(flat: Callable[..., Array], monkeypat
     assert shares == pytest.approx([0.49, 0.42, 0.09], abs=0.06)
 
 
-TIMMS = {  # in timm's names, with how far an image may be off in the mean, of 255
+TIMMS = {  # timm's names, each with the allowed mean difference of an image, of 255
     "AutoContrast": 1, "Equalize": 2, "Invert": 0, "Rotate": 2, "PosterizeIncreasing": 0, "SolarizeIncreasing": 0,
     "SolarizeAdd": 0, "ColorIncreasing": 2, "ContrastIncreasing": 1, "BrightnessIncreasing": 1,
     "SharpnessIncreasing": 0.7, "ShearX": 2, "ShearY": 2, "TranslateXRel": 1, "TranslateYRel": 1,
@@ -284,10 +284,10 @@ TIMMS = {  # in timm's names, with how far an image may be off in the mean, of 2
 
 @pytest.mark.parametrize(("n", "name"), list(enumerate(TIMMS)), ids=TIMMS)
 @pytest.mark.parametrize("strength", [7, *(pytest.param(m, marks=pytest.mark.long) for m in (3, 9))])
-def test_timms_operations_are_timms(
+def test_timms_operations_match_timm(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, n: int, name: str, strength: int
 ) -> None:
-    """An image by DALI and by timm's own code with Pillow, with both signs where the operation has one."""
+    """The same image with DALI and with timm's own code and Pillow, with both signs if the operation has a sign."""
     timms = pytest.importorskip("timm.data.auto_augment")
     assert list(TIMMS) == timms._RAND_INCREASING_TRANSFORMS
     noise = np.random.default_rng(0).integers(40, 220, (20, 20, 3), dtype=np.uint8)

@@ -1,4 +1,4 @@
-"""The demo images: complete or absent, the same everywhere, and with their textures in the detail bands alone."""
+"""The demo images: complete or absent, deterministic, and with their textures in the detail bands only."""
 
 import os
 import resource
@@ -119,7 +119,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path: Path, monkeypatch: pytest.M
     assert not list(tmp_path.iterdir())
 
 
-def test_a_killed_run_is_no_obstacle(tmp_path: Path) -> None:
+def test_images_are_written_after_a_killed_run(tmp_path: Path) -> None:
     call = f"import pathlib; from bandsplit.data.demo import generate; generate(pathlib.Path({str(tmp_path)!r}, 'data')"
     process = subprocess.Popen([sys.executable, "-c", f"{call}, workers=1)"])
     patience = time.monotonic() + 60
@@ -143,8 +143,8 @@ def test_errors_of_workers_arrive(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 @pytest.fixture
 def full_disk(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Files of more than 2,000 bytes cannot be written, also by the processes that are started: as on a full disk."""
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would leave modules cut off in the cache
+    """Simulates a full disk: files of more than 2,000 bytes cannot be written, also by child processes."""
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)  # Python would leave truncated modules in the cache
     monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, before[1]))
@@ -208,7 +208,7 @@ def bands(image: NDArray[np.uint8]) -> NDArray[np.float64]:
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_textures_differ_in_the_detail_bands_alone(shape: str) -> None:
-    """The energy by which the textures of the same scenes differ."""
+    """Compares the energy of the difference between textures of the same scenes, by band."""
     energy = np.zeros(4)
     for seed in range(10):
         one, other = (bands(draw(np.random.default_rng(seed), shape, texture)) for texture in PERIOD)
@@ -220,7 +220,7 @@ def test_textures_differ_in_the_detail_bands_alone(shape: str) -> None:
 
 
 def test_scenes_differ_in_the_low_band() -> None:
-    """The counterpart: two scenes of one class differ nearly only where two textures of one scene do not."""
+    """The opposite: two scenes of one class differ almost only in the band where two textures of a scene do not."""
     energy = np.zeros(4)
     rng = np.random.default_rng(0)
     for _ in range(10):
@@ -230,7 +230,7 @@ def test_scenes_differ_in_the_low_band() -> None:
 
 
 def test_a_shape_keeps_its_brightness_in_every_texture() -> None:
-    """A texture of mean 0: otherwise the brightness of the low band would tell the textures apart."""
+    """Textures have mean 0: otherwise the brightness of the low band would distinguish them."""
     for seed in range(10):
         one, other = (draw(np.random.default_rng(seed), "disc", texture).mean((0, 1)) for texture in PERIOD)
         np.testing.assert_allclose(one, other, atol=0.15)

@@ -22,7 +22,7 @@ def groups(images: Tensor, matrix: np.ndarray, block: int, branches: list[list[i
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_mixing_bands_is_mixing_images(config_file: Path, kind: str) -> None:
-    """Of branches with any bands, and of whole images beside them, with CutMix's boxes in whole blocks."""
+    """For branches with any bands, and for whole images next to them, with CutMix boxes in whole blocks."""
     config = loading.load(config_file, [f"mix.{kind}=1.0"])
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(6, 3, 32, 32, generator=generator)
@@ -39,7 +39,7 @@ def test_mixing_bands_is_mixing_images(config_file: Path, kind: str) -> None:
         )[:, None] * nn.functional.one_hot(labels.roll(1), 10))  # fmt: skip
         if kind == "mixup":
             whole = share[0] * images + (1 - share[0]) * images.roll(1, 0)
-        else:  # where the box is follows from the first band
+        else:  # the position of the box follows from the first band
             inside = (inputs[0] != bands[0]).any(dim=1, keepdim=True).any(dim=0, keepdim=True)
             area = float(inside.float().mean())
             assert area == pytest.approx(1 - float(share[0]), abs=1e-6)

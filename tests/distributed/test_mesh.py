@@ -1,4 +1,4 @@
-"""Spreading branches over ranks changes nothing but who computes what: four gloo processes against one."""
+"""Distributing branches over ranks does not change results: four gloo processes against one."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Gradients = dict[str, Tensor]
 
 
 def batches(groups: tuple[tuple[int, ...], ...], rank: int) -> list[Batch]:
-    """What this rank's pipeline gives: inputs of all branches, channels_last as the operator makes them."""
+    """Batches as from this rank's pipeline: inputs of all branches, in channels_last as from the operator."""
     generator = torch.Generator().manual_seed(rank)
 
     def inputs() -> list[Tensor]:
@@ -51,7 +51,7 @@ def without_norms(module: nn.Module) -> nn.Module:
 
 
 def step_on_mesh(config: RunConfig, branch_groups: int, norms: bool) -> tuple[Gradients, Gradients]:
-    """Gradients and buffers of this rank's branches, by branch and name, after one real step of the mesh."""
+    """Gradients and buffers of this rank's branches, by branch and name, after one real step on the mesh."""
     with joined(60) as ranks:
         mesh = Mesh(ranks, len(config.split.groups), branch_groups)
         ensemble = Ensemble.of(config, mesh.own)
@@ -81,7 +81,7 @@ def step_on_mesh(config: RunConfig, branch_groups: int, norms: bool) -> tuple[Gr
 
 
 def step_alone(config: RunConfig, bn_batch_size: int | None) -> tuple[Gradients, Gradients]:
-    """The same with plain autograd: torch's batch norm over `bn_batch_size` images at a time."""
+    """Gradients and buffers with plain autograd: torch's batch norm over `bn_batch_size` images at a time."""
     ensemble = Ensemble.of(config).double()
     of_rank = [batches(config.split.groups, rank) for rank in range(RANKS)]
     gradients, buffers = {}, {}
@@ -131,7 +131,7 @@ def test_gradients_do_not_depend_on_the_number_of_branch_groups(config_file: Pat
 
 
 def exchange_and_give_back(groups: tuple[tuple[int, ...], ...], half: bool) -> list[bool]:
-    """Whether every value arrives where it should, in order and in channels_last; and logits come back to it."""
+    """Checks that every value arrives at its rank, in order and in channels_last, and that logits are returned."""
     with joined(60) as ranks:
         mesh = Mesh(ranks, len(groups), 2)
         sent = batches(groups, ranks.rank)
@@ -168,7 +168,7 @@ def test_every_band_arrives_where_it_is_learnt(groups: tuple[tuple[int, ...], ..
 
 
 def told_on_rank(roots: list[str], config: RunConfig) -> str:
-    """What opening the data ends with on a rank whose data lie in a folder of its own."""
+    """The error of opening the data on a rank, when each rank has its own data folder."""
     with joined(60) as ranks:
         data = config.data.model_copy(update={"root": roots[ranks.rank]})
         try:
@@ -178,8 +178,8 @@ def told_on_rank(roots: list[str], config: RunConfig) -> str:
         return f"{len(train)} images"
 
 
-def test_data_that_one_rank_misses_or_has_differently(config_file: Path, image_root: Path, tmp_path: Path) -> None:
-    """The rank that it happened to says so, and no other does."""
+def test_data_that_is_missing_or_different_on_one_rank(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+    """Only the rank on which it happened reports it."""
     config, good = loading.load(config_file), str(image_root)
     fewer, renamed = (Path(shutil.copytree(image_root, tmp_path / name)) for name in ("fewer", "renamed"))
     next((fewer / "train").rglob("*.jpg")).unlink()
@@ -190,7 +190,7 @@ def test_data_that_one_rank_misses_or_has_differently(config_file: Path, image_r
         ("/nowhere", "data.root: /nowhere: no such folder"),
         (
             fewer,
-            f"data.root: {fewer}: 159 images in train, which differ from the 160 of rank 0 in number, name, class or size",
+            f"data.root: {fewer}: 159 images in train, which differ from the 160 of rank 0 in number, name, class",
         ),
         (renamed, "50 images in val, which differ from the 50 of rank 0 in number, name, class or size; every rank"),
     ):
@@ -211,7 +211,7 @@ def evaluate_on_mesh(config: RunConfig, branch_groups: int) -> Accuracy:
 
 
 def validation(config: RunConfig, ranks: Ranks) -> Iterator[Batch]:
-    """25 images on any number of ranks, in batches that are filled up with none."""
+    """25 images on any number of ranks, in batches padded without images."""
     generator = torch.Generator().manual_seed(1)
     inputs = [torch.randn(25, 3 * len(group), 16, 16, generator=generator) for group in config.split.groups]
     labels = torch.randint(0, 10, (25,), generator=generator)
@@ -236,7 +236,7 @@ SUB16 = REPOSITORY / "config/train/resnet34_sub16.toml"
 
 
 def test_traffic_of_the_published_ensemble() -> None:
-    """Sixteen ResNet-34, 2048 images of 224², eight ranks: from the formula by hand."""
+    """Sixteen ResNet-34, 2048 images of 224², eight ranks: computed by hand from the formula."""
     config = loading.load(SUB16, ["train.batch_size=2048"])
     parameters = parameters_of_branches(config)
     plain, spread = (step_traffic(config, 8, g, parameters, half=True) for g in (1, 8))
@@ -249,7 +249,7 @@ def test_traffic_of_the_published_ensemble() -> None:
 
 
 def test_auto_takes_the_least_traffic() -> None:
-    """Large images and few of many branches' parameters are better off with plain data parallelism."""
+    """Plain data parallelism sends less if images are large and branches have few parameters."""
     config = loading.load(SUB16, ["train.batch_size=2048"])
     assert branch_groups(config, 1, [10] * 16, half=True) == 1
     assert branch_groups(config, 8, [10] * 16, half=True) == 1
@@ -272,5 +272,5 @@ def test_a_bn_batch_size_that_does_not_fit_is_refused(config_file: Path) -> None
         UserError, match="5 given, but a forward pass has 12 images .* allowed: 1, 2, 3, 4, 6, 12, 'rank' or"
     ):
         batch_norm.bn_batch_size(config, at_once=12, replicas=1)
-    with pytest.raises(UserError, match="model.bn_batch_size: 'some' given; allowed: 'rank', 'all' or a number from 1"):
+    with pytest.raises(UserError, match="model.bn_batch_size: 'some' given; allowed: 'rank', 'all' or an integer >= 1"):
         loading.load(config_file, ["model.bn_batch_size=some"])

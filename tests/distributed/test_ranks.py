@@ -1,4 +1,4 @@
-"""Ranks that fail: one of them tells the user why, once, and the log of each has the traceback."""
+"""Ranks that fail: exactly one of them reports the error to the user, and each log has the traceback."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from bandsplit.errors import ReportedElsewhere, UserError
 from tests.conftest import Launch, on_ranks
 
 
-def test_a_collective_that_fails_on_every_rank_is_told_once(config_file: Path, tmp_path: Path) -> None:
-    """For want of an interface here; on GPUs for a full /dev/shm, for example."""
+def test_a_collective_that_fails_on_every_rank_is_reported_once(config_file: Path, tmp_path: Path) -> None:
+    """Here because of a missing network interface; on GPUs, for example, because of a full /dev/shm."""
     run_dir = tmp_path / "run"
     launch = Launch("train.py", config_file, "--run-dir", run_dir, ranks=3, env={"GLOO_SOCKET_IFNAME": "eth99"})
     done = launch.wait(60)
@@ -31,12 +31,12 @@ def test_a_collective_that_fails_on_every_rank_is_told_once(config_file: Path, t
 
 
 def end_of(errors: list[str]) -> str:
-    """What leaving the group ends with on a rank whose block ended with an error of this name."""
+    """The error with which a rank leaves the group if its block ended with an error of this name."""
     rank = 0
     try:
         with joined(60) as ranks:
             rank = ranks.rank
-            ranks.wait()  # else one could leave while another still connects
+            ranks.wait()  # otherwise one could leave while another is still connecting
             raise {"broken": RuntimeError("Connection closed by peer"), "own": KeyError("own")}[errors[rank]]
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -53,7 +53,7 @@ def end_of(errors: list[str]) -> str:
         (["own", "own", "own"], ["KeyError: 'own'"] * 3),
     ],
 )
-def test_who_tells(errors: list[str], ends: list[str]) -> None:
+def test_which_rank_reports(errors: list[str], ends: list[str]) -> None:
     for told, wanted in zip(on_ranks(3, end_of, errors), ends, strict=True):
         assert told.startswith(wanted)
 
@@ -69,7 +69,7 @@ def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
         assert told.value.one_rank == (local_rank == 0)
 
 
-def test_torch_takes_no_more_threads_than_there_are_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_uses_no_more_threads_than_there_are_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     before = torch.get_num_threads()
     torch.set_num_threads(4)
     try:
@@ -82,7 +82,7 @@ def test_torch_takes_no_more_threads_than_there_are_cpus(monkeypatch: pytest.Mon
 
 
 def test_ranks_that_torchrun_did_not_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cluster that sets WORLD_SIZE for its jobs."""
+    """For example on a cluster that sets WORLD_SIZE for its jobs."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     for name in ("MASTER_ADDR", "MASTER_PORT", "RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -93,8 +93,8 @@ def test_ranks_that_torchrun_did_not_start(monkeypatch: pytest.MonkeyPatch) -> N
         pass
 
 
-def test_reported_elsewhere_is_not_treated_as_an_error_of_this_rank() -> None:
-    """What another rank tells is raised as it is, with one rank as with several."""
+def test_an_error_reported_elsewhere_is_raised_unchanged() -> None:
+    """An error that another rank reports is raised unchanged, with one rank and with several."""
     with pytest.raises(ReportedElsewhere), joined():
         raise ReportedElsewhere()
 
@@ -109,6 +109,6 @@ def test_reported_elsewhere_is_not_treated_as_an_error_of_this_rank() -> None:
         "NCCL error in: ProcessGroupNCCL.cpp:2000, remote process exited or there was a network error",
     ],
 )
-def test_errors_of_collectives_are_known_by_their_words(message: str) -> None:
+def test_errors_of_collectives_are_recognized_by_their_messages(message: str) -> None:
     assert ranks._comes_from_others(RuntimeError(message))
     assert not ranks._comes_from_others(ValueError(message))

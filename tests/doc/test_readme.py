@@ -1,4 +1,4 @@
-"""What the README and the pages of doc/ show: every command is run or covered, and the drawn tree is the tree."""
+"""README and doc/: every command is run or covered by a test, and the tree in the README matches the folders."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ PAGES = sorted((REPOSITORY / "doc").glob("*.md"))
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page's bash blocks, without comments, in one line each."""
+    """The commands of a page's bash blocks, without comments, one line each."""
     blocks = re.findall(r"^```bash\n(.*?)^```$", page.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
     return [shlex.join(words) for words in (shlex.split(line, comments=True) for line in lines) if words]
@@ -35,23 +35,23 @@ def as_it_is(command: str) -> str:
 
 
 def as_a_dry_run(command: str) -> str:
-    """Eight GPUs and ImageNet: what would run, with the demo's images instead."""
+    """For commands that need eight GPUs and ImageNet: a dry run with the demo's images."""
     line = command.replace("torchrun --nproc-per-node 8", "python")
     return f"{line} --data config/data/demo.toml --dry-run --world-size 8"
 
 
 def on_the_demo(command: str) -> str:
-    """Eight GPUs and a run on ImageNet: the same on one process, with the demo's run, which is there."""
+    """For commands that need eight GPUs and an ImageNet run: one process and the demo's run instead."""
     return command.replace("--nproc-per-node 8 ", "").replace("resnet34_sub16-seed0", "demo-seed0")
 
 
 def its_help(command: str) -> str:
-    """Benchmarks take minutes."""
+    """For benchmarks, which take minutes."""
     return f"{command} --help"
 
 
 def no_more(command: str) -> None:
-    """Not run: another test does, or it is checked below."""
+    """Not run here: another test runs it, or it is checked below."""
 
 
 Rule = Callable[[str], str | None]
@@ -83,7 +83,7 @@ def rule_of(command: str) -> Rule:
 
 
 @pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.name)
-def test_every_command_has_a_rule_and_names_what_is_there(page: Path) -> None:
+def test_every_command_has_a_rule_and_its_files_exist(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     assert text.count("```") == 2 * len(re.findall(r"^```\w+\n", text, re.MULTILINE)), "every block names its language"
     for command in commands(page):
@@ -112,7 +112,7 @@ def test_slurm_scripts_of_the_pages_are_submitted_by_the_tests_of_slurm(command:
 
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
-    """The repository after its set-up, with few of the demo's images: 14 epochs of four steps."""
+    """The repository after set-up, with few demo images: 14 epochs of four steps."""
     for name in ("src", "config", "bench"):
         (tmp_path / name).symlink_to(REPOSITORY / name)
     (tmp_path / "script").mkdir()
@@ -127,7 +127,7 @@ def clone(tmp_path: Path) -> Path:
 
 
 def lines_to_run(pages: list[Path], but: list[Path]) -> Iterator[str]:
-    """What is run of some pages, each line once, without that of others."""
+    """The commands to run of `pages`, each once, without those of `but`."""
     told = {rule_of(command)(command) for page in but for command in commands(page)}
     for page in pages:
         for command in commands(page):
@@ -141,7 +141,7 @@ def lines_to_run(pages: list[Path], but: list[Path]) -> Iterator[str]:
 @pytest.mark.xdist_group("pages")  # starts early: it takes long
 @pytest.mark.parametrize(("pages", "but"), [([README], []), (PAGES, [README])], ids=["README.md", "doc"])
 def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path]) -> None:
-    """From top to bottom, as a reader would."""
+    """From top to bottom, as a reader would run them."""
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     source = {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "PATH": path}
     for line in lines_to_run(pages, but):
@@ -155,7 +155,7 @@ def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path]) -> No
 
 
 def drawn_tree() -> dict[str, list[str]]:
-    """Files of each folder of src/bandsplit as the README draws them."""
+    """Files of each folder of src/bandsplit, as in the tree of the README."""
     (block,) = re.findall(r"^```text\n(.*?)^```$", README.read_text(encoding="utf-8"), re.DOTALL | re.MULTILINE)
     tree: dict[str, list[str]] = {}
     files: list[str] = []

@@ -1,4 +1,4 @@
-"""Counts of correct images against a naive computation, whatever the batches."""
+"""Counts of correct images against a naive computation, for any batch size."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 4)
 
 
 def naive_counts(logits: Tensor, labels: Tensor) -> list[int]:
-    """Correct within the first and within the first five, one image at a time."""
+    """Top-1 and top-5 counts, one image at a time."""
     counts = [0, 0]
     for scores, label in zip(logits.tolist(), labels.tolist(), strict=True):
         order = sorted(range(len(scores)), key=lambda k: -scores[k])

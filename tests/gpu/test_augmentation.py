@@ -1,6 +1,6 @@
-"""Augmentations on the GPU against the CPU, where tests/data/test_augmentation.py holds them to what they should do.
+"""Augmentations on the GPU against those on the CPU, which tests/data/test_augmentation.py tests.
 
-Decoders differ, so both backends get the same pixels here; random numbers are drawn on the CPU for both.
+CPU and GPU decoders differ, so both backends get the same pixels here; random numbers are drawn on the CPU for both.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ EVERY = {"color": COLOR, "pca_noise": PCA, "erasing": ERASING, **AUTO, **ALL}
 
 
 class Tolerance(NamedTuple):
-    """For each single image, on the scale 0 .. 255: mean absolute difference; share of values that are `far` off."""
+    """Per image, on the scale 0 .. 255: mean absolute difference, and fraction of values that are off by `far`."""
 
     mean: float
     far: int
@@ -49,25 +49,25 @@ class Tolerance(NamedTuple):
 
 
 EXACT = Tolerance(0, 0, 0)
-# Sums are rounded in another order, and places between pixels differ in their last bits: a value near a half becomes
-# the next whole number, at worst every second value.  Half a pixel beside the place would be 3 in the mean here.
+# Summation order and the last bits of sub-pixel positions differ, so a value near a half may round to the next integer,
+# at worst every second value.  A shift of half a pixel would give a mean of 3 here.
 ONE = Tolerance(0.5, 2, 0.001)
-# Further operations enlarge that: those that stretch (auto_contrast, equalize, color) by a small factor everywhere,
-# those with a threshold (posterize, solarize) by up to 255, at the few values that lie beside it.  Tried on a CPU:
-# one value in ten made one off after each operation gives 0.9 and 0.034; half a pixel after each gives 5 and 0.2.
+# Further operations amplify this: those that stretch (auto_contrast, equalize, color) by a small factor everywhere,
+# those with a threshold (posterize, solarize) by up to 255, at the few values next to it.  Tried on a CPU: changing one
+# value in ten by one after each operation gives 0.9 and 0.034; half a pixel after each gives 5 and 0.2.
 CHAIN = Tolerance(2, 8, 0.05)
 TOLERANCES = {"erasing": EXACT, "color": ONE, "pca_noise": ONE, "trivial_augment": ONE}  # the others: CHAIN
 
 
 @pytest.fixture(scope="module", autouse=True)
 def operator() -> None:
-    """Loaded before there are any pipelines, as in tests/data/test_augmentation.py."""
+    """Loads the plugin before any pipeline exists, as in tests/data/test_augmentation.py."""
     pipeline.has_operator("gpu")
 
 
 @pytest.fixture
 def jpegs(config_file: Path) -> ImageFiles:
-    """23 files: a pass is no whole number of batches."""
+    """23 files: a pass is not a whole number of batches."""
     train, _ = open_data(loading.load(config_file).data)
     return replace(train, files=train.files[::7], labels=train.labels[::7])
 
@@ -82,7 +82,7 @@ def flat(tmp_path: Path) -> ImageFiles:
 
 
 def smooth() -> Array:
-    """64 images of 64 x 64 pixels, each with some other range of values."""
+    """64 images of 64 x 64 pixels, each with a different range of values."""
     rng = np.random.default_rng(0)
     ranges = zip(rng.integers(0, 100, 64), rng.integers(150, 256, 64), strict=True)
     coarse = [Image.fromarray(rng.integers(*ends, (8, 8, 3), dtype=np.uint8)) for ends in ranges]
@@ -94,7 +94,7 @@ def share(device: str, batch_size: int = 6, half: bool = False) -> Shard:
 
 
 def run(graph: Callable[[], Any], config: schema.RunConfig, place: Shard, batches: int = 1) -> list[Array]:
-    """The samples of all batches, for every output of a graph."""
+    """All samples of all batches, for every output of a graph."""
     definition = pipeline_def(graph, enable_conditionals=augmentation.needs_conditionals(config.augment))
     pipe = definition(batch_size=place.batch_size, num_threads=1, device_id=place.device_id, seed=0)
     pipe.build()
@@ -103,7 +103,7 @@ def run(graph: Callable[[], Any], config: schema.RunConfig, place: Shard, batche
 
 
 def augmented(device: str, config_file: Path, keys: list[str], stream: int = 0) -> Array:
-    """What becomes of the smooth images on "cpu" or "gpu"."""
+    """The smooth images, augmented on "cpu" or "gpu"."""
     config = loading.load(config_file, [*keys, "data.image_size=64", "data.resize_size=64"])
     batch = list(smooth())
 
@@ -128,7 +128,7 @@ def test_the_same_images_as_on_the_cpu(config_file: Path, name: str) -> None:
     keys, tolerance = EVERY[name], TOLERANCES.get(name, CHAIN)
     gpu = augmented("gpu", config_file, keys)
     assert_same(augmented("cpu", config_file, keys), gpu, tolerance)
-    with pytest.raises(AssertionError):  # the tolerance tells other draws
+    with pytest.raises(AssertionError):  # the tolerance detects different random draws
         assert_same(augmented("cpu", config_file, keys, stream=1), gpu, tolerance)
 
 
@@ -138,7 +138,7 @@ def test_the_same_images_as_on_the_cpu(config_file: Path, name: str) -> None:
     ids=lambda operation: operation.name,
 )
 def test_each_operation_alone(config_file: Path, monkeypatch: pytest.MonkeyPatch, operation: Any) -> None:
-    """With strengths 0 .. 10 and both signs; the last two are of AutoAugment."""
+    """With magnitudes 0 .. 10 and both signs; the last two are from AutoAugment."""
     monkeypatch.setattr(augmentation, "get_rand_augment_suite", lambda use_shape: [operation])
     keys = [*RAND, "augment.auto.n=1", "augment.auto.m=6", "augment.auto.std=4"]
     gpu = augmented("gpu", config_file, keys)
@@ -157,7 +157,7 @@ def test_what_is_switched_off_leaves_images_as_they_are(config_file: Path, keys:
 
 @pytest.mark.parametrize("repeats", [1, 2, 3])
 def test_repeats_are_the_same_images_as_on_the_cpu(config_file: Path, flat: ImageFiles, repeats: int) -> None:
-    """From files, over more than two passes; each repeat is drawn anew."""
+    """From files, over more than two passes; each repeat has its own random draws."""
     config = loading.load(config_file, [*REST, f"augment.repeats={repeats}"])
 
     def before_split(place: Shard) -> list[Array]:
@@ -186,9 +186,9 @@ def test_bands_of_training_are_finite(config_file: Path, jpegs: ImageFiles, keys
 
 @pytest.mark.parametrize("keys", [[], *EVERY.values()], ids=["nothing", *EVERY])
 def test_a_stream_with_augmentations_goes_on_exactly(config_file: Path, jpegs: ImageFiles, keys: list[str]) -> None:
-    """Without any, too: where that fails, it is not the augmentations."""
+    """Also without augmentations: if that fails, they are not the cause."""
 
-    def copied(batches: Any) -> list[torch.Tensor]:  # DALI may use the memory again
+    def copied(batches: Any) -> list[torch.Tensor]:  # DALI may reuse the memory
         batch = next(batches)
         return [tensor.clone() for tensor in (*batch.inputs, batch.labels)]
 

@@ -1,4 +1,4 @@
-"""A step on a GPU: the host does not wait for it, and gradients that are not finite change nothing."""
+"""A training step on a GPU: the host does not wait for it, and gradients that are not finite change nothing."""
 
 from __future__ import annotations
 

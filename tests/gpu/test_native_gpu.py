@@ -1,4 +1,4 @@
-"""The GPU kernel of the operator against its CPU kernel, which tests/spectral holds to scipy and torch."""
+"""The GPU kernel of the operator against its CPU kernel, which tests/spectral compares with scipy and torch."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -63,7 +63,7 @@ def both_backends(
 
 
 def assert_same(cpu: Outputs, gpu: Outputs) -> None:
-    """To 1e-5 of the range: the order of the sums differs. float16: to one unit in the last place."""
+    """Within 1e-5 of the range, since the summation order differs. float16: within one unit in the last place."""
     assert len(cpu) == len(gpu)
     for expected, got in zip(cpu, gpu, strict=True):
         for want, have in zip(expected, got, strict=True):
@@ -85,7 +85,7 @@ def test_every_transform_type_and_layout(block: int, kind: transforms.Kind, dtyp
 
 @pytest.mark.parametrize("output_layout", ["HWC", "CHW"])
 @pytest.mark.parametrize("block", [3, 5, 8])
-def test_blocks_that_the_compiler_does_not_know(block: int, output_layout: str) -> None:
+def test_block_sizes_without_a_specialized_kernel(block: int, output_layout: str) -> None:
     assert_same(*both_backends(images_of(SIZES[:3]), block, "dct1d", output_layout=output_layout))
 
 
@@ -112,7 +112,7 @@ def test_all_bands_in_one_output_and_some_in_odd_order(block: int) -> None:
 @pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16], ids=["float32", "float16"])
 @pytest.mark.parametrize(("block", "side"), [(1, 224), (2, 224), (4, 224), (6, 228), (6, 336), (8, 224)])
 def test_a_batch_of_equal_images_is_one_launch(block: int, side: int, dtype: Any) -> None:
-    """The batch of training; at 228 the outputs of odd samples start at no whole word."""
+    """As in training; at 228, the outputs of odd samples are not word-aligned."""
     assert_same(*both_backends(images_of([(side, side)] * 33), block, dtype=dtype))
 
 
@@ -134,7 +134,7 @@ def test_batches(batch: int) -> None:
 
 
 def test_many_batches_in_flight_keep_their_own_arguments() -> None:
-    """The host runs ahead of the stream: what the kernel of one batch reads must outlive the call that launched it."""
+    """The host runs ahead of the stream: what a kernel reads must outlive the call that launched it."""
     batches = [images_of([(240, 240)] * 32, seed=seed) for seed in range(4)]
     matrix, mean, std = transforms.transform_matrix("dct2d", 4), MEAN[:3], STD[:3]
 

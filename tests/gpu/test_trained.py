@@ -1,4 +1,4 @@
-"""Distillation, mixing and growing images together on a GPU, where batches are made on a stream of their own."""
+"""Distillation, mixing and progressive image size together on a GPU, where batches are made on a separate stream."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_student_learns_at_every_precision(finished: Callable[..., Path], bloc
     assert [line["image_size"] for line in losses] == [16] * 4 + [32] * 4
 
 
-def test_a_teacher_says_the_same_on_a_gpu(finished: Callable[..., Path]) -> None:
+def test_a_teacher_gives_the_same_logits_on_a_gpu(finished: Callable[..., Path]) -> None:
     inputs, said = [torch.randn(8, 3, 16, 16) for _ in range(4)], []
     for device in ("cpu", "cuda"):
         precision = Precision("fp32", torch.device(device))

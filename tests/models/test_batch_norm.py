@@ -1,4 +1,4 @@
-"""A batch norm over one value per channel is refused before a run begins, and nothing else is."""
+"""Batch norm over one value per channel is an error before a run starts; everything else is accepted."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ ONE = (
     "norm over one image; with inputs of 16 x 16 the input of layer3.0.bn1 in branch 0 is 1 x 1, "
     "and one value per channel has no variance"
 )
-REFUSED = {  # keys, ranks -> message and what is offered
+REFUSED = {  # keys, ranks -> message and suggestions
     ("train.batch_size=1", 1): ("train.batch_size: 1 given: batch", "a larger train.batch_size, a larger data.image"),
     ("train.batch_size=6 train.grad_accum_steps=6", 1): (
         "train.batch_size: 6 given with train.grad_accum_steps = 6: batch",
@@ -57,7 +57,7 @@ def sets(keys: str) -> list[str]:
 def test_one_value_per_channel_is_refused(
     config_file: Path, tmp_path: Path, run_here: Callable[..., Done], keys: tuple[str, int]
 ) -> None:
-    """With one message and nothing written: on planned ranks, on the real ones, and by the LR finder."""
+    """With one message and nothing written: for planned ranks, for real ranks, and in the LR finder."""
     before = set(tmp_path.rglob("*"))
     arguments = (config_file, *sets(keys[0]))
     commands = [run_here("train.py", *arguments, "--dry-run", "--world-size", keys[1])]
@@ -85,7 +85,7 @@ def test_larger_maps_and_more_images_are_not(
 @pytest.mark.parametrize("stem", ["standard", "small"])
 @pytest.mark.parametrize("size", [64, *(pytest.param(size, marks=pytest.mark.slow) for size in (32, 63, 66, 128))])
 def test_what_is_refused_is_what_torch_refuses(config_file: Path, arch: str, stem: str, size: int) -> None:
-    """A forward pass of one image in training is the judge."""
+    """Compares with a forward pass of one image in training mode."""
     keys = [
         f"model.arch={arch}",
         f"data.image_size={size}",
@@ -131,7 +131,7 @@ def test_the_smallest_images_of_a_run_count(config_file: Path) -> None:
 
 
 def test_norms_of_timms_networks_count_too(config_file: Path) -> None:
-    """Also where they are inside, after global pooling: no image is large enough for those."""
+    """Also for norms after global pooling, for which no image is large enough."""
     pytest.importorskip("timm")
     keys = [
         "model.source=timm",

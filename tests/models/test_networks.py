@@ -102,7 +102,7 @@ def test_initialization_of_the_others_is_torchvisions(arch: str, size: int) -> N
     for name, value in theirs.items():
         value = value.double()
         if value.shape != ours[name].shape or value.dim() == 0:
-            continue  # the fully connected layer that has shrunk, and counts of batches
+            continue  # the smaller fully connected layer, and batch counters
         if value.numel() < 500 and bool(value.std() > 0):
             continue  # too few for a standard deviation
         error = 8 * float(value.std()) / math.sqrt(value.numel()) + 1e-9
@@ -162,7 +162,7 @@ def test_the_first_fully_connected_layer_shrinks_with_the_map(arch: str, size: i
     assert network(torch.empty(2, 3, size, size, device="meta")).shape == (2, 10)
 
 
-def test_a_map_of_one_pixel_gives_what_torchvision_has_after_blowing_it_up() -> None:
+def test_a_map_of_one_pixel_equals_torchvisions_upsampled_map() -> None:
     # 36 copies of one pixel times 36 weights are that pixel times the sum of the weights
     ours = built("alexnet", size=64).eval()
     theirs = torchvision.models.alexnet(num_classes=10).eval()
@@ -200,7 +200,7 @@ def test_the_smallest_input_is_what_torchvisions_network_takes(arch: str) -> Non
             built(arch, size=smallest - 1)
 
 
-def test_bands_that_are_too_small_are_found_before_a_run_begins(config_file: Path) -> None:
+def test_bands_that_are_too_small_are_found_before_a_run_starts(config_file: Path) -> None:
     config = loading.load(config_file, ["model.arch=vgg16", "model.width=1"])
     with pytest.raises(UserError, match="'vgg16' needs inputs of at least 32 x 32, but a branch gets 16 x 16"):
         parameters_of_branches(config)
@@ -285,7 +285,7 @@ def test_with_b_c_and_d_the_logits_are_timms() -> None:
 def test_with_zero_gamma_a_block_begins_as_its_shortcut(arch: str, zero_gamma: bool) -> None:
     network = built(arch, width=0.25, zero_gamma=zero_gamma)
     block = network.layer3[1]
-    x = torch.rand(2, block.conv1.in_channels, 4, 4)  # not negative, as what comes from the block before
+    x = torch.rand(2, block.conv1.in_channels, 4, 4)  # not negative, as the output of the previous block
     assert torch.equal(block(x), x) == zero_gamma
     norms = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
     at_zero = sum(bool((norm.weight == 0).all()) for norm in norms)
@@ -351,7 +351,7 @@ def test_first_weights(arch: str, size: int, init: str) -> None:
             "kaiming_normal": (math.sqrt(2 / fan_in), math.inf),
             "default": (0.0, 0.0),
         }[init]
-        # an error of six standard deviations of an estimate from so many values
+        # six standard deviations of an estimate from this number of values
         close = abs(float(weight.std()) - std) < 6 * std / math.sqrt(2 * weight.numel())
         as_said.append(close and float(weight.abs().max()) <= 1.0001 * largest)
         as_said.append(layer.bias is None or not bool(layer.bias.any()))
@@ -390,7 +390,7 @@ class _Averaging(nn.Module):
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
-    """A stand-in for timm with one network, and what it was called with."""
+    """A fake timm with one network; returns the arguments of its calls."""
     seen: list[dict[str, Any]] = []
 
     def create_model(name: str, **keys: Any) -> nn.Module:
@@ -438,7 +438,7 @@ def test_timms_networks_are_built(arch: str) -> None:
         assert built(arch, 12, 5, 32, source="timm")(torch.zeros(2, 12, 32, 32)).shape == (2, 5)
 
 
-def test_timms_own_refusals() -> None:
+def test_errors_of_timm_itself() -> None:
     pytest.importorskip("timm")
     with pytest.raises(UserError, match=r"timm cannot build 'resnet35' .*: RuntimeError: Unknown model \(resnet35\)"):
         built("resnet35", source="timm")
@@ -450,12 +450,16 @@ def test_timms_own_refusals() -> None:
 
 MISTAKES = {
     "model.arch=resnet35": r"model.arch: 'resnet35' given; it should be 'resnet18', .*'mobilenet_v3_large', 'inception",
-    "model.arch=vgg16": r"model.width: 0.125 given; allowed: 1.0 for vgg16; others are for resnet18, .*mobilenet_v2",
+    "model.arch=vgg16": (
+        r"model.width: 0.125 given; allowed: 1.0 for vgg16; other values are supported by resnet18, .*mobilenet_v2"
+    ),
     "model.arch=vgg16 model.width=1 model.stem=small": r"model.stem: 'small' given; allowed: 'standard' for vgg16",
     "model.arch=mobilenet_v2 model.tweaks=['d']": r"model.tweaks: \['d'\] given; allowed: \['b'\] for mobilenet_v2",
     "model.arch=mobilenet_v2 model.zero_gamma=true": "model.zero_gamma: True given; allowed: False for mobilenet_v2",
     "model.arch=mobilenet_v2 model.drop_path=0.1": "model.drop_path: 0.1 given; allowed: 0.0 for mobilenet_v2",
-    "model.dropout=0.1": "model.dropout: 0.1 given; allowed: unset for resnet18; others are for alexnet, vgg16",
+    "model.dropout=0.1": (
+        "model.dropout: 0.1 given; allowed: unset for resnet18; other values are supported by alexnet, vgg16"
+    ),
     "model.dropout=2": "model.dropout: 2 given; it should be less than or equal to 1",
     "model.drop_path=-1": "model.drop_path: -1 given; it should be greater than or equal to 0",
     "model.tweaks=['e']": r"model.tweaks: \['e'\] given; allowed: a list of \"b\", \"c\" and \"d\", each at most once",
@@ -592,7 +596,7 @@ def test_mistakes_in_branches(of_branches: Path, before: str, after: str, messag
 def test_a_key_of_the_model_must_fit_every_branch(of_branches: Path) -> None:
     text = of_branches.read_text().replace("width = 0.125", "width = 1\nzero_gamma = true")
     of_branches.write_text(text.replace("resnet34", "alexnet"))
-    message = "branch.1.arch: 'alexnet' given; allowed: one for which model.zero_gamma = True means something"
+    message = "branch.1.arch: 'alexnet' given; allowed: an architecture that supports model.zero_gamma = True"
     with pytest.raises(UserError, match=message):
         loading.load(of_branches)
 

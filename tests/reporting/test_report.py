@@ -1,4 +1,4 @@
-"""report.py: grouping, statistics, table, figures and messages, on run directories written by hand."""
+"""report.py: grouping, statistics, table, figures and messages, on synthetic run directories."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def end(step: int, seconds: float) -> Event:
 
 
 def curve(top1: Iterable[float], pace: float = 1.0, branches: Sequence[float] = (40.0, 20.0)) -> list[Event]:
-    """A training line and a validation at steps 100, 200, ...; `pace` is seconds a step."""
+    """A training line and a validation at steps 100, 200, ...; `pace` is seconds per step."""
     lines = []
     for step, value in enumerate(top1, start=1):
         lines += [train(step * 100, step * 100 * pace), validation(step * 100, step * 100 * pace, value, branches)]
@@ -128,7 +128,7 @@ def test_mean_and_two_sigma_on_irregular_times_equal_a_plain_numpy_computation(t
 
 
 def test_table_is_exact_for_a_small_example(tmp_path: Path) -> None:
-    # top-1 60, 61, 62: mean 61, sample deviation 1. Hours at 18, 36 and 54 s a step: 1, 2, 3.
+    # top-1 60, 61, 62: mean 61, sample standard deviation 1. Hours at 18, 36 and 54 s per step: 1, 2, 3.
     folders = [
         write_run(tmp_path / str(n), finished([50, 60 + n], pace=18.0 * (n + 1), branches=[30, 45 + 2 * n]), seed=n)
         for n in range(3)
@@ -152,7 +152,7 @@ def steps(run: runs.Run) -> list[int]:
     return [int(step) for step in run.train["step"]]
 
 
-def test_a_line_that_is_still_being_written_is_no_damage(tmp_path: Path) -> None:
+def test_a_line_that_is_still_being_written_is_not_damaged(tmp_path: Path) -> None:
     run = runs.read_run(write_run(tmp_path / "growing", curve([50, 60]), tail='{"event": "train", "st'))
     assert (steps(run), len(run.validation), run.ended, run.remarks) == ([100, 200], 2, False, [])
 
@@ -160,7 +160,7 @@ def test_a_line_that_is_still_being_written_is_no_damage(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "line",
     [
-        '{"event": "train", "st{"event": "train", "step": 1, "epoch": 1, "seconds": 1}',  # glued after a kill
+        '{"event": "train", "st{"event": "train", "step": 1, "epoch": 1, "seconds": 1}',  # joined after a kill
         '{"event": "train", "step": 1, "epoch": 1, "seconds": 1}{"event": "end"}',
         '{"event": "train", "step": 1}',
         '{"event": "train", "step": "1", "epoch": NaN, "seconds": 1}',
@@ -168,7 +168,7 @@ def test_a_line_that_is_still_being_written_is_no_damage(tmp_path: Path) -> None
         "[]",
         "1",
         "{}",
-        "\0\0\0\0",  # a file system after a power cut
+        "\0\0\0\0",  # a file system after a power failure
         "\ufffd",
     ],
 )
@@ -183,7 +183,7 @@ def test_damaged_lines_are_left_out_and_numbered(tmp_path: Path, line: str) -> N
 
 
 def test_steps_that_were_trained_again_count_once(tmp_path: Path) -> None:
-    """Killed after step 300, resumed after step 100, and not yet there again."""
+    """Killed after step 300, resumed after step 100, and not yet back at step 300."""
     first, again = curve([10, 20, 30]), curve([10, 21], pace=2)[2:]
     folder = write_run(tmp_path / "run", [*first, *again])
     run = runs.read_run(folder)
@@ -229,7 +229,7 @@ def test_time_axis_unit(largest: float, expected: tuple[float, str]) -> None:
     assert figures.axis_unit("seconds", largest) == expected
 
 
-def test_branch_panels_share_limits_that_hold_every_run(tmp_path: Path) -> None:
+def test_branch_panels_share_limits_that_include_every_run(tmp_path: Path) -> None:
     short = write_run(tmp_path / "short", curve([10], branches=[5] * 16), name="short")
     long = write_run(tmp_path / "long", finished([10, 50, 80], branches=[30, 20, 10, 5]), name="long")
     figure = figures.branches_figure(groups_of(short, long))
@@ -267,7 +267,9 @@ def test_command_writes_every_figure_and_the_table(tmp_path: Path) -> None:
             assert len(image.convert("RGB").getcolors(1 << 24) or []) > 50
 
 
-def test_a_run_without_validation_gets_what_it_has(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_run_without_validation_gets_the_figures_it_has_data_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run = write_run(tmp_path / "run", [train(10, 5.0), train(20, 9.0)])
     report.report([run])
     assert "accuracy_time: left out" in capsys.readouterr().out
@@ -303,7 +305,7 @@ def test_messages_name_what_is_missing(tmp_path: Path) -> None:
 def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """runs/*, which holds whatever has gathered there."""
+    """As with runs/*, which may contain other folders and files."""
     folder = tmp_path / "runs"
     write_run(folder / "good", finished([50]))
     damaged = write_run(folder / "damaged", finished([60]), name="damaged")
@@ -333,7 +335,7 @@ def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(
     assert [row.split()[1] for row in rows] == ["damaged", "net"]
 
 
-def test_where_nothing_can_be_drawn_every_reason_is_told(tmp_path: Path) -> None:
+def test_if_nothing_can_be_drawn_every_reason_is_reported(tmp_path: Path) -> None:
     (tmp_path / "plots").mkdir()
     run = write_run(tmp_path / "run", [])
     result = command(tmp_path / "plots", run, "--output", tmp_path / "out")
@@ -348,7 +350,7 @@ def test_where_nothing_can_be_drawn_every_reason_is_told(tmp_path: Path) -> None
 
 @pytest.fixture(params=["plots missing", "plots there"])
 def read_only_run(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Path]:
-    """A run directory that cannot be written, not even by root."""
+    """A run directory that is read-only even for root."""
     folder = tmp_path / "disk"
     folder.mkdir()
     if os.geteuid() == 0:
@@ -379,7 +381,7 @@ def test_a_read_only_run_is_drawn_elsewhere(read_only_run: Path, tmp_path: Path)
     assert (tmp_path / "out/table.md").exists()
 
 
-def test_more_than_ten_configurations_have_colors_of_their_own(tmp_path: Path) -> None:
+def test_more_than_ten_configurations_have_different_colors(tmp_path: Path) -> None:
     folders = [write_run(tmp_path / str(n), finished([50]), name=f"net{n}") for n in range(14)]
     assert len({group.color for group in groups_of(*folders)}) == 14
 

@@ -1,4 +1,4 @@
-"""A checkpoint is whole or not there, good or not used; enough of them stay."""
+"""Checkpoints are complete or absent, damaged ones are not used, and enough of them are kept."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def states(value: float, best: int = 0) -> dict[str, checkpoint.State]:
 
 
 def save(folder: Path, step: int, best: int = 0, keep: int = 2) -> saver.Writer:
-    """`best`: step of the best validation so far; 0: there was none."""
+    """`best`: step of the best validation so far; 0 if there was none."""
     writer = saver.Writer(folder, leads=True, keep=keep)
     writer.start(step, states(step, best), FILES)
     wait(writer)
@@ -79,8 +79,8 @@ def test_the_last_ones_and_the_best_are_kept(tmp_path: Path, keep: int, kept: se
     assert (value(tmp_path / "best"), value(tmp_path / "last")) == (3, 5)
 
 
-def test_what_is_saved_is_what_was_handed_over(tmp_path: Path) -> None:
-    """Training goes on while a checkpoint is written."""
+def test_later_changes_do_not_reach_a_checkpoint(tmp_path: Path) -> None:
+    """Training continues while a checkpoint is written."""
     weights = torch.ones(1000)
     copy = checkpoint.on_host({"a": [weights, {"b": weights}], "c": 1, "d": (2, None)})
     weights.add_(1)
@@ -89,7 +89,7 @@ def test_what_is_saved_is_what_was_handed_over(tmp_path: Path) -> None:
 
 
 def test_several_ranks_write_one_checkpoint(tmp_path: Path) -> None:
-    """It gets its name when the last file of the last rank is there, whoever is first."""
+    """It gets its name when the last file of the last rank is written, in any order of ranks."""
     first, second = (saver.Writer(tmp_path, leads, 2) for leads in (True, False))
     files = states(7)
     theirs = {"branch_03.pt": files.pop("branch_03.pt")}
@@ -110,7 +110,7 @@ def test_a_kill_while_writing_leaves_the_previous_one(
     save(tmp_path, 1, best=1)
 
     def die(*_: object) -> None:
-        raise SystemExit  # ends the writer's thread there, with everything as it is
+        raise SystemExit  # ends the writer's thread at this point
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", die) if dies_in == "fsync" else patch.setattr(Path, dies_in, die)
@@ -125,14 +125,14 @@ def test_a_kill_while_writing_leaves_the_previous_one(
 
 @pytest.mark.parametrize("seed", range(20))
 def test_damage_anywhere_is_found_and_the_one_before_is_used(tmp_path: Path, seed: int) -> None:
-    """A flipped byte, a lost end or a lost file, at random places."""
+    """A flipped byte, a truncated file or a missing file, at random positions."""
     chance = random.Random(seed)
     save(tmp_path, 1)
     save(tmp_path, 2)
     path = tmp_path / "step_00000002" / chance.choice(FILES)
     content = bytearray(path.read_bytes())
     kind = ("flip", "cut", "remove")[seed % 3]
-    if kind == "flip":  # within a record: what pads records has no meaning
+    if kind == "flip":  # within a record: padding between records has no meaning
         start = content.find(torch.full((3000,), 2.0).numpy().tobytes()[:64])
         at = chance.randrange(start, start + 12000) if start >= 0 else content.find(b"\x80\x02}") + 3
         content[at] ^= 1 << chance.randrange(8)
@@ -150,7 +150,7 @@ def test_damage_anywhere_is_found_and_the_one_before_is_used(tmp_path: Path, see
     assert value(tmp_path / "last") == 1
 
 
-def test_where_all_are_damaged_nothing_starts_over_silently(tmp_path: Path) -> None:
+def test_if_all_are_damaged_the_run_does_not_silently_start_over(tmp_path: Path) -> None:
     save(tmp_path, 1)
     (tmp_path / "step_00000001/branch_00.pt").write_bytes(b"nothing")
     with pytest.raises(UserError, match="every checkpoint is damaged"):
@@ -159,7 +159,7 @@ def test_where_all_are_damaged_nothing_starts_over_silently(tmp_path: Path) -> N
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """An empty file system of a megabyte."""
+    """An empty file system of one megabyte."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", str(folder)], capture_output=True)
@@ -169,7 +169,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_is_told_and_leaves_the_last_good_one(small_disk: Path) -> None:
+def test_a_full_disk_is_reported_and_leaves_the_last_good_one(small_disk: Path) -> None:
     assert save(small_disk, 1).error is None
     (small_disk / "filler").write_bytes(b"0" * (shutil.disk_usage(small_disk).free - 20_000))
     writer = save(small_disk, 2)
@@ -183,7 +183,7 @@ def test_a_full_disk_is_told_and_leaves_the_last_good_one(small_disk: Path) -> N
     assert names(small_disk) == {"step_00000001", "last", "filler"}
 
 
-def test_a_folder_that_has_gone_is_told(tmp_path: Path) -> None:
+def test_a_folder_that_is_gone_is_reported(tmp_path: Path) -> None:
     gone = tmp_path / "gone"
     error = save(gone, 2).error
     assert "No such file or directory" in str(error)
@@ -201,8 +201,8 @@ def test_missing_and_damaged_files_are_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seed", range(4))
-def test_damaged_bytes_are_damage_whatever_they_make_of_an_archive(tmp_path: Path, seed: int) -> None:
-    """Python's zipfile raises nine kinds of errors for them, an OSError among these."""
+def test_damaged_bytes_are_damage_whatever_error_they_cause(tmp_path: Path, seed: int) -> None:
+    """Python's zipfile raises nine kinds of errors for damaged bytes, including OSError."""
     chance = random.Random(seed)
     save(tmp_path, 1)
     path = tmp_path / "step_00000001/stream_00.pt"
@@ -217,7 +217,7 @@ def test_damaged_bytes_are_damage_whatever_they_make_of_an_archive(tmp_path: Pat
 
 
 def fails_once(monkeypatch: pytest.MonkeyPatch, name: str, number: int) -> None:
-    """Opening a file of this name fails once, as on a network disk that has lost it for a moment."""
+    """Opening a file of this name fails once, as on a network disk with a short interruption."""
     real, failed = zipfile.ZipFile.__init__, []
 
     def init(self: zipfile.ZipFile, file: object, *arguments: object, **keys: object) -> None:
@@ -246,8 +246,8 @@ def test_an_error_of_the_disk_is_not_taken_for_damage(
     assert checkpoint.latest(tmp_path) == tmp_path / "step_00000002"
 
 
-def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> None:
-    """Or a run would start over in the place of the one that is there."""
+def test_a_folder_that_cannot_be_read_is_not_treated_as_empty(tmp_path: Path) -> None:
+    """Otherwise a new run would replace the existing one."""
     save(tmp_path, 1)
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
@@ -260,7 +260,7 @@ def test_a_folder_that_cannot_be_read_is_not_an_empty_one(tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("copied", ["as folders", "not at all", "as text"])
 def test_a_copy_without_links(tmp_path: Path, copied: str) -> None:
-    """`scp -r` makes folders of links, object storage drops them, some archives make files of them."""
+    """`scp -r` turns links into folders, object storage drops them, some archives turn them into files."""
     run, copy = tmp_path / "run", tmp_path / "copy"
     run.mkdir()
     for step, best in ((1, 1), (2, 1), (3, 1)):
@@ -281,7 +281,7 @@ def test_a_copy_without_links(tmp_path: Path, copied: str) -> None:
         assert (value(copy / "set_aside/best"), value(copy / "set_aside/last")) == (1, 3)
 
 
-def test_a_file_system_without_links_does_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_system_without_links_is_enough(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise OSError(errno.EPERM, os.strerror(errno.EPERM))
 
@@ -292,8 +292,8 @@ def test_a_file_system_without_links_does_without(tmp_path: Path, monkeypatch: p
     assert checkpoint.find(tmp_path, "best") == tmp_path / "step_00000001"
 
 
-def test_each_checkpoint_that_is_kept_has_its_best_one(tmp_path: Path) -> None:
-    """So that one may go back to the last but one without losing the best."""
+def test_each_kept_checkpoint_keeps_its_best_one(tmp_path: Path) -> None:
+    """So that a run can go back to the second to last without losing the best."""
     for step, best in ((1, 1), (2, 1), (3, 3)):
         save(tmp_path, step, best)
     assert len(checkpoint.saved(tmp_path)) == 3
@@ -305,7 +305,7 @@ def test_each_checkpoint_that_is_kept_has_its_best_one(tmp_path: Path) -> None:
 def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On NFS a folder with a file that is open somewhere is not empty."""
+    """On NFS, a folder with a file that is still open is not empty and cannot be removed."""
 
     def refuse(*_: object) -> None:
         raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY))
@@ -316,7 +316,7 @@ def test_a_checkpoint_that_cannot_be_removed_does_not_end_the_run(
     assert checkpoint.latest(tmp_path) == tmp_path / "step_00000003"
 
 
-def test_what_is_not_there_is_told_with_what_is(tmp_path: Path) -> None:
+def test_a_missing_checkpoint_is_reported_with_the_existing_ones(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no checkpoint yet"):
         checkpoint.find(tmp_path, "last")
     with pytest.raises(UserError, match="no best checkpoint.*there are none yet"):
@@ -365,7 +365,7 @@ def test_a_rank_that_cannot_write_leaves_the_files_of_the_others(tmp_path: Path)
     theirs = {"branch_03.pt": files.pop("branch_03.pt")}
     first.start(7, files, FILES)
     wait_for(lambda: all((tmp_path / f".step_00000007/{name}").exists() for name in files))
-    (tmp_path / ".step_00000007/.branch_03.pt").mkdir()  # where the second wants to write
+    (tmp_path / ".step_00000007/.branch_03.pt").mkdir()  # in place of a file that the second rank writes
     second.start(7, theirs, FILES)
     wait(second)
     assert "Is a directory" in str(second.error)
@@ -378,7 +378,7 @@ def test_a_rank_that_cannot_write_leaves_the_files_of_the_others(tmp_path: Path)
     assert not names(tmp_path)
 
 
-def test_what_is_being_written_becomes_complete_before_the_end(tmp_path: Path) -> None:
+def test_a_checkpoint_being_written_is_completed_before_the_end(tmp_path: Path) -> None:
     writer = saver.Writer(tmp_path, leads=True, keep=2)
     writer.start(3, states(3), FILES)
     writer.finish()

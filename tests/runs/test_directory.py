@@ -1,4 +1,4 @@
-"""The run directory: what is refused, what is kept, what is set aside."""
+"""The run directory: what is refused, kept and set aside."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_every_launch_is_noted_and_the_config_is_complete(tmp_path: Path, config
 
 
 def test_versions_are_those_of_the_packages_in_use(tmp_path: Path) -> None:
-    """However they are installed: here all but the standard library has lost its metadata."""
+    """Even without package metadata: here only the standard library has any."""
     site = Path(pydantic.__file__).parents[1]
     for entry in site.iterdir():
         if entry.suffix not in (".dist-info", ".egg-info"):
@@ -102,7 +102,7 @@ def test_a_run_directory_that_is_a_file(config_file: Path) -> None:
         RunDirectory(config_file).check(loading.load(config_file), resume=False)
 
 
-def test_a_run_that_cannot_be_read_is_not_taken_for_none(tmp_path: Path, config_file: Path) -> None:
+def test_a_run_that_cannot_be_read_is_not_treated_as_missing(tmp_path: Path, config_file: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: .*File name too long"):
         RunDirectory(tmp_path / ("run" * 100)).check(loading.load(config_file), resume=True)
 
@@ -167,8 +167,8 @@ def test_lines_after_the_checkpoint_and_half_lines_are_set_aside(tmp_path: Path)
 @pytest.mark.parametrize(
     "end", [b"", b"\0" * 400, b"[1, 2]\n", b"17", b'{"event": "train", "loss": 1}\n', b"\xff\xfe\n"]
 )
-def test_whatever_a_crash_leaves_at_the_end_no_line_is_glued_to_another(tmp_path: Path, end: bytes) -> None:
-    """A line without its end, zeros of a file system that lost power, and other lines that are none of ours."""
+def test_lines_stay_separate_whatever_a_crash_leaves_at_the_end(tmp_path: Path, end: bytes) -> None:
+    """An incomplete line, zeros after a power failure, and other lines that we did not write."""
     path = tmp_path / "metrics.jsonl"
     metrics = Metrics(path)
     metrics.write("train", step=1)
@@ -181,7 +181,7 @@ def test_whatever_a_crash_leaves_at_the_end_no_line_is_glued_to_another(tmp_path
         assert (tmp_path / "metrics_set_aside.jsonl").read_bytes() == end.rstrip(b"\n") + b"\n"
 
 
-def test_the_watch_stands_still_while_paused() -> None:
+def test_the_stopwatch_does_not_run_while_paused() -> None:
     watch = Stopwatch(100.0)
     with watch.paused():
         time.sleep(0.2)

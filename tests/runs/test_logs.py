@@ -1,4 +1,4 @@
-"""Log files are written once a run has begun or an error ends it, and hold the traceback."""
+"""Log files are written once a run has started or an error ends it, and contain the traceback."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_lines_are_held_back_until_the_run_begins(tmp_path: Path, capsys: pytest
 
 
 def end(folder: Path, rank: int, error: Exception, begun: bool) -> None:
-    """A run that ends of an error, before or after it has begun to write."""
+    """A run that an error ends, before or after it has started to write."""
     with logged(folder, rank) as file:
         logger.info("before")
         if begun:
@@ -58,7 +58,7 @@ def test_what_ends_a_run_is_in_the_log_with_its_traceback(
     text = (tmp_path / f"logs/rank{rank}.log").read_text()
     assert text.index("before") < text.index("this rank failed: 'nothing'") < text.index("Traceback")
     assert "in end\n    raise error" in text
-    assert "Traceback" not in capsys.readouterr().err  # Python or torchrun print it
+    assert "Traceback" not in capsys.readouterr().err  # Python or torchrun prints it
 
 
 def test_a_message_for_the_user_is_in_the_log_with_its_cause(tmp_path: Path) -> None:
@@ -71,8 +71,8 @@ def test_a_message_for_the_user_is_in_the_log_with_its_cause(tmp_path: Path) -> 
     assert "OSError: [Errno 28] No space left on device" in text
 
 
-def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The training goes on; only tracebacks go to the terminal instead."""
+def test_a_log_that_cannot_be_written_is_reported_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Training continues; tracebacks go to the terminal instead."""
     (tmp_path / "logs").write_text("a file")
     with pytest.raises(KeyError):
         end(tmp_path / "logs", 1, KeyError("nothing"), begun=True)
@@ -83,7 +83,7 @@ def test_a_log_that_cannot_be_written_is_told_once(tmp_path: Path, capsys: pytes
 
 
 def test_a_terminal_that_is_gone_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As when the other end of a pipe was stopped by the same Ctrl-C."""
+    """For example if the same Ctrl-C stopped the other end of a pipe."""
     reads, writes = os.pipe()
     os.close(reads)
     with os.fdopen(writes, "w", buffering=1) as terminal:

@@ -1,4 +1,4 @@
-"""Runs as teachers: their logits on any launch, through every other split, and what cannot be distilled."""
+"""Runs as teachers: their logits for any launch and any split of the student, and what cannot be distilled."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ FP32 = Precision("fp32", ALONE.ranks.device)
 def test_a_teacher_sees_the_images_of_the_batch(
     finished: Callable[..., Path], config_file: Path, block: int, mix: str
 ) -> None:
-    """Cropped, flipped and mixed alike, whatever the student's split: as if it had been fed by its own config."""
+    """Same crops, flips and mixing with any split of the student, as if the teacher read its own config's data."""
     keys = [f"distillation.teacher={finished(1)}", f"split.block={block}", mix, "seed=5", "data.mean=[100, 100, 100]"]
     student = loading.load(config_file, keys)
     teachers = loading.load(finished(1) / "config.toml", ["seed=5"])
@@ -65,7 +65,7 @@ def test_a_teacher_sees_the_images_of_the_batch(
 
 
 def test_a_branch_comes_to_agree_with_its_teacher(config_file: Path) -> None:
-    """Though the labels say otherwise; without a teacher it learns the labels."""
+    """Even if the labels disagree; without a teacher it learns the labels."""
     keys = ["distillation.teacher=anywhere", "distillation.label_weight=0", "distillation.temperature=2"]
     config = loading.load(config_file, [*keys, "optim.weight_decay=0"])
     generator = torch.Generator().manual_seed(0)
@@ -86,7 +86,7 @@ def test_a_branch_comes_to_agree_with_its_teacher(config_file: Path) -> None:
 
 
 def test_a_teacher_never_learns(finished: Callable[..., Path], config_file: Path) -> None:
-    """Neither its weights nor its running statistics move while others learn from it."""
+    """Neither its weights nor its running statistics change while others learn from it."""
     config = loading.load(config_file, [f"distillation.teacher={finished(1)}"])
     trained = Restored.of(finished(1), "best")
     teacher, before = Teacher(trained, FP32), copy.deepcopy(trained.ensemble.state_dict())
@@ -107,7 +107,7 @@ def test_a_teacher_never_learns(finished: Callable[..., Path], config_file: Path
 def test_a_distilled_run_does_not_depend_on_the_launch(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path, groups: int
 ) -> None:
-    """Mixed and teacher_logits on two ranks, whichever branches they train; killed and resumed it is the same run."""
+    """Mixing and teacher_logits on two ranks, for any branches per rank; killed and resumed, it is the same run."""
     teacher = f"distillation.teacher={finished(1)}"
     keys = [teacher, "mix.mixup=0.4", "mix.cutmix=1.0", "mix.probability=0.7", "model.bn_batch_size=6", "split.block=4"]
     keys += ["split.branches=[[0],[1,2]]", "train.epochs=1", "train.log_every=1", "optim.lr=0.002"]
@@ -124,7 +124,7 @@ def test_a_distilled_run_does_not_depend_on_the_launch(
         losses = [
             [line["loss"] for line in metrics(finished(2, *keys, f"parallel.branch_groups={g}"))[:3]] for g in (1, 2)
         ]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # later, rounding has grown beyond that
+        assert losses[0] == pytest.approx(losses[1], rel=1e-3)  # later, rounding errors have grown beyond that
 
 
 @pytest.mark.parametrize(

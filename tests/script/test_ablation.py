@@ -1,4 +1,4 @@
-"""The ablation by one command: its table is what its runs' metrics say, and it resumes."""
+"""script/ablation.py: its table matches the metrics of its runs, and it resumes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def ablation(config_file: Path, output: Path, *more: str) -> subprocess.Complete
 
 
 @pytest.mark.slow
-def test_an_ablation_is_what_its_runs_say(config_file: Path, tmp_path: Path) -> None:
+def test_an_ablation_matches_its_runs(config_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "ablation"
     done = ablation(config_file, output)
     assert done.returncode == 0, done.stderr

@@ -1,4 +1,4 @@
-"""The drawing of a photograph and its bands: what it shows, the file it writes, and its messages."""
+"""The figure of a photograph and its bands: its contents, the file it writes, and its messages."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ SCRIPT = Path(bands_figure.__file__)
 
 @pytest.fixture
 def image(tmp_path: Path) -> Path:
-    """101 x 83 pixels of noise on a ramp: no side is a multiple of a block."""
+    """101 x 83 pixels of noise on a ramp: neither side is a multiple of a block."""
     ramp = np.linspace(40, 200, 101)[None, :, None]
     noise = np.random.default_rng(0).uniform(-40, 40, (83, 101, 3))
     path = tmp_path / "image.png"

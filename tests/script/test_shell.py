@@ -1,4 +1,4 @@
-"""Shell scripts parse, and the Slurm scripts hold resources alone."""
+"""Shell scripts parse, and the Slurm scripts only set resources."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_set_up_takes_nvcc_where_there_is_a_gpu(tmp_path: Path, gpu: bool, extra
 
 @pytest.mark.parametrize("given", [[], ["-k", "a b"], ["--quick"], ["--quick", "tests/data", "-x"]], ids=str)
 def test_what_test_sh_calls(tmp_path: Path, given: list[str]) -> None:
-    """Says what it installs, then runs every check in turn, and pytest with its arguments."""
+    """Says what it installs, then runs every check, and pytest with its arguments."""
     (tmp_path / "script").mkdir()
     shutil.copy(REPOSITORY / "script/test.sh", tmp_path / "script")
     (tmp_path / "script/setup.sh").write_text('echo "setup $1"\n')

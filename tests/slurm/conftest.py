@@ -1,4 +1,4 @@
-"""A Slurm of one's own on 127.0.0.1: two nodes with stand-ins for eight A100 and four A40 each."""
+"""A private Slurm on 127.0.0.1: two nodes with fake devices for eight A100 and four A40 each."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ RESOURCES = "CPUs=256 RealMemory=20000 Gres=gpu:a100:8,gpu:a40:4 State=UNKNOWN"
 
 
 class Slurm:
-    """What its users type, from a folder of their own."""
+    """Slurm commands, as a user types them in their own folder."""
 
     def __init__(self, conf: Path) -> None:
         here = Path(sys.executable).parent
@@ -78,7 +78,7 @@ class Slurm:
         return self.command("sbatch", "--parsable", *words, cwd=cwd, **env).strip()
 
     def show(self, job: str) -> dict[str, str]:
-        """What ``scontrol show job`` says; of a whole array, about one task."""
+        """Output of ``scontrol show job``; for a whole array, of one task."""
         return dict(word.partition("=")[::2] for word in self.command("scontrol", "show", "job", job).split())
 
     def until(self, job: str, *states: str, seconds: float = 120) -> dict[str, str]:
@@ -92,7 +92,7 @@ class Slurm:
             time.sleep(0.2)
 
     def wait_for_the_end_of_its_processes(self, job: str, seconds: float = 60) -> None:
-        """A requeued job counts as pending while its last run is still being ended, whose end would be its own."""
+        """A requeued job is pending while its previous run still ends; Slurm could take that for the end of the new."""
         deadline = time.monotonic() + seconds
         while any(f"slurmstepd: [{job}." in _command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
             assert time.monotonic() < deadline
@@ -100,7 +100,7 @@ class Slurm:
         time.sleep(1)  # until the controller has heard of it
 
     def running_until(self, job: str, condition: Callable[[], object], seconds: float = 120) -> None:
-        """Waits until something is so, while a job runs."""
+        """Waits for a condition while a job runs."""
         deadline = time.monotonic() + seconds
         while not condition():
             told = self.show(job)
@@ -116,7 +116,7 @@ def slurm() -> Iterator[Slurm]:
         pytest.skip(f"not installed: {', '.join(missing)} (packages slurm-wlm and munge)")
     if os.geteuid() != 0:
         pytest.skip("not root, as which slurmd has to run")
-    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # not pytest's folders: munge wants one that everybody can enter
+    folder = Path(tempfile.mkdtemp(prefix="slurm"))  # not pytest's folders: munge needs one that everyone can enter
     folder.chmod(0o755)
     daemons: list[subprocess.Popen[bytes]] = []
     env = os.environ | {"SLURM_CONF": str(folder / "slurm.conf")}
@@ -163,7 +163,7 @@ def _configure(folder: Path) -> None:
 def _until(condition: Callable[[], object], folder: Path) -> None:
     deadline = time.monotonic() + 30
     while True:
-        with contextlib.suppress(AssertionError):  # a command that finds no daemon yet
+        with contextlib.suppress(AssertionError):  # a command before the daemon has started
             if condition():
                 return
         if time.monotonic() > deadline:

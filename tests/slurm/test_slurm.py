@@ -1,4 +1,4 @@
-"""The Slurm scripts, submitted to a Slurm from a folder that is not the clone."""
+"""The Slurm scripts, submitted to a real Slurm from a folder outside the clone."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ TWO_RANKS = {"NPROC_PER_NODE": "2"}
 
 @pytest.fixture(scope="module")
 def folder(image_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where jobs are submitted: a config long enough for a signal to hit its middle, and one of four branches.
+    """Folder of the jobs: a config long enough for a signal in the middle of it, and one with four branches.
 
-    The branches take two bands each: the operator rounds otherwise where it computes less than half of all bands.
+    The branches read two bands each: the operator rounds differently if it computes fewer than half of all bands.
     """
     folder = tmp_path_factory.mktemp("submitted")
     (folder / "data.toml").write_text(DATA_TOML.format(root=image_root))
@@ -50,7 +50,7 @@ def last(run_dir: Path) -> Path:
 
 
 @pytest.mark.parametrize("seed", SEEDS)
-def test_a_job_that_is_requeued_and_cancelled_ends_as_if_undisturbed(
+def test_a_job_that_is_requeued_and_cancelled_equals_an_uninterrupted_one(
     slurm: Slurm, folder: Path, finished: Path, seed: int
 ) -> None:
     """At random moments."""
@@ -93,7 +93,7 @@ def test_a_job_that_is_requeued_and_cancelled_ends_as_if_undisturbed(
     ("script", "processes"), [(("--nodes=2", SCRIPTS / "nodes_8xA100.sh"), 1), ((SCRIPTS / "8xA100.sh",), 2)]
 )
 def test_a_config_of_the_repository(slurm: Slurm, folder: Path, script: tuple[object, ...], processes: int) -> None:
-    """Reaches the training loop; asked to stop, all nodes write the checkpoint before the job is queued again."""
+    """Reaches the training loop; on a signal, all nodes write the checkpoint before the job is requeued."""
     run_dir = folder / f"runs/processes{processes}"
     config = REPOSITORY / "config/train/resnet34_sub16.toml"
     sizes = (
@@ -141,7 +141,7 @@ def test_branches_of_an_array_join_into_the_ensemble(slurm: Slurm, folder: Path)
 
 @pytest.fixture
 def container(folder: Path) -> dict[str, str]:
-    """Environment with a command prefix that stands in for torchrun, and notes every command in a file."""
+    """Environment with a command prefix that replaces torchrun and records every command in a file."""
     path = folder / "container"
     path.write_text(CONTAINER.format(calls=folder / "calls"))
     path.chmod(0o755)
@@ -158,7 +158,9 @@ while true; do sleep 0.1; done
 """
 
 
-def test_a_mistake_is_told_and_a_failure_fails(slurm: Slurm, folder: Path, container: dict[str, str]) -> None:
+def test_a_mistake_is_reported_and_a_failure_fails_the_job(
+    slurm: Slurm, folder: Path, container: dict[str, str]
+) -> None:
     line = (SCRIPTS / "4xA40.sh", "tiny.toml")
     failure = slurm.sbatch(*line, "--run-dir", "runs/fails", cwd=folder, **container)
     mistake = slurm.sbatch(*line, "--set", "optim.lrr=1", cwd=folder)
@@ -192,7 +194,7 @@ def test_one_task_of_an_array_is_requeued_alone(slurm: Slurm, folder: Path, cont
 
 
 def test_a_preempted_job_is_queued_again(slurm: Slurm, folder: Path, container: dict[str, str]) -> None:
-    """Although it ends within the time of grace, where Slurm itself would take it for done."""
+    """Although it ends within the grace time, in which Slurm itself would treat it as completed."""
     line = ("--nodelist=127.0.0.1", SCRIPTS / "8xA100.sh", "tiny.toml", "--run-dir")
     job = slurm.sbatch(*line, "runs/preempted", cwd=folder, **container)
     slurm.running_until(job, lambda: "torchrun --standalone" in (folder / "calls").read_text())

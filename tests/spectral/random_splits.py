@@ -1,7 +1,7 @@
 """Random calls of the operator against numpy: python random_splits.py PLUGIN COUNT
 
-test_native.py runs it with sanitizers. Only numpy and DALI are imported, and every image has memory of its own, so
-that a read past its end is noticed.
+test_native.py runs it with sanitizers. Only numpy and DALI are imported, and every image has its own memory, so that a
+read past its end is detected.
 """
 
 import sys

@@ -33,7 +33,7 @@ KINDS = ["dct2d", "dct1d", "hadamard", "identity"]
 ALL = [(kind, block) for kind in KINDS for block in BLOCKS if (kind, block) != ("hadamard", 6)]
 SIZES = [(24, 36), (12, 12), (48, 12), (36, 60), (12, 132)]  # divided by 4 and by 6; wide enough for odd vector ends
 
-compiles = pytest.mark.xdist_group("compilation")  # whole builds, one after the other
+compiles = pytest.mark.xdist_group("compilation")  # complete builds, one after the other
 
 Groups = Sequence[Sequence[int]] | None
 ImageSpec = npt.NDArray[np.uint8]
@@ -45,7 +45,7 @@ def operator() -> None:
 
 
 def images_of(sizes: Sequence[tuple[int, int]], seed: int = 0) -> list[ImageSpec]:
-    """Like a decoded JPEG: smooth shades and edges with a little noise, over the whole range 0..255."""
+    """Images like decoded JPEGs: smooth shades and edges with a little noise, over the full range 0..255."""
     rng = np.random.default_rng(seed)
     images = []
     for height, width in sizes:
@@ -67,7 +67,7 @@ def run_operator(
     layout: str | None = "HWC",
     **arguments: Any,
 ) -> list[list[npt.NDArray[Any]]]:
-    """The outputs of one run of a CPU pipeline: [group][sample]. One number for all samples, or one each: mirror."""
+    """The outputs of one run of a CPU pipeline: [group][sample]. `mirror`: one value for all samples, or one each."""
     arguments = {"mean": MEAN, "std": STD} | arguments
     if groups is not None:
         arguments["groups"] = [band for group in groups for band in group]
@@ -96,7 +96,7 @@ def reference(
     mirror: Sequence[int] | int | None = None,
     output_layout: str = "HWC",
 ) -> list[list[npt.NDArray[np.float64]]]:
-    """The same by `split_images` in float64, image by image since their sizes differ."""
+    """The same with `split_images` in float64, one image at a time since their sizes differ."""
     flips = mirror if isinstance(mirror, Sequence) else [mirror or 0] * len(images)
     samples = [
         transforms.split_images(
@@ -109,7 +109,7 @@ def reference(
 
 
 def assert_equal_bands(got: Sequence[Sequence[Any]], expected: Sequence[Sequence[Any]]) -> None:
-    """float32: within 1e-4 of the range of the values; float16: within that and the rounding to 11 bits."""
+    """float32: within 1e-4 of the range of the values; float16: within that plus the rounding to 11 bits."""
     assert len(got) == len(expected)
     span = max(np.ptp(sample) for group in expected for sample in group)
     for outputs, wanted in zip(got, expected, strict=True):
@@ -123,7 +123,7 @@ def assert_equal_bands(got: Sequence[Sequence[Any]], expected: Sequence[Sequence
 @pytest.mark.parametrize("dtype", [types.FLOAT, types.FLOAT16], ids=["float32", "float16"])
 @pytest.mark.parametrize(("kind", "block"), ALL)
 def test_every_transform_type_and_layout(kind: transforms.Kind, block: int, dtype: Any, output_layout: str) -> None:
-    """Ragged sizes, an odd batch, and a flip for some samples only, all at once."""
+    """With different image sizes, an odd batch size, and flips for some samples only."""
     images, mirror = images_of(SIZES), [0, 1, 0, 1, 1]
     matrix = transforms.transform_matrix(kind, block)
     got = run_operator(images, matrix, block, mirror=mirror, dtype=dtype, output_layout=output_layout)
@@ -172,7 +172,7 @@ def test_bands_are_scipys_coefficients_of_the_normalized_pixels(kind: transforms
     ids=str,
 )
 def test_groups_lie_side_by_side(groups: Any, dtype: Any, output_layout: str) -> None:
-    """Overlapping, repeated, out of order, all bands; in 6 x 6 a part of the bands that fills no vector evenly."""
+    """Overlapping, repeated, out of order, all bands; for 6 x 6, a number of bands that fills no vector evenly."""
     block = int(groups[-1]) if isinstance(groups, str) else 2
     if isinstance(groups, str):
         bands = list(range(block * block))
@@ -216,7 +216,7 @@ def test_any_number_of_color_channels(channels: int, output_layout: str, groups:
 
 
 def test_block_1_is_dalis_crop_mirror_normalize() -> None:
-    """The ordinary classifier runs through the same operator: DALI's own is an oracle that we did not write."""
+    """The RGB classifier uses the same operator, so DALI's own operator is an independent reference."""
     images = images_of([(20, 31)] * 4)
 
     @pipeline_def(batch_size=4, num_threads=2, device_id=None)
@@ -278,7 +278,7 @@ def test_a_pipeline_resumes_from_its_checkpoint() -> None:
 
 @pytest.mark.parametrize("flags", [[True] * 3, [False] * 3, [True, False, True]], ids=str)
 def test_an_empty_batch_passes(flags: list[bool]) -> None:
-    """Where a condition sends all samples one way, the operator on the other way gets a batch of none."""
+    """If a DALI conditional sends all samples into one branch, the operator in the other gets an empty batch."""
     images, matrix = images_of([(8, 12)] * 3), transforms.transform_matrix("dct2d", 2)
     arguments = {"block": 2, "matrix": matrix.ravel().tolist(), "mean": MEAN, "std": STD}
     every = {"groups": [0, 1, 2, 3], "group_sizes": [4]}
@@ -324,7 +324,7 @@ def test_photographs(kind: transforms.Kind, block: int) -> None:
 @compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_random_calls_with_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A build with AddressSanitizer and UBSan over random shapes, blocks, bands, batches and threads."""
+    """A build with AddressSanitizer and UBSan, with random shapes, blocks, bands, batches and threads."""
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path))
     # DALI's headers bind references to the first entry of empty vectors: not null
     sanitizers = "-fsanitize=address,undefined -fno-sanitize=null -fno-sanitize-recover=all"
@@ -455,7 +455,7 @@ def built() -> Path:
 def test_a_plugin_that_was_cut_off_is_not_loaded(
     built: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
 ) -> None:
-    """A node died, a quota, a copy: loading it would end the process with a bus error."""
+    """After a node failure, a full quota or a broken copy; loading it would end the process with a bus error."""
     copy = tmp_path / built.name
     shutil.copyfile(built, copy)
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path))
@@ -481,7 +481,7 @@ def test_a_plugin_that_was_cut_off_is_built_again(built: Path, tmp_path: Path) -
 
 
 def test_a_plugin_that_cannot_be_loaded_is_a_build_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a file system without the right to execute."""
+    """As on a file system mounted noexec."""
     text = tmp_path / "text"
     text.write_text("no library")
     plugin = text.rename(tmp_path / f"{native._stem(cuda=False)}-0-{native._digest(text)}.so")
@@ -503,7 +503,7 @@ def test_a_missing_compiler_is_a_build_error(tmp_path: Path, monkeypatch: pytest
         native.build(cuda=False)
 
 
-def test_a_failed_build_ends_with_the_compilers_words(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_build_ends_with_the_compilers_message(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refusing = 'case "$*" in *--version*) echo refusing 1.0;; *) echo "fatal error: no such luck"; exit 3;; esac'
     monkeypatch.setenv("CXX", write_compiler(tmp_path / "refusing-cxx", refusing))
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
@@ -533,7 +533,7 @@ def test_the_command_prints_a_build_error_and_ends_with_2(tmp_path: Path) -> Non
 
 
 def test_a_plugin_is_kept_for_one_kind_of_processor(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache in a home folder that unlike nodes share."""
+    """For a cache in a home folder that different kinds of nodes share."""
     monkeypatch.setattr(native, "_cpu_features", lambda: "avx2 fma")
     older = native._stem(cuda=False)
     monkeypatch.setattr(native, "_cpu_features", lambda: "avx2 avx512f fma")
@@ -552,7 +552,7 @@ def test_the_cache_follows_the_environment(tmp_path: Path, monkeypatch: pytest.M
 
 
 def test_without_a_home_the_cache_lies_among_temporary_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A container with a user that the system does not know."""
+    """As in a container with an unknown user."""
     for name in ("BANDSPLIT_CACHE", "XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
@@ -578,9 +578,9 @@ def test_without_a_home_the_cache_lies_among_temporary_files(tmp_path: Path, mon
 @compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_nvcc_of_the_python_packages_builds_the_gpu_kernel_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with a driver but no toolkit.  The CPU operator of that plugin needs no GPU.
+    """As on a machine with a driver but no CUDA toolkit.  The CPU operator of that plugin needs no GPU.
 
-    In the usual cache: it compiles when the sources change, not at every run of the tests.
+    Uses the default cache, so that it compiles when the sources change, not in every test run.
     """
     if not any((folder / "bin" / "nvcc").exists() for folder in native._toolkits_of_wheels()):
         pytest.skip("the package nvidia-cuda-nvcc is not installed (pip install bandsplit[nvcc])")

@@ -1,4 +1,4 @@
-"""The reference against scipy, against a loop in float64, and against what must hold for any transform."""
+"""The reference against scipy, against a loop in float64, and against properties of any transform."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ ALL = [(kind, block) for kind in KINDS for block in BLOCKS if (kind, block) != (
 
 @pytest.fixture
 def images() -> Tensor:
-    """(2, 3, 24, 36) float64, seeded: sides that every block of the tests divides."""
+    """(2, 3, 24, 36) float64, seeded; every block size of the tests divides both sides."""
     return torch.randn(2, 3, 24, 36, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
 
 
@@ -121,7 +121,7 @@ def test_split_is_a_sum_over_the_pixels_of_a_block(kind: transforms.Kind, block:
 @pytest.mark.parametrize("kind", ["dct2d", "hadamard"])
 @pytest.mark.parametrize("block", [2, 4])
 def test_flip_commutes_with_a_known_sign(images: Tensor, kind: transforms.Kind, block: int) -> None:
-    """A cosine of frequency v is even or odd about the middle of the block: a flip costs the sign (-1)^v, no more."""
+    """A cosine of frequency v is even or odd about the middle of the block, so a flip only adds the sign (-1)^v."""
     matrix = transforms.transform_matrix(kind, block)
     flipped = transforms.split(images.flip(3), matrix, block)
     signs = torch.tensor([(-1.0) ** (k % block) for k in range(block * block)]).double().reshape(-1, 1, 1, 1, 1)

@@ -1,5 +1,5 @@
 // The kernels of native/tiles.h on the CPU: every CUDA thread of a block is a coroutine, and __syncthreads lets the
-// others go on. For test_tiles.py, which compiles this and calls `split`.
+// others continue. For test_tiles.py, which compiles this and calls `split`.
 
 #include <ucontext.h>
 
@@ -84,7 +84,7 @@ void RunTiles(const bandsplit::Tiles &tiles, bool is_product) {
 }  // namespace
 
 /// Returns 1 where SplitTiles ran, 0 where a row does not fit, -1 where it wrote past the shared memory it asked for.
-/// `sizes` bands a group, their numbers one after the other in `bands`; `factors` null: the matrix is no product.
+/// `sizes`: bands per group, `bands`: their numbers, concatenated; `factors` is null if the matrix is not a product.
 extern "C" int split(const uint8_t *pixels, int samples, int height, int width, int block, const uint8_t *mirror,
                      const float *scale, const float *shift, const float *matrix, const float *factors, int groups,
                      const int *sizes, const int *bands, int channels_last, void **outputs) {

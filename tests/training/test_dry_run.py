@@ -1,4 +1,4 @@
-"""The dry run decides as the run does."""
+"""The dry run makes the same choices as the run."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_the_branch_groups_are_those_of_the_run(
     precision: str,
     planned: bool,
 ) -> None:
-    """For every precision, on GPUs that are planned for, and on this machine."""
+    """For every precision, on planned GPUs and on this machine."""
     config = loading.load(config_file, [*EITHER, f"train.precision={precision}"])
     on_gpu = planned or torch.cuda.is_available()
     half = Precision(precision, torch.device("cuda" if on_gpu else "cpu")).half_bands

@@ -1,4 +1,4 @@
-"""What goes wrong on clusters, at random moments: nothing is lost beyond the last checkpoint, and the message helps.
+"""Cluster faults at random moments: nothing before the last checkpoint is lost, and the message helps.
 
 Seed 0 of every case is part of the usual tests; `python -m pytest -m long` runs the others.
 """
@@ -38,7 +38,7 @@ def chance(request: pytest.FixtureRequest) -> random.Random:
 
 
 class Victim:
-    """A run of two ranks with something about to happen to it, and what it is compared with in the end."""
+    """A run of two ranks in which a fault is injected, and the uninterrupted run to compare it with."""
 
     def __init__(self, config: Path, run_dir: Path, undisturbed: Path, groups: int) -> None:
         self.run_dir, self._undisturbed = run_dir, undisturbed
@@ -49,16 +49,16 @@ class Victim:
         return Launch("train.py", *self._arguments, *more, ranks=2)
 
     def reach(self, launch: Launch, chance: random.Random) -> None:
-        """Until a random moment between the first checkpoint and the last epoch."""
+        """Waits until a random moment between the first checkpoint and the last epoch."""
         wait_for(self.run_dir / f"checkpoints/step_{chance.choice(range(3, 40, 3)):08d}", launch)
         time.sleep(chance.random() * 0.15)
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there."""
+        """Steps of the existing checkpoints."""
         return sorted(int(path.name[-8:]) for path in (self.run_dir / "checkpoints").glob("step_*"))
 
     def finish(self, at_least: int) -> Done:
-        """Goes on to the end, from step `at_least` or later, and is then the undisturbed run, bit for bit."""
+        """Resumes from step `at_least` or later to the end; the result is bit-equal to the uninterrupted run."""
         done = self.start().wait()
         assert done.returncode == 0, done.stderr
         assert int(re.findall(r"resuming after step (\d+)", done.stderr)[0]) >= at_least
@@ -114,7 +114,7 @@ def test_sigterm_loses_nothing(victim: Victim, chance: random.Random) -> None:
 
 
 def stopped_run(config: Path, run_dir: Path, number: int, *rank: int, ranks: int = 1) -> tuple[Launch, Done]:
-    """A run that a signal stops after its first checkpoint."""
+    """Stops a run with a signal after its first checkpoint."""
     launch = Launch("train.py", config, "--run-dir", run_dir, "--set", LONGER, ranks=ranks)
     wait_for(run_dir / "checkpoints/step_00000003", launch)
     launch.signal(number, *rank)
@@ -135,7 +135,7 @@ def test_other_signals_lose_nothing_either(config_file: Path, tmp_path: Path, nu
 
 
 def test_a_terminal_that_is_closed_loses_nothing(config_file: Path, tmp_path: Path) -> None:
-    """The run has it for its progress bar, and cannot write there any more when SIGHUP comes."""
+    """The progress bar uses the terminal, and cannot be written any more when SIGHUP arrives."""
     run_dir = tmp_path / "run"
     line = [sys.executable, str(REPOSITORY / "src/train.py"), str(config_file), "--run-dir", str(run_dir)]
     child, terminal = pty.fork()
@@ -165,7 +165,7 @@ def read_until_closed(terminal: int, path: Path) -> None:
 
 
 def test_killed_before_the_first_checkpoint(config_file: Path, tmp_path: Path, finished: Callable[..., Path]) -> None:
-    """With the last line of metrics.jsonl half written: it is the undisturbed run in the end, each step once."""
+    """With an incomplete last line of metrics.jsonl; the result equals the uninterrupted run, with each step once."""
     sets = ("train.log_every=1", "checkpoint.every_steps=1000")
     run_dir = tmp_path / "run"
     arguments = (config_file, "--run-dir", run_dir, *(part for key in sets for part in ("--set", key)))
@@ -186,7 +186,7 @@ def test_killed_before_the_first_checkpoint(config_file: Path, tmp_path: Path, f
 
 
 @pytest.mark.parametrize("links", ["as folders", "not at all"])
-def test_a_copy_without_links_goes_on(
+def test_a_copy_without_links_resumes(
     config_file: Path, tmp_path: Path, finished: Callable[..., Path], links: str
 ) -> None:
     run_dir, copy = tmp_path / "run", tmp_path / "copy"
@@ -204,7 +204,7 @@ def test_a_copy_without_links_goes_on(
 def test_a_disk_that_cannot_be_read_costs_no_checkpoint(
     config_file: Path, tmp_path: Path, finished: Callable[..., Path]
 ) -> None:
-    """A name that leads nowhere stands for the stale handle of a network disk."""
+    """A circular link simulates the stale file handle of a network disk."""
     run_dir = tmp_path / "run"
     stopped_run(config_file, run_dir, signal.SIGTERM)
     newest = checkpoint.saved(run_dir / "checkpoints")[-1]
@@ -214,7 +214,7 @@ def test_a_disk_that_cannot_be_read_costs_no_checkpoint(
     arguments = (config_file, "--run-dir", run_dir, "--set", LONGER, "--resume")
 
     def times() -> dict[Path, int]:
-        """When each file was written, but for the lock."""
+        """Modification time of each file except the lock."""
         return {path: path.lstat().st_mtime_ns for path in run_dir.rglob("*") if not path.name.startswith(".lock")}
 
     before = times()
@@ -280,7 +280,7 @@ def test_the_disk_is_full(victim: Victim, chance: random.Random, small_disk: Pat
 
 
 def test_the_run_directory_goes_away(victim: Victim, chance: random.Random) -> None:
-    """A mount that is lost, as its users see it."""
+    """As if its mount were lost."""
     launch = victim.start()
     victim.reach(launch, chance)
     victim.run_dir.rename(victim.run_dir.with_name("elsewhere"))
@@ -305,7 +305,7 @@ def test_the_images_go_away(victim: Victim, chance: random.Random, image_root: P
     assert "cannot be read" in done.stderr
     assert "Traceback" not in done.stderr
     (tmp_path / "away").rename(root)
-    # the config says where the images are, so compare all but that
+    # the config contains the path of the images, so compare everything except that
     again = victim.start().wait()
     assert again.returncode == 0, again.stderr
     assert_same_run(victim.run_dir, victim._undisturbed)
@@ -329,7 +329,7 @@ def test_a_rank_that_hangs_is_named(config_file: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_the_error_of_one_rank_is_the_one_that_is_told(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+def test_the_error_of_one_rank_is_reported(config_file: Path, image_root: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(image_root, tmp_path / "copy"))
     (tmp_path / "data.toml").write_text((tmp_path / "data.toml").read_text().replace(str(image_root), str(root)))
     bad = sorted((root / "train").rglob("*.jpg"))[40]
@@ -352,8 +352,8 @@ def test_two_runs_do_not_share_a_directory(config_file: Path, tmp_path: Path) ->
     assert first.wait().returncode == 128 + signal.SIGTERM
 
 
-def test_fewer_ranks_go_on(config_file: Path, tmp_path: Path, finished: Callable[..., Path]) -> None:
-    """Four ranks, then two, then one: the same images in the same steps, so the same losses but for rounding."""
+def test_a_run_resumes_on_fewer_ranks(config_file: Path, tmp_path: Path, finished: Callable[..., Path]) -> None:
+    """Four ranks, then two, then one: the same images in the same steps, so the same losses up to rounding."""
     keys = ("train.batch_size=16", "model.bn_batch_size=4", "model.stem=small", "optim.lr=0.01")
     undisturbed, run_dir = finished(4, *keys), tmp_path / "run"
     sets = [argument for key in keys for argument in ("--set", key)]
@@ -372,7 +372,7 @@ def test_fewer_ranks_go_on(config_file: Path, tmp_path: Path, finished: Callable
 
 
 def test_minutes_make_checkpoints_too(config_file: Path, tmp_path: Path) -> None:
-    """Every 6 ms here, with none asked for by steps."""
+    """Every 6 ms here, without checkpoint.every_steps."""
     text = config_file.read_text().replace("every_steps = 3", "every_minutes = 0.0001")
     config_file.write_text(text)
     done = run("train.py", config_file, "--run-dir", tmp_path / "run", ranks=2)
@@ -384,7 +384,7 @@ def test_minutes_make_checkpoints_too(config_file: Path, tmp_path: Path) -> None
 
 @pytest.fixture
 def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
-    """Starts torchrun itself, and ends what a failed test has left of it."""
+    """Starts torchrun itself, and kills the processes that a failed test leaves behind."""
     started: list[subprocess.Popen[str]] = []
 
     def start(*arguments: object, ranks: int, options: tuple[str, ...]) -> subprocess.Popen[str]:
@@ -421,7 +421,7 @@ def test_torchrun_starts_again_after_a_rank_was_killed(
 def test_two_nodes_are_one_training(
     config_file: Path, tmp_path: Path, finished: Callable[..., Path], torchrun: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """Two torchrun agents of one rank each, which meet as in the Slurm script: equal to two ranks on one node."""
+    """Two torchrun agents with one rank each, with the Slurm script's rendezvous: equal to two ranks on one node."""
     options = ("--nnodes=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:29613", "--rdzv-id=test")
     nodes = [torchrun(config_file, "--run-dir", tmp_path / "run", ranks=1, options=options) for _ in range(2)]
     for node in nodes:
@@ -452,8 +452,8 @@ def test_a_loss_that_is_not_finite_stops_the_run(config_file: Path, tmp_path: Pa
             assert all(w.isfinite().all() for w in checkpoint.read(good, path.name)["network"].values())
 
 
-def test_weights_that_overflow_in_the_last_step_do_not_end_well(config_file: Path, tmp_path: Path) -> None:
-    """Loss and gradients of that step are finite: only what it makes of the weights is not."""
+def test_weights_that_overflow_in_the_last_step_end_the_run_with_an_error(config_file: Path, tmp_path: Path) -> None:
+    """Loss and gradients of that step are finite; only the updated weights are not."""
     keys = ["optim.type=rmsprop", "optim.momentum=0", "optim.lr=3e38", "train.batch_size=160", "train.epochs=1"]
     keys += ["schedule.warmup_epochs=0", "checkpoint.every_steps=1000", "train.grad_accum_steps=10"]
     arguments = [part for key in keys for part in ("--set", key)]

@@ -1,10 +1,10 @@
-"""The demo's first two epochs, against stored values: a change that should not change results changes none.
+"""The demo's first two epochs against stored values, to detect unintended changes of results.
 
-Equal bit for bit on the platform that the values come from.  Elsewhere sums are rounded otherwise, and training
-amplifies that about tenfold a step: with AVX2, SSE4.1, two threads or the split in plain torch on one machine, losses
-of single branches agree to 4e-4 in the first three steps, and mean losses of an epoch to 1.5 %.
+Bit-equal on the platform that produced the values.  Elsewhere sums are rounded differently, and training amplifies this
+about tenfold per step: with AVX2, SSE4.1, two threads or the split in plain torch on one machine, losses of single
+branches agree to 4e-4 in the first three steps, and mean losses of an epoch to 1.5 %.
 
-Where results are meant to change: python -m tests.training.test_golden
+If results are meant to change: python -m tests.training.test_golden
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ CPU = ("vendor_id", "cpu family", "model", "stepping", "cache size", "flags")
 
 
 def platform() -> dict[str, str]:
-    """All that is known to decide how floating-point sums are rounded."""
+    """Everything known to affect the rounding of floating-point sums."""
     processor, _, _ = Path("/proc/cpuinfo").read_text().partition("\n\n")
     lines = dict(map(str.strip, line.split(":", 1)) for line in processor.splitlines())
     compiler = subprocess.run([*(native._find_cxx() or ["true"]), "--version"], capture_output=True, text=True).stdout
@@ -47,7 +47,7 @@ def platform() -> dict[str, str]:
 
 
 def first_epochs(folder: Path) -> list[dict[str, Any]]:
-    """Metrics of the demo as it is shipped, stopped after two epochs; its images are drawn first."""
+    """Draws the images and trains the shipped demo config for two epochs; returns the metrics."""
     run_dir, sets = folder / "run", (f"data.root={folder / 'images'}", "train.log_every=1")
     launch = Launch("train.py", "--run-dir", run_dir, *(word for key in sets for word in ("--set", key)))
     wait_for(run_dir / f"checkpoints/step_{STEPS:08d}", launch, seconds=300)

@@ -1,4 +1,4 @@
-"""Signals are noted, and a second Ctrl-C ends at once."""
+"""Signals are recorded, and a second Ctrl-C ends the run immediately."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from bandsplit.training import interruption
 
 @pytest.fixture(autouse=True)
 def _hangup_is_not_ignored() -> Iterator[None]:
-    """Also where the tests run under nohup."""
+    """Also if the tests run under nohup."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)
 
 
-def test_signals_are_noted_and_handlers_given_back() -> None:
+def test_signals_are_recorded_and_handlers_restored() -> None:
     before = {number: signal.getsignal(number) for number in interruption.SIGNALS}
     for number in interruption.SIGNALS:
         with interruption.noticed() as interrupted:
@@ -30,7 +30,7 @@ def test_signals_are_noted_and_handlers_given_back() -> None:
 
 
 def test_a_second_ctrl_c_ends_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """But not one that is passed on twice."""
+    """But not if the same one is delivered twice."""
     with interruption.noticed() as interrupted:
         for _ in range(3):
             os.kill(os.getpid(), signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What a branch does in a step: gradient clipping, the EMA, and steps whose gradients are not finite."""
+"""The step of a branch: gradient clipping, the EMA, and steps whose gradients are not finite."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_gradients_are_clipped_to_their_norm(config_file: Path) -> None:
     assert norms[1] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_the_ema_of_weights_is_the_formulas(config_file: Path) -> None:
+def test_the_ema_of_weights_follows_its_formula(config_file: Path) -> None:
     config = loading.load(config_file, ["train.ema_decay=0.8"])
     ours = network()
     learner = Learner(ours, config, FP32, ALONE, optimizers.make_ema(ours, config))
@@ -63,7 +63,7 @@ def test_the_ema_of_weights_is_the_formulas(config_file: Path) -> None:
 
 
 class Trap(nn.Module):
-    """A network whose gradients, but not its loss, are infinite where `armed`."""
+    """A network whose gradients, but not its loss, are infinite if `armed`."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class Trap(nn.Module):
 
 
 def trained(config_file: Path, keys: list[str], armed: list[bool], precision: Precision = FP32) -> tuple[Learner, Trap]:
-    """A learner after these steps; those that are not armed see the same batches in the same order."""
+    """A learner after these steps; steps that are not armed see the same batches in the same order."""
     config, trap, n = loading.load(config_file, [*COMMON, *keys]), Trap(), 0
     learner = Learner(trap, config, precision, ALONE, optimizers.make_ema(trap, config))
     for trap.armed in armed:
@@ -102,7 +102,7 @@ CASES = [(name, armed) for name in OPTIMIZERS for armed in ([False, True], [True
 def test_gradients_that_are_not_finite_change_nothing(
     config_file: Path, name: str, policy: str, armed: list[bool]
 ) -> None:
-    """Weights, optimizer state, EMA and, where the run goes on, running statistics are as without that batch."""
+    """Weights, optimizer state, EMA and, if the run continues, running statistics are as without that batch."""
     keys, states = [*OPTIMIZERS[name], f"train.on_nonfinite={policy}"], []
     keys += ["train.ema_decay=0.8"] * (policy == "skip")
     for steps in (armed, [False] * armed.count(False)):
@@ -115,7 +115,7 @@ def test_gradients_that_are_not_finite_change_nothing(
 
 
 def test_a_first_step_that_is_left_out_leaves_no_momentum(config_file: Path) -> None:
-    """Not even where only the schedule asks for momentum: torch leaves its buffers uninitialized then."""
+    """Not even if only the schedule sets momentum, in which case torch leaves its buffers uninitialized."""
     for keys in (["optim.momentum=0.9"], ["optim.momentum=0", "schedule.type=one_cycle"]):
         learner, trap = trained(config_file, [*keys, "train.on_nonfinite=skip"], [])
         trap.armed = True
@@ -125,8 +125,8 @@ def test_a_first_step_that_is_left_out_leaves_no_momentum(config_file: Path) -> 
         assert all(learner.optimizer.state[p]["momentum_buffer"] is b for p, b in zip(trap.parameters(), buffers))  # noqa: B905
 
 
-def test_the_search_for_a_loss_scale_is_no_failure(config_file: Path) -> None:
-    """In fp16 gradients overflow until the scale fits; they are at fault where they overflow with a scale of 1 too."""
+def test_the_search_for_a_loss_scale_is_not_a_failure(config_file: Path) -> None:
+    """In fp16, gradients overflow until the scale fits; only an overflow with a scale of 1 is a failure."""
     config, trap = loading.load(config_file, ["train.on_nonfinite=skip"]), Trap()
     learner = Learner(trap, config, Precision("fp16", ALONE.ranks.device), ALONE)
     trap.armed, failed = True, []

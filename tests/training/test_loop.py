@@ -1,4 +1,4 @@
-"""Training as a user starts it: one process and two, killed and resumed, with every mistake that can be made."""
+"""Training as a user starts it: on one and two processes, killed and resumed, and with user mistakes."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> N
 
 @pytest.fixture(scope="module")
 def parts(finished: Callable[..., Path], shared: Shared) -> list[Path]:
-    """The same training in two runs: branches 0 and 2, and branches 3 and 1."""
+    """The same training as two runs: branches 0 and 2, and branches 3 and 1."""
     config = finished(1).parent / "tiny.toml"
 
     def train(run_dir: Path) -> None:
@@ -63,7 +63,7 @@ def parts(finished: Callable[..., Path], shared: Shared) -> list[Path]:
 def test_branches_trained_alone_are_those_trained_together(
     finished: Callable[..., Path], parts: list[Path], run_here: Callable[..., Done], tmp_path: Path
 ) -> None:
-    """Bit for bit, since branches share nothing; and joined again they are the same ensemble."""
+    """Bit-equal, since branches share nothing; joined, they are the same ensemble."""
     together = finished(1) / "checkpoints/last"
     for run_dir, numbers in zip(parts, ((0, 2), (3, 1)), strict=True):
         alone = run_dir / "checkpoints/last"
@@ -138,7 +138,7 @@ def test_killed_and_resumed_equals_undisturbed(
 
 
 def contents(run_dir: Path) -> dict[Path, bytes]:
-    """All files of a run but for its lock."""
+    """All files of a run except its lock."""
     files = (path for path in run_dir.rglob("*") if path.is_file() and not path.name.startswith(".lock"))
     return {path.relative_to(run_dir): path.read_bytes() for path in files}
 
@@ -152,8 +152,8 @@ def test_a_finished_run_says_so_and_writes_nothing(finished: Callable[..., Path]
     assert contents(copy) == contents(finished(ranks))
 
 
-def test_the_end_is_told_where_a_run_was_killed_before_it(finished: Callable[..., Path], tmp_path: Path) -> None:
-    """All steps are done, only the last line is missing."""
+def test_the_end_is_reported_if_a_run_was_killed_before_it(finished: Callable[..., Path], tmp_path: Path) -> None:
+    """All steps are done; only the last line is missing."""
     copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
     lines = (copy / "metrics.jsonl").read_text().splitlines(keepends=True)
     (copy / "metrics.jsonl").write_text("".join(lines[:-1]))
@@ -194,7 +194,7 @@ def test_a_run_resumes_with_its_own_config(
             assert_equal(*(checkpoint.read(folder, f"branch_{k:02d}.pt") for folder in (mine, theirs)))
 
 
-def test_what_config_is_resumed_where_there_is_no_run(tmp_path: Path, run_here: Callable[..., Done]) -> None:
+def test_resume_without_a_run_needs_a_config(tmp_path: Path, run_here: Callable[..., Done]) -> None:
     for folder in (tmp_path / "none", tmp_path):
         done = run_here("train.py", "--resume", "--run-dir", folder)
         assert done.returncode == 2
@@ -208,7 +208,7 @@ def test_what_config_is_resumed_where_there_is_no_run(tmp_path: Path, run_here: 
 def test_classes_are_compared_by_name(
     finished: Callable[..., Path], config_file: Path, image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:
-    """A class folder that has another name, and so another place in the alphabet, is another class to everybody."""
+    """A renamed class folder, at a different place in the alphabet, is a different class in every command."""
     root = Path(shutil.copytree(image_root, tmp_path / "renamed"))
     first = sorted(path.name for path in (root / "train").iterdir())[0]
     for part in ("train", "val"):
@@ -242,7 +242,7 @@ def test_classes_are_compared_by_name(
     assert run_here("train.py", "--resume", "--run-dir", copy, *moved).returncode == 2
 
 
-def test_an_evaluation_that_cannot_be_is_refused_before_it_begins(
+def test_an_impossible_evaluation_is_refused_before_it_starts(
     finished: Callable[..., Path], run_here: Callable[..., Done], tmp_path: Path
 ) -> None:
     for arguments, message in (
@@ -275,7 +275,7 @@ def test_any_number_of_processes_validates_like_one(finished: Callable[..., Path
 
 
 def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) -> None:
-    """Without batch norm, whose statistics are those of a part."""
+    """Without batch norm, whose statistics are those of one accumulation step."""
     config = loading.load(config_file)
     x, y = torch.randn(12, 5), torch.randint(0, 3, (12,))
     weights = []
@@ -285,14 +285,14 @@ def test_accumulation_gives_the_gradients_of_the_whole_batch(config_file: Path) 
         learner = Learner(network, config, Precision("fp32", ALONE.ranks.device), ALONE)
         losses = [learner.step(x.chunk(parts), y.chunk(parts), lr=0.1).loss for _ in range(3)]
         weights.append((network.weight.detach().clone(), torch.stack(losses)))
-        assert network.weight.grad is None  # nothing of this branch stays behind
+        assert network.weight.grad is None  # this branch leaves nothing behind
     for a, b in zip(*weights, strict=True):
         torch.testing.assert_close(a, b)
 
 
 @pytest.mark.parametrize("policy", ["skip", "lower_lr"])
 def test_a_step_with_gradients_that_are_not_finite_is_left_out(config_file: Path, policy: str) -> None:
-    """Weights, momentum and running statistics are those of a run that never saw that batch."""
+    """Weights, momentum and running statistics equal those of a run without that batch."""
     config = loading.load(config_file, [f"train.on_nonfinite={policy}"])
     good, bad = torch.randn(4, 3, 8, 8), torch.full((4, 3, 8, 8), float("inf"))
     labels, networks = torch.zeros(4, dtype=torch.int64), []

@@ -27,7 +27,7 @@ def test_smoothing_takes_from_the_label_and_gives_to_all() -> None:
 
 
 def test_what_a_teacher_adds_to_the_loss() -> None:
-    """Hinton's formula by hand; its gradient is T² times that of the cross-entropy that He et al. write down."""
+    """Hinton's formula by hand; its gradient is T² times that of the cross-entropy in He et al."""
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(5, 7, generator=generator).requires_grad_()
     teacher_logits, labels = torch.randn(5, 7, generator=generator), torch.tensor([0, 1, 2, 3, 4])

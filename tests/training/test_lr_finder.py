@@ -1,4 +1,4 @@
-"""The LR finder's suggestion on curves whose answer is known, and on real files."""
+"""The LR finder's suggestion on curves with a known answer, and on real files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.conftest import Done
 
 
 def valley(lrs: np.ndarray, steepest: float) -> np.ndarray:
-    """A loss that falls around one rate and explodes two decades above it."""
+    """A loss that falls around one learning rate and diverges two decades above it."""
     x = np.log10(lrs / steepest)
     return 2.5 - np.tanh(2 * x) + np.exp(8 * (x - 2))
 
@@ -56,7 +56,7 @@ def test_smoothing_has_no_bias_and_keeps_what_is_missing() -> None:
 
 @pytest.mark.slow
 def test_on_real_files(config_file: Path, tmp_path: Path, run_here: Callable[..., Done]) -> None:
-    """Every branch has its curve, those that diverge stop, and the suggestion can be pasted."""
+    """Every branch has a curve, diverging ones stop early, and the suggestion can be pasted into a command."""
     larger = ("--set", "train.batch_size=80", "--set", "model.stem=small")
     arguments = (config_file, *larger, "--from", "1e-4", "--to", "1e4", "--steps", "60", "--output", tmp_path / "out")
     done = run_here("find_lr.py", *arguments)

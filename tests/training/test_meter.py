@@ -1,4 +1,4 @@
-"""What the meter says of losses, gradients and weights that are not finite, and of steps that were left out."""
+"""What the meter reports about losses, gradients and weights that are not finite, and about skipped steps."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_first_number_that_is_not_finite_is_named(config_file: Path, third: 
 
 @pytest.mark.parametrize("policy", ["stop", "skip", "lower_lr"])
 def test_weights_that_are_not_finite_end_the_run_whatever_the_policy(config_file: Path, policy: str) -> None:
-    """The update itself may overflow, which no later step mends."""
+    """The update itself may overflow, which later steps cannot repair."""
     config = loading.load(config_file, ["split.block=1", f"train.on_nonfinite={policy}"])
     learner, (meter, _) = Learner(network(), config, FP32, ALONE), started(config)
     meter.require_finite(4, 10, [learner])
@@ -68,8 +68,8 @@ def test_weights_that_are_not_finite_end_the_run_whatever_the_policy(config_file
 
 
 @pytest.mark.parametrize("policy", ["skip", "lower_lr"])
-def test_left_out_steps_are_told_with_the_metrics(config_file: Path, policy: str) -> None:
-    """They are no part of the mean, and they survive a checkpoint."""
+def test_skipped_steps_are_reported_with_the_metrics(config_file: Path, policy: str) -> None:
+    """They are not part of the mean, and their count is saved in checkpoints."""
     config = loading.load(config_file, ["split.block=1", f"train.on_nonfinite={policy}"])
     meter, progress = started(config)
     for step, result in enumerate((outcome(), outcome(failed=True), outcome(BAD, failed=True)), 1):
@@ -91,7 +91,7 @@ def test_left_out_steps_are_told_with_the_metrics(config_file: Path, policy: str
 
 
 def told_on_rank(config: RunConfig, groups: int, failing_rank: int) -> str:
-    """What a rank raises where one rank's loss, or its branch's gradient, was not finite in step 2."""
+    """The error that a rank raises if one rank's loss, or its branch's gradient, was not finite in step 2."""
     with joined(60) as ranks:
         meter = Meter(Mesh(ranks, 2, groups), config)
         for step in (1, 2):

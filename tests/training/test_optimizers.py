@@ -59,7 +59,7 @@ def test_lamb_is_timms(config_file: Path) -> None:
 
 @pytest.mark.parametrize("decay", [True, False])
 def test_norms_and_biases_are_decayed_only_where_asked(config_file: Path, decay: bool) -> None:
-    """With a loss that does not depend on them, decay alone moves parameters."""
+    """If the loss does not depend on parameters, only decay changes them."""
     keys = [f"optim.decay_norm_and_bias={str(decay).lower()}", "optim.weight_decay=0.5", "optim.momentum=0"]
     ours = network()
     optimizer = optimizers.optimizer(ours, loading.load(config_file, keys))
@@ -81,14 +81,14 @@ def test_one_cycle_moves_the_momentum_of_every_optimizer(config_file: Path) -> N
 
 
 def test_a_first_step_that_loss_scaling_skips_leaves_no_momentum(config_file: Path) -> None:
-    """The scale begins so high that this is the rule in fp16."""
+    """In fp16 the initial scale is so high that this usually happens."""
     ours = network()
     optimizer = optimizers.optimizer(ours, loading.load(config_file))
     scaler = torch.amp.GradScaler("cpu")
     before = [p.detach().clone() for p in ours.parameters()]
     for p in ours.parameters():
         p.grad = torch.full_like(p, float("inf"))
-    scaler.scale(torch.zeros(()))  # it wants to have been used
+    scaler.scale(torch.zeros(()))  # it must have been used
     scaler.step(optimizer)
     scaler.update()
     assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), before, strict=True))

@@ -77,7 +77,7 @@ SCHEDULES: dict[str, tuple[list[str], Callable[[torch.optim.Optimizer], Any]]] =
 def test_schedules_are_torchs(config_file: Path, name: str) -> None:
     keys, make = SCHEDULES[name]
     config = loading.load(config_file, ["train.epochs=6", "optim.lr=0.3", "schedule.warmup_epochs=0", *keys])
-    total = 6 * STEPS - 1  # torch's one-cycle steps no further
+    total = 6 * STEPS - 1  # torch's one-cycle cannot step further
     lrs, momenta = torchs(make, total, 0.3)
     assert [schedules.lr_at(step, STEPS, config) for step in range(total)] == pytest.approx(lrs, rel=1e-6, abs=1e-12)
     if name == "one cycle":
@@ -105,7 +105,7 @@ SHORT = {
 @pytest.mark.parametrize("name", SHORT)
 @pytest.mark.parametrize("warmup", [0, 0.3, 0.5, 0.99])
 def test_every_schedule_takes_runs_of_a_few_steps(config_file: Path, name: str, warmup: float) -> None:
-    """Whatever the number of steps, also where warm-up leaves one step or none, and a period is less than a step."""
+    """For any number of steps, also if warm-up leaves one step or none, or if a period is shorter than a step."""
     keys = ["optim.lr=0.3", "train.epochs=1", f"schedule.warmup_epochs={warmup}", *SHORT[name]]
     peaks = [n / 20 for n in range(1, 20)] + [1 / 3, 1 / 7] if name.startswith("one cycle") else [None]
     for peak in peaks:
@@ -120,7 +120,7 @@ def test_every_schedule_takes_runs_of_a_few_steps(config_file: Path, name: str, 
 
 @pytest.mark.parametrize("peak_at", [0.04, 0.1, 0.2, 0.25, 0.3, 1 / 3, 0.5, 0.9])
 def test_short_one_cycles_are_torchs(config_file: Path, peak_at: float) -> None:
-    """Except that torch divides by zero where the peak is the first step."""
+    """Except that torch divides by zero if the peak is the first step."""
     keys = ["schedule.type=one_cycle", f"schedule.peak_at={peak_at}", "optim.lr=0.3", "schedule.warmup_epochs=0"]
     config = loading.load(config_file, [*keys, "train.epochs=1"])
     for total in range(1, 30):
@@ -145,7 +145,7 @@ def test_warm_up_starts_low_and_its_absence_at_the_peak(config_file: Path) -> No
     assert schedules.lr_at(9, 10, with_it) == pytest.approx(0.3)
 
 
-def test_lr_follows_the_batch_where_a_base_is_stated(config_file: Path) -> None:
+def test_lr_scales_with_the_batch_if_a_base_batch_is_set(config_file: Path) -> None:
     keys = ["optim.lr=0.1", "train.batch_size=1024", "schedule.warmup_epochs=0"]
     for more, lr in (
         ([], 0.1),

@@ -1,4 +1,4 @@
-"""What the schema knows about a key: the table it is in, its type, what it may hold."""
+"""Looks up keys of the schema: the table a key is in, its field, its types."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from bandsplit.config.sources import Table
 
 
 def tables_of(table: type[BaseModel], key: str | int) -> list[type[BaseModel]]:
-    """The tables that a key of a table may hold: one, or one for each of its types."""
+    """Tables that `key` of `table` may hold: one, or one per `type` of a union; none for a plain value."""
     field = table.model_fields.get(str(key))
     if field is None:
         return []
@@ -30,7 +30,7 @@ def tables_at(loc: tuple[str, ...]) -> list[type[BaseModel]]:
 
 
 def table_at(loc: tuple[str, ...], given: Table) -> type[BaseModel]:
-    """The table at a path; of several types the one that was given."""
+    """The table at a path; for a union, the one whose `type` is given, else the first."""
     value: Any = given
     for key in loc:
         value = value.get(key) if isinstance(value, dict) else None
@@ -42,18 +42,18 @@ def table_at(loc: tuple[str, ...], given: Table) -> type[BaseModel]:
 
 
 def field_at(loc: tuple[str, ...], given: Table) -> FieldInfo | None:
-    """What the schema says of a key; None: there is no such key."""
+    """The field of a key; None if there is no such key."""
     return table_at(loc[:-1], given).model_fields.get(loc[-1]) if tables_at(loc[:-1]) else None
 
 
 def entry_types(field: FieldInfo | None) -> tuple[Any, ...]:
-    """Types of the entries of a key that takes a list, (T, ...) for any number of them; (): it takes no list."""
+    """Entry types of a key that takes a list, (T, ...) for any length; () for a key that takes no list."""
     options = (field.annotation, *get_args(field.annotation)) if field else ()
     return next((get_args(option) for option in options if get_origin(option) is tuple), ())
 
 
 def all_keys(table: type[BaseModel] = RunConfig, prefix: str = "") -> Iterator[str]:
-    """Every dotted key of a train config; of tables of several types those of the first."""
+    """Every dotted key of a train config; for a union of tables, those of its first type."""
     for name in table.model_fields:
         below = tables_of(table, name)
         if below:

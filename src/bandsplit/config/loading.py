@@ -1,4 +1,4 @@
-"""From TOML files and ``--set key=value`` to a `RunConfig`; every mistake becomes one clear message.
+"""Loads TOML files and ``--set key=value`` into a `RunConfig`; every mistake becomes one clear message.
 
 Precedence: defaults < train file (and the data file it names) < ``--set key=value``.
 Neither torch nor DALI is imported here.
@@ -23,10 +23,10 @@ from bandsplit.paths import reading_from
 
 
 def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | None = None) -> RunConfig:
-    """Reads a train config and the data config it names (relative to itself), or the file `data` instead.
+    """Reads a train config and its data config: the one it names, relative to itself, or the file `data`.
 
     `overrides` are ``a.b=value`` with a TOML value, a bare word for a string, or ``30,60,80`` for a list.
-    Raises UserError: file, key, what was given, what is allowed, the nearest valid key.
+    Raises UserError with file, key, the value given, what is allowed and the nearest valid key.
     """
     path = Path(path)
     sources = Sources(path)
@@ -48,13 +48,13 @@ def load(path: str | Path, overrides: Sequence[str] = (), data: str | Path | Non
 
 
 def _layers(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, Table]]:
-    """A config and the configs that it `extends`, with what each says itself, in the order in which they are merged.
+    """A config and the configs that it `extends`, each with its own keys only, in merge order.
 
-    `extends` is the name of a config, relative to the one that says so, or a list of names, of which later ones
-    override earlier ones; a config itself overrides all that it extends.  `below`: the configs that extend this one.
+    `extends` is a config file, relative to the file that contains the key, or a list of them.  Later ones override
+    earlier ones, and a config overrides all that it extends.  `below`: the configs that extend this one.
     """
     if path.resolve() in below:
-        raise UserError(f"{path}: extends itself, by way of {' and '.join(p.name for p in below)}")
+        raise UserError(f"{path}: extends itself via {' and '.join(p.name for p in below)}")
     table = _read(path)
     if isinstance(table.get("data"), str):
         table["data"] = os.path.normpath(path.parent / table["data"])
@@ -68,7 +68,7 @@ def _layers(path: Path, below: tuple[Path, ...] = ()) -> list[tuple[Path, Table]
 
 
 def _merged(base: Table, over: Table) -> Table:
-    """Tables are merged key by key, but one that names its `type` takes the place of the whole table below it."""
+    """Merges tables key by key; a table that sets `type` replaces the whole table."""
     merged = {**base, **over}
     for key in base.keys() & over.keys():
         a, b = base[key], over[key]
@@ -93,9 +93,9 @@ def _read(path: Path) -> Table:
 
 
 def _apply(overrides: Sequence[str], table: Table, sources: Sources) -> None:
-    """Writes ``--set a.b=value`` into a table; ``a.type=value`` takes out of [a] what the files say for another type.
+    """Writes ``--set a.b=value`` into `table`; ``a.type=value`` removes keys of [a] that only the old type has.
 
-    Keys that both types have stay, and so do all that are set by --set: a mistake there is told.
+    Keys set by --set are never removed, so that a mistake in them is reported.
     """
     assigned: set[tuple[str, ...]] = set()
     for override in overrides:
@@ -126,7 +126,7 @@ def _parse_override(override: str, table: Table) -> tuple[tuple[str, ...], objec
 
 
 def _value(text: str, takes_list: bool = False) -> object:
-    """A value in TOML or in one of the short forms of --set."""
+    """Parses a TOML value or one of the short forms of --set."""
     if text.lower() in ("none", "null"):
         return "none"
     value = _toml(text)
@@ -136,7 +136,7 @@ def _value(text: str, takes_list: bool = False) -> object:
 
 
 def _toml(text: str) -> object:
-    """A value in TOML; None: the text is no TOML."""
+    """Parses a TOML value; None if the text is not valid TOML."""
     try:
         return tomli.loads(f"value = {text}")["value"]
     except tomli.TOMLDecodeError:

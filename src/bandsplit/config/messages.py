@@ -62,7 +62,7 @@ def explain(error: Mapping[str, Any], sources: Sources, table: Table) -> str:
 
 
 def _instead_of(loc: tuple[str, ...], table: Table) -> str:
-    """What to write in place of an unknown key: its new name, the nearest key, or all that its table knows."""
+    """What to suggest for an unknown key: its new name, the nearest key, or all keys of its table."""
     key = ".".join(loc)
     if key in RENAMED:
         return f"renamed to {RENAMED[key]}"
@@ -80,7 +80,7 @@ def _instead_of(loc: tuple[str, ...], table: Table) -> str:
 
 
 def _wrong_branch(error: Mapping[str, Any]) -> str:
-    """What is wrong in a list of tables [[branch]], or with the list."""
+    """What is wrong with the list of [[branch]] tables, or in one of them."""
     loc, kind, known = error["loc"], error["type"], list(Branch.model_fields)
     if kind == "missing":
         return "missing; expected: band numbers, such as [0, 1]"
@@ -99,7 +99,7 @@ def _value_at(table: Table, loc: tuple[str, ...]) -> object:
 
 
 def _wrong_list(loc: tuple[str, ...], error: Mapping[str, Any], table: Table) -> str:
-    """What is wrong with a list of numbers: its length, an entry that is no number, or one out of bounds."""
+    """What is wrong with a list of numbers: its length, an entry that is not a number, or one out of bounds."""
     field = field_at(loc, table)
     assert field is not None
     if type(error["input"]) in (int, float) and error["type"] not in ("missing", "too_long", "tuple_type"):
@@ -110,7 +110,7 @@ def _wrong_list(loc: tuple[str, ...], error: Mapping[str, Any], table: Table) ->
 
 
 def _wrong_value(error: Mapping[str, Any], field: FieldInfo | None) -> str:
-    """What is wrong with a single value, and how to write what was meant."""
+    """What is wrong with a single value, and how to write the intended one."""
     kind, given = error["type"], error["input"]
     if kind in ("bool_type", "bool_parsing"):
         expected = "expected true or false" + _or_none(field)
@@ -128,7 +128,7 @@ def _or_none(field: FieldInfo | None) -> str:
 
 
 def _number(given: object) -> str | None:
-    """How TOML writes a number that it took for a string, such as .1 or "64"; None: there is no number in it."""
+    """The TOML spelling of a number that was given as a string, such as .1 or "64"; None if it is not a number."""
     try:
         number = float(given) if isinstance(given, str) else math.nan
     except ValueError:
@@ -137,7 +137,7 @@ def _number(given: object) -> str | None:
 
 
 def _without_tags(loc: tuple[str | int, ...]) -> tuple[str | int, ...]:
-    """The path of a key without the names of types that pydantic puts into it."""
+    """The path of a key without the union tags that pydantic inserts."""
     plain: list[str | int] = []
     tables: list[type[BaseModel]] = [RunConfig]
     for part in loc:

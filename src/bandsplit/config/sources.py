@@ -9,19 +9,19 @@ Table = dict[str, Any]
 
 
 class Sources:
-    """Remembers which file or --set a key came from; what is added later overrides what was there."""
+    """Records which file or --set a key came from; later additions override earlier ones."""
 
     def __init__(self, path: Path) -> None:
         self._sources: dict[tuple[str, ...], str] = {}
         self._path = str(path)
 
     def add(self, keys: tuple[str, ...], source: str) -> None:
-        """A key, with all that is below it, came from `source`."""
+        """Records `source` for a key and all keys below it."""
         self._forget(keys)
         self._sources[keys] = source
 
     def add_file(self, table: Table, path: Path, above: tuple[str, ...] = ()) -> None:
-        """All keys of `table` came from a file; one with a `type` takes the place of the whole table before it."""
+        """Records `path` for all keys of `table`; a table with a `type` replaces all that was recorded for it."""
         for key, value in table.items():
             keys = (*above, key)
             if not isinstance(value, dict):
@@ -32,9 +32,9 @@ class Sources:
             self.add_file(value, path, keys)
 
     def of(self, keys: tuple[str, ...]) -> str:
-        """Where `keys` or something below it was set, or else its nearest neighbors, in a file if possible.
+        """The source of a key or of keys below it; otherwise that of its nearest neighbors, a file if possible.
 
-        Of several sources the one that was added last; the config itself where none is near.
+        Of several sources, the one added last; if there is none, the config file itself.
         """
         for depth in range(len(keys), 0, -1):
             found = [source for known, source in self._sources.items() if known[:depth] == keys[:depth]]

@@ -1,8 +1,8 @@
-"""What happens to training images between crop and split, as parts of the DALI graph: `config.augment`.
+"""Augmentation of training images between crop and split (`config.augment`), as operators of the DALI graph.
 
-Images are uint8, HWC, RGB, all of one size, on the CPU or on a GPU; what is drawn for them is always on the CPU.
-Every random operator has a seed of its own.  Left to the pipeline, seeds are handed out in the order of the graph, and
-each augmentation would change the flips and what other augmentations do.
+Images are uint8, HWC, RGB, all of one size, on the CPU or on a GPU; random numbers are always drawn on the CPU.
+Every random operator has its own seed.  The pipeline would assign seeds in graph order, so that adding one augmentation
+would change the flips and the other augmentations.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from bandsplit.config.schema import Augment, AutoAugment, Color, Erasing, RandAu
 fn: Any = dali_fn
 math: Any = dali_math
 
-# Principal components of the RGB values of ImageNet's training images, one a column, and the standard deviations
-# along them on the scale 0 .. 255.  Krizhevsky et al. (NIPS 2012), section 4.1, have the method but not the numbers:
-# these are the ones of fb.resnet.torch, which others took over.
+# Principal components of the RGB values of ImageNet's training images, one per column, and the standard deviations
+# along them on the scale 0 .. 255.  Krizhevsky et al. (NIPS 2012), section 4.1, give the method but not the numbers;
+# these are from fb.resnet.torch and widely used.
 EIGENVECTORS = ((-0.5675, 0.7192, 0.4009), (-0.5808, -0.0045, -0.8140), (-0.5836, -0.6948, 0.4203))
 EIGENVALUES = (55.46, 4.794, 1.148)
 
-_TRIVIAL_LEVELS = 31  # strengths 0 .. 30, as in the paper
-_RAND_LEVELS = 1001  # strengths 0.00, 0.01, … 10.00
+_TRIVIAL_LEVELS = 31  # magnitudes 0 .. 30, as in the paper
+_RAND_LEVELS = 1001  # magnitudes 0.00, 0.01, … 10.00
 
 
 def needs_conditionals(augment: Augment) -> bool:
@@ -44,7 +44,7 @@ def needs_conditionals(augment: Augment) -> bool:
 
 
 def augmented(images: Any, config: RunConfig, stream: int) -> Any:
-    """The images with all that `config.augment` says; `stream` is whose random numbers they get."""
+    """Applies `config.augment` to the images, with the random numbers of the image stream `stream`."""
     augment, draw = config.augment, _Draws(config.seed, stream)
     if augment.auto is not None:
         images = _automatic(images, augment.auto, config.data.image_size, draw)
@@ -58,17 +58,17 @@ def augmented(images: Any, config: RunConfig, stream: int) -> Any:
 
 
 class _Draws:
-    """Random numbers for every image of a batch, the same ones whatever else is drawn."""
+    """Random numbers for every image of a batch; each purpose has its own seed, independent of what else is drawn."""
 
     def __init__(self, seed: int, stream: int) -> None:
         self._seed, self._stream = seed, stream
 
     def uniform(self, purpose: str, low: float = 0.0, high: float = 1.0, shape: Sequence[int] = ()) -> Any:
-        # DALI refuses a range whose ends are equal
+        # DALI rejects an empty range
         return low + (high - low) * fn.random.uniform(range=[0.0, 1.0], shape=list(shape), seed=self._for(purpose))
 
     def below(self, purpose: str, count: int, shape: Sequence[int] = ()) -> Any:
-        """Whole numbers 0 .. count-1."""
+        """Integers 0 .. count-1."""
         values = list(range(count))
         return fn.random.uniform(values=values, shape=list(shape), dtype=types.INT32, seed=self._for(purpose))
 
@@ -94,15 +94,15 @@ def _lit(images: Any, sigma: float, draw: _Draws) -> Any:
     components = sigma * np.array(EIGENVECTORS, dtype=np.float32) * np.array(EIGENVALUES, dtype=np.float32)
     alpha = draw.normal("pca_noise", (1, 3))
     noise = fn.reductions.sum(types.Constant(components) * alpha, axes=1)
-    # an operator that takes a number a channel from the CPU, also for images on a GPU
+    # this operator takes one number per channel from the CPU, also for images on a GPU
     return fn.crop_mirror_normalize(images, mean=-noise, dtype=types.UINT8, output_layout="HWC")
 
 
 def _erased(images: Any, erasing: Erasing, size: int, mean: Sequence[float], draw: _Draws) -> Any:
-    """Zhong et al., algorithm 1, but for the rectangles that do not fit into the image.
+    """Zhong et al., algorithm 1, except for rectangles that do not fit into the image.
 
-    There everything is drawn again, which makes large areas rarer than small ones.  Here areas are uniform, aspects
-    are uniform among those that fit, and so are places, in whole pixels.
+    The paper then draws everything again, which makes large areas rarer than small ones.  Here the area is uniform, the
+    aspect ratio is uniform among those that fit, and the position is uniform in whole pixels.
     """
     area = draw.uniform("erasing.area", *erasing.scale)
     flattest = math.max(area, erasing.ratio[0])
@@ -111,16 +111,16 @@ def _erased(images: Any, erasing: Erasing, size: int, mean: Sequence[float], dra
     applied = draw.uniform("erasing.applied") < erasing.probability
     sides = fn.cast(applied * size * fn.stack(math.sqrt(area * aspect), math.sqrt(area / aspect)), dtype=types.INT32)
     corner = math.floor(draw.uniform("erasing.place", shape=(2,)) * (size + 1 - sides))
-    fill = [float(round(value)) for value in mean]  # the operator would cut off what is behind the point
+    fill = [float(round(value)) for value in mean]  # the operator would truncate them
     return fn.erase(images, anchor=corner, shape=fn.cast(sides, dtype=types.FLOAT), axis_names="HW", fill_value=fill)
 
 
 def _automatic(images: Any, auto: RandAugment | AutoAugment | TrivialAugment, size: int, draw: _Draws) -> Any:
-    """DALI's operations and their ranges, with draws of our own: DALI's have one seed for all or none.
+    """DALI's operations and ranges with our own random draws, since DALI has one seed for all of them, or none.
 
-    Shifts are relative to the image: at most 100 of 224 pixels in RandAugment and 250 of 224 in AutoAugment, which
-    are the published ones at 224; in TrivialAugment 32 pixels at any size, as published.  What comes in from outside
-    is gray (128).
+    Translations are relative to the image: at most 100 of 224 pixels in RandAugment and 250 of 224 in AutoAugment, the
+    published values at 224; in TrivialAugment 32 pixels at any size, as published.  Pixels from outside the image are
+    gray (128).
     """
     if isinstance(auto, RandAugment):
         suite = _timms_suite() if auto.operations == "timm" else get_rand_augment_suite(use_shape=True)
@@ -148,9 +148,9 @@ def _automatic(images: Any, auto: RandAugment | AutoAugment | TrivialAugment, si
         chosen = identity + applied * (types.Constant(table.operation)[pair] - identity)
         level = types.Constant(table.level)[pair]
     signed = signed_bin(level, random_sign=draw.below("auto.sign", 2, (stages,)))
-    # only `select` branches by image; rewriting the operations for that too would take minutes with many levels
+    # only `select` branches per image; DALI converting the operations for that too would take minutes with many levels
     suite = [do_not_convert(operation.__call__) for operation in suite]
-    with warnings.catch_warnings(record=True):  # DALI's suites use former names of its operators, and it says so
+    with warnings.catch_warnings(record=True):  # DALI's suites use deprecated names of its operators
         for stage in range(stages):
             images = select(
                 suite,
@@ -165,7 +165,7 @@ def _automatic(images: Any, auto: RandAugment | AutoAugment | TrivialAugment, si
 
 
 def _timms_suite() -> list[Any]:
-    """The operations and ranges of timm's `rand-m…-inc1`, all of them stronger with the magnitude, 0 .. 10."""
+    """The operations and ranges of timm's `rand-m…-inc1`; all get stronger with the magnitude, 0 .. 10."""
     enhancing = (operations.color, operations.contrast, operations.brightness)
     return [
         operations.auto_contrast,
@@ -185,12 +185,12 @@ def _timms_suite() -> list[Any]:
 
 
 def _posterizing_mask(magnitude: float) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Keeps 4 bits of 8 at magnitude 0 and 1 at 3 and 4; at 4 timm's PosterizeIncreasing asks Pillow for 0, in vain."""
+    """Keeps 4 of 8 bits at magnitude 0 and 1 bit at 3 and 4; at 4 timm asks Pillow for 0 bits, which it refuses."""
     return np.array(256 - 2 ** min(7, 4 + int(magnitude)), dtype=np.uint8)
 
 
 class _Pairs:
-    """AutoAugment's sub-policies as arrays (sub-policy, stage); stages that are not there have the probability 0."""
+    """AutoAugment's sub-policies as arrays (sub-policy, stage); missing stages have probability 0."""
 
     def __init__(self, sub_policies: Sequence[Any], suite: Sequence[Any]) -> None:
         self.stages = max(len(sub_policy) for sub_policy in sub_policies)

@@ -1,11 +1,11 @@
-"""Images for a first run: a small JPEG classification data set, drawn rather than downloaded.
+"""Images for a first run: a small JPEG classification data set that is drawn, not downloaded.
 
-A class is a shape in a fine texture. The mean of every 2x2 block shows the shape but not the texture, so that five of
-the ten classes look like the other five. The detail bands show the texture, but little of the shape: outlines are soft
-and the texture catches the light in one spot only. Bands together tell all ten classes apart.
+A class is a shape with a fine texture. The mean of every 2x2 block shows the shape but not the texture, so five of the
+ten classes look like the other five. The detail bands show the texture, but little of the shape: outlines are soft, and
+the texture is strong in one spot only. All bands together distinguish all ten classes.
 
-Lengths are in units of an image's shorter side, so that a resized image keeps its look; x goes right and y down from
-the image's middle. Colors are RGB, 0 to 255.
+Lengths are in units of an image's shorter side, so that resizing does not change them; x points right and y down from
+the image center. Colors are RGB, 0 to 255.
 """
 
 import colorsys
@@ -34,29 +34,29 @@ Array = NDArray[np.float64]
 
 SHAPES = ("disc", "heart", "ring", "star", "triangle")
 PERIOD = {"checkered": 2.7 / 72, "striped": 2.4 / 72}
-"""Period of each texture, along both axes or the one it varies in. Once the shorter side is resized to 72 pixels, it is
-more than the 2 pixels that an image can show, and so much less than the 4 that half its resolution can show that the
-mean of 2x2 blocks keeps a tenth of the texture's energy at most."""
+"""Period of each texture, along both axes or the one it varies in. With the shorter side resized to 72 pixels, it is
+above 2 pixels, the limit of the full resolution, and far enough below 4 pixels, the limit of half the resolution, that
+the mean of 2x2 blocks keeps at most a tenth of the texture's energy."""
 CLASSES = tuple(f"{shape}_{texture}" for shape in SHAPES for texture in PERIOD)
 SPLITS = ("train", "val")
 
 SIDE = (72, 144)
 """Shorter side, pixels."""
 GRAY = 0.04
-"""Share of images saved as grayscale JPEG files."""
+"""Fraction of images saved as grayscale JPEG files."""
 EDGE_BLUR = 0.02
-"""Standard deviation of the blur on outlines: so soft that the detail bands show them faintly."""
+"""Standard deviation of the blur on outlines: soft enough to be faint in the detail bands."""
 OVERSAMPLING = 4
 """Outlines are drawn this many times larger and averaged down."""
 BRIGHTEST = 220.0
-"""Largest channel of a plain color: leaves room for lights and texture."""
+"""Largest channel value of a plain color: leaves room for lights and texture."""
 
 # ------------------------------------------------------------------------------------------------------------ data set
 
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One image still to draw; these four numbers determine every byte of its file."""
+    """One image to draw; these four numbers determine every byte of its file."""
 
     seed: int
     split: int
@@ -65,7 +65,7 @@ class ImageSpec:
 
     @property
     def path(self) -> Path:
-        """Where it belongs, relative to the data set's folder."""
+        """Path of the file, relative to the data set's folder."""
         return Path(SPLITS[self.split], CLASSES[self.label], f"{self.index:05d}.jpg")
 
 
@@ -76,7 +76,7 @@ def generate(
 
     The files depend on `seed` alone, not on `workers`. `root` appears only when it is complete.
 
-    Raises UserError where `root` exists or cannot be written, or a worker is killed; nothing is left behind.
+    Raises UserError if `root` exists or cannot be written, or if a worker is killed; nothing is left behind.
     """
     root = root.absolute()
     images = [
@@ -90,7 +90,7 @@ def generate(
             raise _exists(root)
         root.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{root.name}.", suffix=".partial", dir=root.parent) as temporary:
-            # One level deeper: the temporary folder's own permissions (0700) would become those of the data set.
+            # In a subfolder: the data set must not get the temporary folder's permissions (0700).
             unfinished = Path(temporary, root.name)
             for split in SPLITS:
                 for name in CLASSES:
@@ -134,7 +134,7 @@ def _write(root: Path, spec: ImageSpec) -> None:
     if rng.random() < GRAY:
         image = image.convert("L")
     subsampling = str(rng.choice(["4:4:4", "4:2:2", "4:2:0"]))
-    encoded = io.BytesIO()  # Pillow writes to files without noticing that a full disk took only a part
+    encoded = io.BytesIO()  # Pillow does not notice when a full disk takes only a part
     image.save(encoded, "JPEG", quality=int(rng.integers(75, 96)), subsampling=subsampling)
     (root / spec.path).write_bytes(encoded.getbuffer())
 
@@ -143,9 +143,9 @@ def _write(root: Path, spec: ImageSpec) -> None:
 
 
 def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
-    """A textured shape that floats before a background out of focus: (height, width, 3).
+    """A textured shape in front of an out-of-focus background: (height, width, 3).
 
-    The same `rng` gives the same scene in every texture.
+    The same `rng` gives the same scene with every texture.
     """
     side = int(rng.integers(SIDE[0], SIDE[1] + 1))
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -159,7 +159,7 @@ def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
     surface = front * (1 + 0.15 * _ramp(rng, x, y) + _relief(rng, texture, x, y, mask, side))[..., None]
     image = _background(rng, back, x, y) * (1 - shadow)[..., None]
     image += mask[..., None] * (surface - image)
-    image *= (1 - 0.25 * (x**2 + y**2))[..., None]  # lenses give their corners less light
+    image *= (1 - 0.25 * (x**2 + y**2))[..., None]  # vignetting
     image += _grain(rng, (height, width), side)
     return (image + 0.5).clip(0, 255).astype(np.uint8)
 
@@ -170,7 +170,7 @@ def _axis(pixels: int, side: int) -> Array:
 
 
 def _colors(rng: Generator) -> tuple[Array, Array]:
-    """Background and shape, (3,) each: the shape is darker and more colorful, in some images only a little."""
+    """Colors of background and shape, (3,) each: the shape is darker and more saturated, sometimes only slightly."""
     hue = rng.random()
     apart = rng.uniform(0.06, 0.5) * rng.choice([-1, 1])
     luma = rng.uniform(135, 185)
@@ -210,7 +210,7 @@ def _outline(rng: Generator, shape: str) -> Array:
 
 
 def _mask(shape: str, outline: Array, x: Array, y: Array, side: int) -> Array:
-    """Share of every pixel that the shape covers: (height, width)."""
+    """Fraction of every pixel that the shape covers: (height, width)."""
     width, height = x.size * OVERSAMPLING, y.size * OVERSAMPLING
     canvas = Image.new("L", (width, height))
     pen = ImageDraw.Draw(canvas)
@@ -239,7 +239,7 @@ def _distance(x: Array, y: Array, a: float, b: float) -> Array:
 
 
 def _background(rng: Generator, color: Array, x: Array, y: Array) -> Array:
-    """A gradient with lights far out of focus, each a pale disc as a lens makes it: (height, width, 3)."""
+    """A gradient with out-of-focus lights, each a pale disc (bokeh): (height, width, 3)."""
     light = 1 + 0.1 * _ramp(rng, x, y)
     for _ in range(rng.integers(5, 11)):
         a, b, radius, power = rng.uniform((-0.65, -0.65, 0.06, 0.03), (0.65, 0.65, 0.22, 0.14))
@@ -249,9 +249,9 @@ def _background(rng: Generator, color: Array, x: Array, y: Array) -> Array:
 
 
 def _relief(rng: Generator, texture: str, x: Array, y: Array, mask: Array, side: int) -> Array:
-    """The texture as relative brightness, of mean 0 so that it leaves no trace in a blurred image: (height, width).
+    """The texture as relative brightness, with mean 0 so that it vanishes in a blurred image: (height, width).
 
-    It is plain where light from the side falls on it and fades elsewhere, so that it does not draw the outline.
+    It is strong in one spot and fades elsewhere, so that it does not trace the outline.
     """
     frequency = 2 * np.pi / (PERIOD[texture] * rng.uniform(0.94, 1.06))
     tilt = math.radians(rng.uniform(-8, 8))
@@ -266,11 +266,11 @@ def _relief(rng: Generator, texture: str, x: Array, y: Array, mask: Array, side:
 
 
 def _grain(rng: Generator, size: tuple[int, int], side: int) -> Array:
-    """Film grain, partly colored, of three sizes: one pixel, a 72nd and a 30th of the side: (height, width, 3)."""
+    """Film grain, partly colored, of three sizes: one pixel, 1/72 and 1/30 of the side: (height, width, 3)."""
     grain = rng.normal(0, 1, (*size, 3))
     for grains, strength in ((72, rng.uniform(2.5, 6.5)), (30, rng.uniform(0.5, 1.5))):
         rows, columns = (round(grains * pixels / side) for pixels in size)
-        gray, *colors = rng.normal(0, strength, (4, rows, columns)).astype(np.float32)  # as PIL resizes them
+        gray, *colors = rng.normal(0, strength, (4, rows, columns)).astype(np.float32)  # PIL resizes no float64
         for channel, color in enumerate(colors):
             noise = Image.fromarray(gray + color / 2).resize(size[::-1], Image.Resampling.BICUBIC)
             grain[..., channel] += np.asarray(noise)

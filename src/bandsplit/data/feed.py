@@ -1,4 +1,4 @@
-"""Batches as this rank's branches read them: exchanged within the mesh where branches are spread over ranks."""
+"""Batches for this rank's branches, exchanged within the mesh if branches are distributed over ranks."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from bandsplit.distributed.mesh import Mesh
 
 
 class BatchFeed:
-    """Batches for this rank's branches; with several branch groups, the images of all of them.
+    """Batches for this rank's branches; with several branch groups, of the images of all ranks of the replica.
 
-    Then the next batch is prepared and sent while the device computes on the current one.
+    With several branch groups, the next batch is prepared and sent while the device computes on the current one.
     """
 
     def __init__(self, batches: Iterable[Batch], mesh: Mesh) -> None:
@@ -27,7 +27,7 @@ class BatchFeed:
             yield batch
 
     def take(self, count: int, ahead: bool) -> list[Batch]:
-        """The next `count` batches; with `ahead` one more is prepared and sent, which advances the streams by one."""
+        """The next `count` batches; with `ahead`, one more is prepared and sent, which advances the streams by one."""
         batches = [self._next(ahead or n + 1 < count) for n in range(count)]
         return [batch for batch in batches if batch is not None]
 

@@ -17,11 +17,12 @@ from bandsplit.config import schema
 def mix(
     inputs: Sequence[Tensor], labels: Tensor, config: schema.RunConfig, batch: int, stream: int
 ) -> tuple[list[Tensor], Tensor]:
-    """Mixup or CutMix of a batch: inputs (B, channels, h, w), mixed alike, whose h = w may differ; labels (B,).
+    """Mixup or CutMix of a batch: inputs (B, channels, h, w), all mixed in the same way; labels (B,).
 
-    The split is linear and acts on each block by itself, so mixing bands is mixing images, with CutMix boxes in whole
-    blocks.  Random numbers depend on the seed, the stream of images and the number of the batch in it.
-    Returns inputs and labels (B, classes), float32; unchanged where the config mixes nothing.
+    Inputs may differ in h = w.
+    The split is linear and acts on each block separately, so mixing bands equals mixing images, with CutMix boxes in
+    whole blocks.  Random numbers depend on the seed, the image stream and the index of the batch in it.
+    Returns inputs and labels (B, classes), float32; both unchanged if the config has no mixing.
     """
     alphas = config.mix.mixup, config.mix.cutmix
     if not any(alphas):
@@ -32,7 +33,7 @@ def mix(
             return list(inputs), one_hot(labels, config.classes).float()
         cut = alphas[1] > 0 and (not alphas[0] or bool(torch.rand(()) < 0.5))
         transform = (v2.CutMix if cut else v2.MixUp)(alpha=alphas[cut], num_classes=config.classes)
-        grid = math.gcd(*(x.shape[-1] for x in inputs))  # the coarsest of them: a box of whole cells is one in each
+        grid = math.gcd(*(x.shape[-1] for x in inputs))  # whole cells of it are whole pixels of each input
         drawn = transform.make_params([torch.empty(1, 1, grid, grid)])
     drawn |= {"labels": labels, "batch_size": len(labels)}
     mixed = []

@@ -1,4 +1,4 @@
-"""What a TOML file may say: frozen pydantic models, a file a subject.  `config.loading.load` fills them from files."""
+"""Schema of the TOML files: frozen pydantic models, one file per subject.  `config.loading.load` fills them."""
 
 from bandsplit.config.schema.augment import (
     Augment,

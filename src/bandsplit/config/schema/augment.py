@@ -1,4 +1,4 @@
-"""[augment]: what happens to training images between crop and split."""
+"""[augment]: augmentation of training images between crop and split."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Color(Table):
     Saturation and hue first: chroma is scaled by `saturation` and rotated by the hue angle in YIQ, which keeps luma.
     Then out = brightness · (128 + contrast · (in − 128)), rounded and clamped to 0 .. 255; torchvision uses the image's
     mean gray instead of 128.  He et al., Bag of Tricks (CVPR 2019): brightness and saturation [0.6, 1.4], hue "from 0.6
-    to 1.4", which as torchvision's ColorJitter reads it (0.4 of a turn) is 144.
+    to 1.4", which is 144 if read like torchvision's ColorJitter (0.4 of a turn).
     """
 
     brightness: Range = (1.0, 1.0)
@@ -43,7 +43,7 @@ class RandAugment(Table):
 
     type: Literal["rand_augment"] = "rand_augment"
     operations: Literal["paper", "timm"] = "paper"
-    """`paper`: 14, identity among them; `timm`: the 15 of timm's `rand-m…-inc1`, with invert and solarize-add."""
+    """`paper`: 14, including identity; `timm`: the 15 of timm's `rand-m…-inc1`, including invert and solarize-add."""
     probability: Fraction = 1.0
     """Probability that a chosen operation is applied; 0.5 in timm."""
     n: int = Field(2, ge=1, le=14)
@@ -71,11 +71,11 @@ class Erasing(Table):
     """Random erasing (Zhong et al., AAAI 2020), filled with the mean of the data."""
 
     probability: Fraction = 0.5
-    """Probability that an image loses a rectangle."""
+    """Probability that a rectangle of an image is erased."""
     scale: Range = (0.02, 0.4)
-    """Range of the fraction of the image area that is erased."""
+    """Range of the erased fraction of the image area."""
     ratio: Range = (0.3, 1 / 0.3)
-    """Range of its aspect ratio, height / width."""
+    """Range of the rectangle's aspect ratio, height / width."""
 
     @model_validator(mode="after")
     def _check(self) -> Erasing:
@@ -99,7 +99,7 @@ class Progressive(Table):
     """
 
     min_size: int = Field(ge=1)
-    """Image side in pixels of the first epochs."""
+    """Image side in pixels in the first epochs."""
     ramp_start: int = Field(0, ge=0)
     ramp_end: int = Field(ge=1)
     multiple: int = Field(32, ge=1)
@@ -122,7 +122,7 @@ def _with_type(table: object) -> object:
 class Augment(Table):
     """Augmentation of training images between crop and split, in the order of these keys; off by default.
 
-    Each uses its own random numbers: turning one on changes neither crops nor flips nor the others.
+    Each uses its own random numbers: turning one on does not change crops, flips or the others.
     """
 
     auto: Annotated[RandAugment | AutoAugment | TrivialAugment | None, BeforeValidator(_with_type)] = Field(

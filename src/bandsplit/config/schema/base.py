@@ -1,4 +1,4 @@
-"""What all tables of the schema share."""
+"""Base class and helpers of all tables of the schema."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ Range = Annotated[tuple[float, float], Field(strict=False)]
 
 
 def mistake(key: str, given: object, allowed: str) -> PydanticCustomError:
-    """A mistake that concerns several keys; `key` is the one to change first."""
+    """Error of a check, often across several keys; `key` is the one to report."""
     return PydanticCustomError("cross_check", "{allowed}", {"key": key, "given": given, "allowed": allowed})
 
 
 def takes_none(field: FieldInfo) -> bool:
-    """Whether a key may be unset, for which TOML has no word: "none" is ours."""
+    """Whether a key may be unset.  TOML has no null; "none" stands for it."""
     return type(None) in get_args(field.annotation)
 
 
@@ -49,7 +49,7 @@ class Table(BaseModel):
 
     @model_serializer(mode="wrap")
     def _write_none(self, serialize: SerializerFunctionWrapHandler, info: SerializationInfo) -> dict[str, Any]:
-        """As JSON or TOML, a key that is unset although it is set by default is "none": left out, it would be set."""
+        """Writes "none" for an unset key whose default is a value; left out, it would get that default back."""
         table: dict[str, Any] = serialize(self)
         if info.mode == "json":
             for key, field in type(self).model_fields.items():
@@ -59,12 +59,12 @@ class Table(BaseModel):
 
 
 def count_or(key: str, *words: str) -> BeforeValidator:
-    """Accepts a positive whole number or one of some words, with one message for everything else."""
+    """Accepts a positive integer or one of `words`, with one message for everything else."""
 
     def check(value: object) -> object:
         if value in words or (type(value) is int and value >= 1):
             return value
-        raise mistake(key, value, f"{', '.join(map(repr, words))} or a number from 1")
+        raise mistake(key, value, f"{', '.join(map(repr, words))} or an integer >= 1")
 
     return BeforeValidator(check)
 
@@ -74,5 +74,5 @@ def is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:
 
 
 def default_type(name: str) -> BeforeValidator:
-    """A table without `type` is of this one."""
+    """Sets `type` to `name` in a table that gives none."""
     return BeforeValidator(lambda table: {"type": name, **table} if isinstance(table, dict) else table)

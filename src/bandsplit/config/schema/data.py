@@ -13,7 +13,7 @@ from bandsplit.config.schema.base import Channels3, Fraction, Range, Table, mist
 
 
 class Generate(Table):
-    """Images made by the project itself when the data folder does not exist."""
+    """Images that the project draws if the data folder does not exist."""
 
     seed: int = Field(0, ge=0)
     train_per_class: int = Field(200, ge=1)
@@ -24,16 +24,16 @@ class Decoder(Table):
     """How JPEG files are read and decoded."""
 
     crop_only: bool | None = None
-    """Training: decode only what the random crop shows. Unset: on the CPU yes, on a GPU no, since there DALI's decoder
-    for it has been reported to crash (H100)."""
+    """Training: decode only the random crop. Unset: yes on a CPU, no on a GPU, where DALI's cropping decoder has been
+    reported to crash (H100)."""
     hw_load: Fraction = 0.65
-    """Share of a batch for the JPEG engine of the GPU; one without an engine, such as the A40, ignores it."""
+    """Fraction of a batch for the GPU's hardware JPEG decoder; ignored on GPUs without one, such as the A40."""
     fancy_upsampling: bool = False
-    """GPU: smooth chroma as the CPU's decoder does."""
+    """GPU: upsample chroma smoothly, as the CPU decoder does."""
     device_padding_mib: int = Field(16, ge=0)
-    """GPU: MiB reserved an image on the GPU, so that larger ones need no new allocation while training."""
+    """GPU: device memory in MiB reserved per image, so that larger images need no allocation during training."""
     host_padding_mib: int = Field(8, ge=0)
-    """GPU: the same in pinned memory of the host."""
+    """GPU: pinned host memory in MiB reserved per image."""
 
 
 class Data(Table):
@@ -58,25 +58,25 @@ class Data(Table):
     max_bad: int = Field(100, ge=0)
     """More bad images than these end the run."""
     image_size: int = Field(224, ge=1)
-    """Side in pixels of the square that the network (block = 1) or the split sees."""
+    """Side in pixels of the square images before the split."""
     val_image_size: int | None = Field(None, ge=1)
-    """Validation: the same; unset: as in training."""
+    """`image_size` for validation; unset: as in training."""
     resize_size: int = Field(256, ge=1)
     """Validation: length in pixels of the shorter side before the center crop."""
     scale: Range = (0.08, 1.0)
-    """Training: share of the image's area that the random crop covers."""
+    """Training: range of the fraction of the image area that the random crop covers."""
     ratio: Range = (3 / 4, 4 / 3)
-    """Training: aspect ratio (width / height) of the random crop."""
+    """Training: range of the aspect ratio (width / height) of the random crop."""
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
-    """Filter that resizes training crops and validation images, antialiased where it scales down, as Pillow does."""
+    """Filter for resizing training crops and validation images, antialiased when downscaling, as in Pillow."""
     hflip: Fraction = 0.5
     """Training: probability of a horizontal flip."""
     mean: Channels3 = (123.675, 116.28, 103.53)
-    """RGB mean in units of the pixel values 0 to 255."""
+    """RGB mean, on the scale 0 to 255."""
     std: Channels3 = (58.395, 57.12, 57.375)
-    """RGB standard deviation in the same units."""
+    """RGB standard deviation, on the scale 0 to 255."""
     threads: int | None = Field(None, ge=1)
-    """DALI threads a rank; unset: the CPUs allotted on this node, divided by its ranks."""
+    """DALI threads per rank; unset: the CPUs allotted on this node, divided by its ranks."""
     prefetch: int = Field(2, ge=1)
     """Batches that DALI prepares ahead."""
     decoder: Decoder = Decoder()
@@ -84,7 +84,7 @@ class Data(Table):
 
     @property
     def val_size(self) -> int:
-        """Side in pixels of the squares that are validated."""
+        """Side in pixels of the validation images."""
         return self.val_image_size or self.image_size
 
     @model_validator(mode="after")

@@ -22,25 +22,25 @@ class BinaryCrossEntropy(Table):
     type: Literal["bce"] = "bce"
     smoothing: Fraction = 0.0
     target_threshold: float | None = Field(None, ge=0, lt=1)
-    """Targets above it become 1, the others 0; unset: as smoothing and mixing give them."""
+    """Targets above it become 1, the others 0; unset: soft targets, as smoothing and mixing give them."""
 
 
 Loss = Annotated[CrossEntropy | BinaryCrossEntropy, Field(discriminator="type"), default_type("cross_entropy")]
 
 
 class Distillation(Table):
-    """Every branch also learns from the fused logits of a trained run on the same, equally mixed images.
+    """Every branch also learns from the fused logits of a trained run on the same images, mixed in the same way.
 
     Loss: label_weight · [loss] + weight · T² · KL(teacher ‖ branch) with softmax(logits / T) of both (Hinton, Vinyals
     and Dean, 2015).  The defaults are those of He et al., Bag of Tricks (CVPR 2019), section 5.3.
     """
 
     teacher: str = Field(min_length=1)
-    """Run directory of the teacher, which may have another split; `~` and `$VARIABLES` are expanded."""
+    """Run directory of the teacher, whose split may differ; `~` and `$VARIABLES` are expanded."""
     checkpoint: Annotated[Literal["best", "last"] | int, count_or("distillation.checkpoint", "best", "last")] = "best"
-    """"best", "last" or the number of a step."""
+    """"best", "last" or a step number."""
     temperature: float = Field(20.0, gt=0)
-    """T above."""
+    """T in the formula above."""
     weight: float = Field(1.0, gt=0)
     label_weight: float = Field(1.0, ge=0)
 
@@ -53,4 +53,4 @@ class Mix(Table):
     cutmix: float = Field(0.0, ge=0)
     """α of CutMix, with boxes of whole blocks (Yun et al., ICCV 2019); 0: off. With `mixup`: one at random."""
     probability: Fraction = 1.0
-    """Share of batches that are mixed."""
+    """Probability that a batch is mixed."""

@@ -49,31 +49,31 @@ class Model(Table):
     """`torchvision`: adapted to the size of a band; `timm`: any network of timm (pip install bandsplit[timm])."""
     arch: str
     """A ResNet (resnet18 to resnet152), alexnet, vgg16, vgg16_bn, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large
-    or inception_v3 without its auxiliary head; or the name in timm."""
+    or inception_v3 without its auxiliary head; or a timm model name."""
     width: float = Field(1.0, gt=0, le=4)
-    """Factor on the channels of every stage."""
+    """Multiplier on the channels of every stage."""
     stem: Stem = "standard"
-    """`standard`: 7x7 stride 2 and max pooling; `no_stride`: 7x7 stride 1 and max pooling, since the split has reduced
-    the size already; `small`: 3x3 stride 1, no pooling, for small bands."""
+    """`standard`: 7x7 stride 2 and max pooling; `no_stride`: 7x7 stride 1 and max pooling, since the split has already
+    reduced the size; `small`: 3x3 stride 1, no pooling, for small bands."""
     tweaks: Annotated[tuple[Literal["b", "c", "d"], ...], BeforeValidator(_tweaks)] = ("b",)
     """ResNet variants (He et al., Bag of Tricks, CVPR 2019). `b`: a bottleneck's stride in its 3x3, not its first 1x1;
-    `c`: three 3x3 convolutions as the first; `d`: average pooling before the 1x1 of a strided shortcut."""
+    `c`: three 3x3 convolutions as the stem; `d`: average pooling before the 1x1 of a strided shortcut."""
     zero_gamma: bool = False
     """Initializes the scale of the last norm in every residual block to 0, so that the block starts as its shortcut."""
     drop_path: Fraction = 0.0
-    """Stochastic depth: probability that an image skips the last residual block; 0 for the first, linear between."""
+    """Stochastic depth: probability that an image skips the last residual block, linear from 0 at the first."""
     dropout: Fraction | None = None
-    """Dropout of the classifier; unset: the architecture's own."""
+    """Dropout of the classifier; unset: the architecture's default."""
     init: Literal["default", "xavier_uniform", "kaiming_normal"] = "default"
-    """Initialization of convolutions and fully connected layers, with biases 0; `default`: the architecture's own."""
+    """Initialization of convolutions and fully connected layers, with zero biases; `default`: the architecture's."""
     bn_batch_size: Annotated[Literal["rank", "all"] | int, count_or("model.bn_batch_size", "rank", "all")] = "rank"
-    """Images over which batch norm takes its statistics: "rank", those that a rank takes through a branch at once,
-    which depends on the number of ranks and on `parallel.branch_groups`; "all", those of all ranks; or a number, which
+    """Images over which batch norm computes its statistics. "rank": those of one forward pass of a branch on one rank,
+    which depends on the number of ranks and on `parallel.branch_groups`; "all": those of all ranks; or a number, which
     makes accuracy independent of the launch."""
 
     @property
     def takes_one_size(self) -> bool:
-        """Whether the network may take no other input size than the one it was built for."""
+        """Whether the network may be limited to the input size it was built for."""
         return self.source == "timm" or self.arch in ("alexnet", "vgg16", "vgg16_bn")
 
     @field_validator("arch")
@@ -92,12 +92,11 @@ class Model(Table):
             given, default = getattr(self, key), type(self).model_fields[key].default
             if given != default and (self.source != "torchvision" or self.arch not in archs):
                 only = "unset" if default is None else repr(list(default) if isinstance(default, tuple) else default)
-                allowed = f"{only} for {name}; others are for {', '.join(archs)}"
+                allowed = f"{only} for {name}; other values are supported by {', '.join(archs)}"
                 raise mistake(f"model.{key}", list(given) if isinstance(given, tuple) else given, allowed)
         if self.source == "timm" and self.bn_batch_size != "rank":
-            raise mistake(
-                "model.bn_batch_size", self.bn_batch_size, "'rank' for timm's networks, whose norms are their own"
-            )
+            allowed = "'rank' for timm's networks, which bring their own norm layers"
+            raise mistake("model.bn_batch_size", self.bn_batch_size, allowed)
         return self
 
 
@@ -108,7 +107,7 @@ def _bands(value: object) -> object:
 
 
 class Branch(Table):
-    """One branch, a table [[branch]] each: its bands, and how it differs from [model]."""
+    """One branch, given as a table [[branch]]: its bands, and where its network differs from [model]."""
 
     bands: Annotated[tuple[int, ...], BeforeValidator(_bands)]
     arch: str | None = None

@@ -1,4 +1,4 @@
-"""A whole config."""
+"""The complete config: all tables, and checks across them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from bandsplit.errors import UserError
 
 
 class RunConfig(Table):
-    """All that determines a run."""
+    """The complete config of a run."""
 
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0, lt=2**31)
@@ -31,7 +31,7 @@ class RunConfig(Table):
     model: Model
     split: Split = Split()
     branch: Annotated[tuple[Branch, ...], Field(strict=False)] = ()
-    """All branches one by one, in place of `split.branches`; empty: all of them are as [model] says."""
+    """One table per branch, instead of `split.branches`; empty: every branch uses [model]."""
     augment: Augment = Augment()
     optim: Optim
     schedule: Schedule = Cosine()
@@ -46,18 +46,18 @@ class RunConfig(Table):
     @model_validator(mode="before")
     @classmethod
     def _bands_of_branches(cls, given: Any) -> Any:
-        """[[branch]] says which bands a branch reads: `split.branches` follows."""
+        """Sets `split.branches` from the bands in [[branch]]."""
         branches = given.get("branch") if isinstance(given, dict) else None
         tables = [b.model_dump() if isinstance(b, Branch) else b for b in branches] if is_list(branches) else []
         if not tables or not all(isinstance(table, dict) and is_list(table.get("bands")) for table in tables):
-            return given  # nothing to do, or a mistake that [[branch]] itself will report
+            return given  # nothing to do, or a mistake that the validation of [[branch]] reports
         split = given.get("split", {})
         split = split.model_dump() if isinstance(split, Split) else split
         if not isinstance(split, dict):
             return given
         bands, said = [list(table["bands"]) for table in tables], split.get("branches", "each")
         if said != "each" and [list(g) if is_list(g) else g for g in (said if is_list(said) else [said])] != bands:
-            raise mistake("split.branches", said, f"unset, since [[branch]] says {bands}")
+            raise mistake("split.branches", said, f"unset, since [[branch]] gives {bands}")
         return {**given, "split": {**split, "branches": bands}}
 
     @model_validator(mode="after")
@@ -72,7 +72,7 @@ class RunConfig(Table):
                 raise mistake("split.block", block, allowed)
         models = [self.model, *(self.model_of(k) for k in range(len(self.branch)))]
         if any(model.takes_one_size for model in models):
-            allowed = "unset for networks whose fully connected layers fit one size (VGG, AlexNet) and for timm's"
+            allowed = "unset for networks with a fixed input size (VGG, AlexNet, and timm's)"
             if self.data.val_size != self.data.image_size:
                 raise mistake("data.val_image_size", self.data.val_image_size, allowed)
             if self.augment.progressive is not None:
@@ -84,7 +84,7 @@ class RunConfig(Table):
         if isinstance(self.schedule, Cosine | Linear) and self.schedule.lr_min > self.peak_lr:
             raise mistake("schedule.lr_min", self.schedule.lr_min, f"at most optim.lr = {self.peak_lr}")
         if self.train.precision == "fp16" and self.train.on_nonfinite == "lower_lr":
-            allowed = "'stop' or 'skip' with fp16, whose loss scale is found by gradients that are not finite"
+            allowed = "'stop' or 'skip' with fp16, where loss scaling produces gradients that are not finite"
             raise mistake("train.on_nonfinite", "lower_lr", allowed)
         if self.train.batch_size % self.train.grad_accum_steps:
             allowed = f"a multiple of train.grad_accum_steps = {self.train.grad_accum_steps}"
@@ -106,7 +106,7 @@ class RunConfig(Table):
             raise mistake("augment.progressive.ramp_end", progressive.ramp_end, allowed)
 
     def _check_branch(self, number: int) -> None:
-        """What [[branch]] and [model] say must make a network together."""
+        """[[branch]] and [model] together must give a valid network."""
         try:
             self.model_of(number)
         except ValidationError as error:
@@ -115,11 +115,11 @@ class RunConfig(Table):
             key = context.get("key", "model.arch").removeprefix("model.")
             if key in Branch.model_fields:
                 raise mistake(f"branch.{number}.{key}", context["given"], context["allowed"]) from None
-            allowed = f"one for which model.{key} = {context['given']!r} means something"
+            allowed = f"an architecture that supports model.{key} = {context['given']!r}"
             raise mistake(f"branch.{number}.arch", self.branch[number].arch, allowed) from None
 
     def model_of(self, number: int) -> Model:
-        """The network of a branch, counted in the whole ensemble."""
+        """The network of a branch; `number` is its index in the full ensemble."""
         if not self.branch:
             return self.model
         own = self.branch[number].model_dump(exclude={"bands"}, exclude_none=True)
@@ -145,7 +145,7 @@ class RunConfig(Table):
 
     @property
     def peak_lr(self) -> float:
-        """`optim.lr`, scaled to the batch where `optim.base_batch` says so (Goyal et al., 2017; Krizhevsky, 2014)."""
+        """`optim.lr`, scaled to the batch size if `optim.base_batch` is set (Goyal et al., 2017; Krizhevsky, 2014)."""
         optim = self.optim
         factor = self.train.batch_size / optim.base_batch if optim.base_batch else 1.0
         return optim.lr * (factor if optim.scaling == "linear" else factor**0.5)
@@ -160,9 +160,9 @@ class RunConfig(Table):
         return min(size, max(progressive.min_size, rounded * progressive.multiple))
 
     def steps_per_epoch(self, images: int) -> int:
-        """Whole batches in so many images; what is left over opens the next epoch.
+        """Full batches in `images` images; the remainder starts the next epoch.
 
-        Raises UserError where there is not one.
+        Raises UserError if there is not one full batch.
         """
         steps = images // self.train.batch_size
         if not steps:
@@ -170,9 +170,9 @@ class RunConfig(Table):
         return steps
 
     def rank_batch_size(self, world_size: int) -> int:
-        """Images that one rank takes through a branch at once.
+        """Images per rank and gradient accumulation step.
 
-        Raises UserError where the batch cannot be shared out evenly over `world_size` ranks.
+        Raises UserError if the batch cannot be divided evenly over `world_size` ranks.
         """
         parts = world_size * self.train.grad_accum_steps
         if self.train.batch_size % parts:

@@ -23,7 +23,7 @@ class Cosine(_Schedule):
     type: Literal["cosine"] = "cosine"
     lr_min: float = Field(0.0, ge=0)
     period_epochs: float | None = Field(None, gt=0)
-    """Epochs from the peak to `lr_min`, at least a step; unset: all after warm-up."""
+    """Epochs from the peak to `lr_min`, at least one step; unset: all epochs after warm-up."""
     after: Literal["bounce", "restart"] = "bounce"
     """After a period: back up along the cosine, as in torch's CosineAnnealingLR, or restart from the peak."""
 
@@ -44,17 +44,17 @@ class Step(_Schedule):
 
 
 class OneCycle(_Schedule):
-    """Up to the peak and down once, momentum the other way (Smith and Topin, Super-Convergence, 2018)."""
+    """Up to the peak and down again, with momentum cycled inversely (Smith and Topin, Super-Convergence, 2018)."""
 
     type: Literal["one_cycle"] = "one_cycle"
     peak_at: float = Field(0.3, gt=0, lt=1)
-    """Position of the peak, as a share of the steps after warm-up."""
+    """Position of the peak, as a fraction of the steps after warm-up."""
     start_factor: float = Field(1 / 25, gt=0, le=1)
-    """First learning rate, as a share of the peak."""
+    """First learning rate, as a fraction of the peak."""
     end_factor: float = Field(1e-4 / 25, ge=0, le=1)
-    """Last learning rate, as a share of the peak."""
+    """Last learning rate, as a fraction of the peak."""
     momentum: Annotated[tuple[Fraction, Fraction] | None, Field(strict=False)] = (0.85, 0.95)
-    """Momentum (Adam's first beta) at the peak and at both ends; unset: that of the optimizer."""
+    """Momentum (Adam's first beta) at the peak and at both ends; unset: the optimizer's momentum."""
 
 
 class Linear(_Schedule):

@@ -32,15 +32,15 @@ def _only(value: object) -> object:
 
 
 class Split(Table):
-    """The spectral split and who learns which bands."""
+    """The spectral split, and which branch reads which bands."""
 
     block: int = Field(1, ge=1, le=32)
-    """Side s of the pixel block; s² bands. 1: the ordinary classifier."""
+    """Side s of the pixel block; s² bands. 1: an ordinary RGB classifier."""
     transform: Literal["dct2d", "dct1d", "hadamard", "identity"] = "dct2d"
     norm: Literal["ortho", "none"] = "ortho"
-    """`none`: the un-normalized transform, as the published dct1d runs used it."""
+    """`none`: the unnormalized transform, as in the published dct1d runs."""
     branches: Annotated[Literal["each", "all"] | tuple[tuple[int, ...], ...], BeforeValidator(_branches)] = "each"
-    """Bands of each branch: "each" band its own, "all" in one network, or explicit groups."""
+    """Bands of each branch. "each": one branch per band; "all": one network for all bands; or explicit groups."""
     only: Annotated[tuple[int, ...] | None, BeforeValidator(_only)] = None
     """Branches that this run trains; unset: all."""
 
@@ -56,7 +56,7 @@ class Split(Table):
 
     @property
     def numbers(self) -> tuple[int, ...]:
-        """For each branch of this run its number in the whole ensemble."""
+        """For each branch of this run, its index in the full ensemble."""
         return self.only or tuple(range(len(self._all_groups())))
 
     def _all_groups(self) -> tuple[tuple[int, ...], ...]:
