@@ -26,7 +26,7 @@ def open_data(config: schema.Data, *parts: str) -> list[ImageFiles]:
     """What a training in one process opens."""
     ranks = Ranks(0, 1, 0, 1, torch.device("cpu"))
     whole = loading.load(REPOSITORY / "config/train/demo.toml").model_copy(update={"data": config})
-    return loader.open_data(whole, ranks, parts or ("train", "val"))
+    return list(loader.open_data(whole, ranks, parts or ("train", "val")).values())
 
 
 @pytest.fixture

@@ -172,7 +172,7 @@ def told_on_rank(roots: list[str], config: RunConfig) -> str:
     with joined(60) as ranks:
         data = config.data.model_copy(update={"root": roots[ranks.rank]})
         try:
-            train, _ = open_data(config.model_copy(update={"data": data}), ranks)
+            train = open_data(config.model_copy(update={"data": data}), ranks)["train"]
         except (UserError, ReportedElsewhere) as error:
             return f"{type(error).__name__} {getattr(error, 'one_rank', '')} {error}"
         return f"{len(train)} images"

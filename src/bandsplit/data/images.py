@@ -30,7 +30,7 @@ class Paths(Sequence[str]):
 
     def __init__(self, folder: Path, names: pa.LargeBinaryArray, rows: NDArray[np.int32] | None = None) -> None:
         """`rows`: which of the names, which are relative to `folder`; None: all."""
-        self._folder, self._names, self._rows = str(folder), names, rows
+        self.folder, self._names, self._rows = folder, names, rows
 
     def __len__(self) -> int:
         return len(self._names if self._rows is None else self._rows)
@@ -43,7 +43,7 @@ class Paths(Sequence[str]):
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
         row = i if self._rows is None else int(self._rows[i])
-        return os.path.join(self._folder, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118
+        return os.path.join(self.folder, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,7 +60,7 @@ class ImageFiles:
 
     @classmethod
     def of(cls, found: Index, folder: Path) -> ImageFiles:
-        """The images of an index that can be decoded."""
+        """The images of an index that can be decoded; `folder` is what its names are relative to."""
         if found.good.all():
             return cls(Paths(folder, found.names), found.column("label"), found.classes, found)
         rows = np.flatnonzero(found.good).astype(np.int32)
@@ -217,3 +217,16 @@ def _generate_once(data: Data, root: Path) -> None:
         with FileLock(root.with_name(f".{root.name}.lock")):
             if not root.exists():
                 demo.generate(root, **data.generate.model_dump())
+
+
+def require_same_classes(trained: Sequence[str], by: str, found: Sequence[str], where: str) -> None:
+    """Raises UserError if the class names that run `by` was trained on differ from those found in `where`."""
+    if list(trained) != list(found):
+        missing, new = (sorted({*some} - {*others}) for some, others in ((trained, found), (found, trained)))
+        told = [
+            f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
+            for what, names in (("missing", missing), ("new", new))
+            if names
+        ]
+        difference = "; ".join(told) or "the same in another order"
+        raise UserError(f"{where}: the classes are not those that {by} was trained on: {difference}")

@@ -54,7 +54,7 @@ class Teacher(Protocol):
 
 def open_data(
     config: RunConfig, ranks: Ranks, parts: Sequence[str] = ("train", "val"), signal: Callable[[], int] = lambda: 0
-) -> list[ImageFiles]:
+) -> dict[str, ImageFiles]:
     """The images of each part of the data set, the same on every rank; every rank calls it.
 
     Rank 0 looks at the files and examines those that are new or have changed; the other ranks read its index.  Where
@@ -76,7 +76,7 @@ def open_data(
         for part, each in files.items():
             images.log_left_out(getattr(data, part), each)
     ranks.each(partial(images.require_few_bad, data, files))
-    return list(files.values())
+    return files
 
 
 def _require_same(config: RunConfig, files: Mapping[str, ImageFiles], firsts: Mapping[str, Place]) -> None:

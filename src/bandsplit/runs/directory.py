@@ -22,11 +22,12 @@ from bandsplit import __version__
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
+from bandsplit.data.images import require_same_classes
 from bandsplit.errors import UserError
 from bandsplit.runs.files import make_folder, read_text, reading, replace_text, set_aside
 
 MAY_CHANGE = (
-    "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch",
+    "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.check", "data.max_bad",
     "train.log_every", "validation.batch_size", "distillation.teacher",
 )  # fmt: skip
 """Keys, or prefixes of keys, that do not affect what is computed and may change when a run is resumed."""
@@ -36,12 +37,14 @@ PACKAGES = ("torch", "torchvision", "nvidia.dali", "numpy")
 
 
 class RunDirectory:
-    """A run directory: config.toml, classes.json, environment.json, metrics.jsonl, checkpoints/, logs/ and plots/."""
+    """A run directory: config.toml, classes.json, environment.json, metrics.jsonl; data/, checkpoints/, logs/, plots/."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.config = self.path / "config.toml"
         self.classes = self.path / "classes.json"
+        self.data = self.path / "data"
+        """Indexes of the images that the run began with."""
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
@@ -124,19 +127,6 @@ class RunDirectory:
                 return launches
         logger.warning("{} cannot be understood; it is kept as {}", self.environment, set_aside(self.environment))
         return []
-
-
-def require_same_classes(trained: Sequence[str], by: str, found: Sequence[str], where: str) -> None:
-    """Raises UserError if the class names that run `by` was trained on differ from those found in `where`."""
-    if list(trained) != list(found):
-        missing, new = (sorted({*some} - {*others}) for some, others in ((trained, found), (found, trained)))
-        told = [
-            f"{what} {', '.join(names[:5])}{f' and {len(names) - 5} more' if len(names) > 5 else ''}"
-            for what, names in (("missing", missing), ("new", new))
-            if names
-        ]
-        difference = "; ".join(told) or "the same in another order"
-        raise UserError(f"{where}: the classes are not those that {by} was trained on: {difference}")
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

@@ -11,12 +11,13 @@ from torch import Tensor
 
 from bandsplit.config import loading
 from bandsplit.config.schema import Distillation, RunConfig
+from bandsplit.data.images import require_same_classes
 from bandsplit.errors import UserError
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
 from bandsplit.paths import expanded
 from bandsplit.runs import checkpoint
-from bandsplit.runs.directory import RunDirectory, flatten, require_same_classes, resolved
+from bandsplit.runs.directory import RunDirectory, flatten, resolved
 from bandsplit.spectral.view import View
 
 TRAINED = ("model.", "branch", "split.", "data.classes", "data.mean", "data.std")

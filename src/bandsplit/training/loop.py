@@ -37,7 +37,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         ExitStack() as stack,
     ):
         # ------------------------------------------------------------------ run directory, networks, data
-        plan = Plan.of(config, ranks, lambda: interrupted.signal)
+        plan = Plan.of(config, ranks, directory.data if resume else None, lambda: interrupted.signal)
         config = plan.config
         point = ranks.from_first(partial(state.open_run, directory, plan, resume, stack))
         if point and point.finished:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import torch
 from torch import nn
 
 from bandsplit import seeds
 from bandsplit.config.schema import RunConfig
+from bandsplit.data import pinned
 from bandsplit.data.feed import BatchFeed
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import Streams, StreamState, ValidationLoader, open_data, shard_of
@@ -39,13 +41,22 @@ class Plan:
     mesh: Mesh
 
     @classmethod
-    def of(cls, config: RunConfig, ranks: Ranks, signal: Callable[[], int] = lambda: 0) -> Plan:
-        """Every rank calls it.
+    def of(
+        cls, config: RunConfig, ranks: Ranks, began: Path | None = None, signal: Callable[[], int] = lambda: 0
+    ) -> Plan:
+        """Every rank must call it.
 
-        Raises UserError where the config does not fit the data or the ranks; Interrupted where `signal` tells of one
-        while images are examined.
+        Args:
+            began: the folder of a run that resumes with the images that it began with.
+            signal: which signal has been received; 0: none.
+
+        Raises UserError if the config does not fit the data or the ranks, and Interrupted if a signal is received while
+        images are examined.
         """
-        train_files, val_files = open_data(config, ranks, signal=signal)
+        files = open_data(config, ranks, signal=signal)
+        if began is not None:
+            files = ranks.each(partial(pinned.as_began, began, files, config.data))
+        train_files, val_files = files["train"], files["val"]
         config = config.with_classes(len(train_files.classes))
         config.steps_per_epoch(len(train_files))
         precision = Precision(config.train.precision, ranks.device)
@@ -55,6 +66,14 @@ class Plan:
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
         return cls(config, ranks, train_files, val_files, precision, teacher, parameters, mesh)
+
+    @property
+    def files(self) -> dict[str, ImageFiles]:
+        return {"train": self.train_files, "val": self.val_files}
+
+    @property
+    def digests(self) -> dict[str, str]:
+        return {part: files.digest for part, files in self.files.items()}
 
     @property
     def steps_per_epoch(self) -> int:

@@ -10,11 +10,14 @@ from pathlib import Path
 import torch
 from loguru import logger
 
+from bandsplit.data import pinned
+from bandsplit.data.images import require_same_classes
 from bandsplit.data.loader import Streams, StreamState
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
+from bandsplit.errors import UserError
 from bandsplit.runs import checkpoint
-from bandsplit.runs.directory import RunDirectory, environment, require_same_classes, resolved
+from bandsplit.runs.directory import RunDirectory, environment, resolved
 from bandsplit.runs.metrics import Metrics
 from bandsplit.training.meter import Meter, Progress
 from bandsplit.training.session import Plan, Session
@@ -57,6 +60,11 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
     if path is not None:
         run = checkpoint.read_run(path)
         require_same_classes(run["classes"], str(directory.path), classes, config.data.root)
+        if run["data"] != plan.digests:
+            raise UserError(
+                f"data.root: {config.data.root}: the images are not those that {path} was trained on, and "
+                f"{directory.data} does not list those"
+            )
         point = ResumePoint(path, run, run["progress"]["step"] >= plan.total_steps and metrics.ended)
         if point.finished:
             return point
@@ -66,7 +74,10 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
     metrics.forget_after(point.run["progress"]["step"] if point else 0)
     launch = environment(plan.ranks.world_size, device_name(plan.ranks))
     groups = plan.mesh.branch_groups
+    began = directory.holds_run
     directory.create(config, classes, {**launch, "branch_groups": groups, "bn_batch_size": bn_batch_size})
+    if not began:
+        pinned.keep(directory.data, plan.files)
     return point
 
 
@@ -92,6 +103,7 @@ def capture(session: Session, progress: Progress, meter: Meter) -> dict[str, che
             "format": checkpoint.FORMAT,
             "config": resolved(config),
             "classes": session.plan.train_files.classes,
+            "data": session.plan.digests,
             "progress": asdict(progress),
             "branches": list(config.split.numbers),
             "streams": streams.count,
