@@ -6,7 +6,7 @@ import os
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import overload
+from typing import cast, overload
 
 import numpy as np
 import pyarrow as pa
@@ -90,6 +90,19 @@ class ImageFiles:
         number = {name: i for i, name in enumerate(classes)}
         new = np.array([number[name] for name in self.classes], dtype=np.int32)
         return replace(self, labels=new[np.asarray(self.labels)], classes=list(classes))
+
+
+def scan(data: Data) -> dict[str, Index]:
+    """Index of every part that there is, brought up to date in this process; contents are read in any case."""
+    if data.check == "off":
+        data = data.model_copy(update={"check": "decode"})
+    parts = [part for part in ("train", "val") if (_root(data, generate=True) / getattr(data, part)).exists()]
+    work = examine(data, parts or ["train"])
+    while True:
+        try:
+            next(work)
+        except StopIteration as stop:
+            return {getattr(data, part): cast(Index, index.read(place.path)) for part, place in stop.value.items()}
 
 
 @dataclass(frozen=True)

@@ -94,18 +94,28 @@ class Index:
     @cached_property
     def good(self) -> NDArray[np.bool_]:
         """(N,), whether nothing speaks against a file."""
-        reasons = self.table.column("reason").combine_chunks()
-        fine = np.array([text == "" for text in reasons.dictionary.to_pylist()], dtype=bool)
-        return np.asarray(fine[reasons.indices.to_numpy()])
+        return np.asarray(self.texts("reason") == "", dtype=bool)
+
+    def texts(self, name: str) -> NDArray[np.object_]:
+        """A column of texts."""
+        column = self.table.column(name).combine_chunks()
+        values: NDArray[np.object_] = np.array(column.dictionary.to_pylist(), dtype=object)
+        return np.asarray(values[column.indices.to_numpy()], dtype=object)
 
     def named(self, i: int) -> str:
         return os.fsdecode(self.names[i].as_py())
 
     def bad(self) -> list[tuple[str, str]]:
         """Name and reason of every file that is left out."""
-        rows = np.flatnonzero(~self.good)
-        reasons = self.table.column("reason").take(pa.array(rows)).to_pylist()
-        return [(self.named(i), reason) for i, reason in zip(rows.tolist(), reasons, strict=True)]
+        return self._told("reason")
+
+    def notes(self) -> list[tuple[str, str]]:
+        """Name and note of every file that is used although something is to be said about it."""
+        return self._told("note")
+
+    def _told(self, column: str) -> list[tuple[str, str]]:
+        texts = self.texts(column)
+        return [(self.named(i), texts[i]) for i in np.flatnonzero(texts != "").tolist()]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------

@@ -37,7 +37,7 @@ PACKAGES = ("torch", "torchvision", "nvidia.dali", "numpy")
 
 
 class RunDirectory:
-    """A run directory: config.toml, classes.json, environment.json, metrics.jsonl; data/, checkpoints/, logs/, plots/."""
+    """A run directory: its config, classes, environment and metrics, and data/, checkpoints/, logs/ and plots/."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)

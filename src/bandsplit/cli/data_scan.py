@@ -1,0 +1,37 @@
+"""python src/data.py scan [CONFIG]: examine every image of a data set and summarize it."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bandsplit.cli import options
+from bandsplit.config import loading
+from bandsplit.errors import UserError
+from bandsplit.paths import writing_to
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "scan",
+        help="examine every image and summarize the data set",
+        description="Decodes every image that is new or has changed since the last scan, and prints a summary: images "
+        "per class, formats, sizes, duplicates within and across training and validation images, bad files.",
+    )
+    options.add_config(parser)
+    parser.add_argument("--output", type=Path, metavar="CSV", help="write all files that are left out to this file")
+    parser.set_defaults(run=run)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        raise UserError(f"--output {arguments.output}: there is no folder {arguments.output.parent}")
+    data = loading.load(arguments.config or options.DEMO, arguments.set, arguments.data).data
+    from bandsplit.data import images, summary
+
+    indexes = images.scan(data)
+    print(summary.summary(indexes))
+    if arguments.output is not None:
+        with writing_to(arguments.output):
+            summary.bad_files(indexes).to_csv(arguments.output, index=False, errors="surrogateescape")
