@@ -85,20 +85,26 @@ class Index:
 
     def column(self, name: str) -> NDArray[Any]:
         """A column of numbers."""
-        return np.asarray(self.table.column(name).combine_chunks().to_numpy(zero_copy_only=False))
+        return np.asarray(self._array(name).to_numpy(zero_copy_only=False))
 
     @cached_property
     def names(self) -> pa.LargeBinaryArray:
-        return self.table.column("name").combine_chunks()
+        return self._array("name")
+
+    def _array(self, name: str) -> Any:
+        column = self.table.column(name)
+        return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()  # which copies
 
     @cached_property
     def good(self) -> NDArray[np.bool_]:
         """(N,), whether nothing speaks against a file."""
-        return np.asarray(self.texts("reason") == "", dtype=bool)
+        reasons = self._array("reason")
+        fine = np.array([text == "" for text in reasons.dictionary.to_pylist()], dtype=bool)
+        return np.asarray(fine[reasons.indices.to_numpy()], dtype=bool)
 
     def texts(self, name: str) -> NDArray[np.object_]:
         """A column of texts."""
-        column = self.table.column(name).combine_chunks()
+        column = self._array(name)
         values: NDArray[np.object_] = np.array(column.dictionary.to_pylist(), dtype=object)
         return np.asarray(values[column.indices.to_numpy()], dtype=object)
 
@@ -114,8 +120,9 @@ class Index:
         return self._told("note")
 
     def _told(self, column: str) -> list[tuple[str, str]]:
-        texts = self.texts(column)
-        return [(self.named(i), texts[i]) for i in np.flatnonzero(texts != "").tolist()]
+        texts = self._array(column)
+        said = pc.indices_nonzero(pc.not_equal(texts, "")).to_pylist()
+        return [(self.named(i), texts[i].as_py()) for i in said]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -263,7 +270,7 @@ class _Facts:
         theirs = theirs[same]
         for name in _EXAMINED:
             if name in self._texts:
-                values = known.table.column(name).combine_chunks()
+                values = known._array(name)
                 codes = np.array([self._code(name, text) for text in values.dictionary.to_pylist()], dtype=np.int32)
                 self._columns[name][same] = codes[values.indices.to_numpy()[theirs]]
             else:

@@ -1,0 +1,85 @@
+"""Lists of paths and labels, and walks of many folders."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from torchvision.datasets import ImageFolder
+
+from bandsplit.data import folders
+from bandsplit.data.folders import MISSING, listed, walk
+from bandsplit.errors import UserError
+
+
+def names(found: folders.Found) -> list[str]:
+    return [os.fsdecode(name.as_py()) for name in found.names]
+
+
+@pytest.mark.parametrize("in_this_process", [10**9, 0], ids=["here", "in workers"])
+def test_a_walk_finds_what_torchvision_finds(
+    image_root: Path, monkeypatch: pytest.MonkeyPatch, in_this_process: int
+) -> None:
+    monkeypatch.setattr(folders, "_IN_THIS_PROCESS", in_this_process)
+    found, theirs = walk(image_root / "train"), ImageFolder(image_root / "train")
+    assert [(f"{found.folder}/{name}", int(label)) for name, label in zip(names(found), found.labels, strict=True)] == [
+        (path, label) for path, label in theirs.samples
+    ]
+    assert found.classes == theirs.classes
+    stats = [Path(path).stat() for path, _ in theirs.samples]
+    assert found.sizes.tolist() == [about.st_size for about in stats]
+    assert found.mtimes.tolist() == [about.st_mtime_ns for about in stats]
+
+
+LISTS = {
+    "text": ("l.txt", "a/x 1.jpg cat\n\n# a comment\nb.jpg\tdog\n"),
+    "windows": ("l.txt", "\ufeffa/x 1.jpg cat\r\nb.jpg dog\r\n"),
+    "csv": ("l.csv", "a/x 1.jpg,cat\nb.jpg,dog\n"),
+    "header": ("l.CSV", 'split,label,path\ntrain,cat,"a/x 1.jpg"\nval, dog,b.jpg\n'),
+}
+
+
+@pytest.mark.parametrize(("name", "text"), LISTS.values(), ids=LISTS)
+def test_lists_of_all_kinds(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "x 1.jpg").write_bytes(b"12345")
+    (tmp_path / name).write_text(text, encoding="utf-8", newline="")
+    found = listed(tmp_path / name, tmp_path)
+    assert names(found) == ["a/x 1.jpg", "b.jpg"]
+    assert found.labels.tolist() == [0, 1]
+    assert found.classes == ["cat", "dog"]
+    assert found.sizes.tolist() == [5, MISSING]
+
+
+def test_labels_that_are_indices_count_from_0_and_names_of_digits_do_not(tmp_path: Path) -> None:
+    (tmp_path / "l.txt").write_text("a 10\nb 2\n")
+    found = listed(tmp_path / "l.txt", tmp_path)
+    assert (found.classes, found.labels.tolist()) == ([str(i) for i in range(11)], [10, 2])
+    (tmp_path / "l.txt").write_text("a 02084071\nb 02\n")
+    found = listed(tmp_path / "l.txt", tmp_path)
+    assert (found.classes, found.labels.tolist()) == (["02", "02084071"], [1, 0])
+
+
+def test_labels_of_validation_mean_those_of_training(tmp_path: Path) -> None:
+    (tmp_path / "l.txt").write_text("a zebra\n")
+    assert listed(tmp_path / "l.txt", tmp_path, ["ape", "zebra"]).labels.tolist() == [1]
+    with pytest.raises(UserError, match=r"l.txt, line 1: 'zebra' given, .* no class of the training list: ape, bear"):
+        listed(tmp_path / "l.txt", tmp_path, ["ape", "bear"])
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.txt", "", "no images in this list"),
+        ("l.txt", "a 1\nb\n", r"line 2: 'b' given; expected a path, a blank and a label"),
+        ("l.csv", "a,1\nb\n", r"line 2: 'b' given; expected a path and a label"),
+        ("l.csv", "a,b,c\n", r"line 1: 3 columns given; expected two, a path and a label, or a header"),
+        ("none", None, "no such list; expected CSV or text"),
+    ],
+)
+def test_lists_that_cannot_be_understood(tmp_path: Path, name: str, text: str | None, message: str) -> None:
+    if text is not None:
+        (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=f"{name}.*{message}"):
+        listed(tmp_path / name, tmp_path)
