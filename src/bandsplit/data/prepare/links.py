@@ -1,0 +1,53 @@
+"""Images of a data set that is there already, in another arrangement: links, or copies."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal
+
+from bandsplit.paths import reading_from, writing_to
+
+Link = Literal["hard", "symbolic", "copy"]
+
+TOLD: dict[Link, str] = {"hard": "hard links", "symbolic": "symbolic links", "copy": "copies"}
+
+
+def place(source: Path, target: Path, link: Link) -> Link:
+    """Makes `target` the same image as `source`, which stays as it is; returns what it has become.
+
+    A hard link becomes a symbolic one where the file system has none or forbids it, and from one disk to another.
+    """
+    source = source.resolve()
+    with writing_to(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if link == "hard":
+            try:
+                os.link(source, target)
+                return link
+            except OSError:
+                link = "symbolic"
+        if link == "symbolic":
+            target.symlink_to(source)
+        else:
+            shutil.copyfile(source, target)
+        return link
+
+
+def needed_bytes(sources: Iterable[Path], link: Link) -> int:
+    """Bytes on the disk."""
+    if link != "copy":
+        return 0
+    with reading_from(Path()):
+        return sum(source.stat().st_size for source in sources)
+
+
+def told(used: set[Link], asked: Link, source: Path) -> list[str]:
+    """What the images have become, for the summary; nothing where another run has made them."""
+    if not used:
+        return []
+    how = " and ".join(TOLD[link] for link in sorted(used))
+    why = "" if used == {asked} else f"; {TOLD[asked]} are not possible from there to here"
+    return [f"the images are {how} of {source}, which is unchanged{why}"]
