@@ -351,7 +351,7 @@ def test_a_truncated_archive_is_told_and_replaced(run_here: Run, archives: Path,
     }[cut]
     path.write_bytes(whole[:end])
     done = prepare_1k(run_here, archives, tmp_path / "to")
-    refused(done, str(path), "not a tar archive" if cut == "nothing left" else f"cut short: its {end:,} bytes end")
+    refused(done, str(path), "not a tar archive" if cut == "nothing left" else f"truncated: its {end:,} bytes end")
     path.write_bytes(whole)
     assert prepare_1k(run_here, archives, tmp_path / "to").returncode == 0
     assert len(scan(tmp_path / "to/train")) == 5 * PER_CLASS
@@ -373,7 +373,7 @@ def test_an_inner_archive_that_is_cut_or_none(run_here: Run, archives: Path, tmp
     path = archives / "ILSVRC2012_img_train.tar"
     inner = {f"{wnid}.tar": class_tar(wnid) for wnid in WNIDS}
     for bad, told in (
-        (class_tar(WNIDS[1])[:1700], "is cut short"),
+        (class_tar(WNIDS[1])[:1700], "is truncated"),
         (b"<!DOCTYPE html>" * 100, "is not a tar archive"),
     ):
         path.write_bytes(tar(inner | {f"{WNIDS[1]}.tar": bad}))
@@ -414,12 +414,14 @@ def test_wrong_files_are_told(run_here: Run, archives: Path, tmp_path: Path) -> 
     with_file(train, tar({}), "no archives of classes in it")
     with_file(train, tar({f"{wnid}.tar": class_tar(wnid) for wnid in WNIDS[1:]}), f"4 classes, without {WNIDS[0]}")
     more = {f"{wnid}.tar": class_tar(wnid) for wnid in [*WNIDS, "n99999999"]}
-    with_file(train, tar(more), "6 classes, with the unknown n99999999; the devkit names 5 classes")
+    with_file(train, tar(more), "6 classes, with the unknown n99999999; the devkit lists 5 classes")
     with_file(val, contents[train], f"'{WNIDS[0]}.tar' in it is refused: not an image")
     with_file(val, tar({"ILSVRC2012_val_00000001.JPEG": jpeg(1)}), "1 images in it, but the devkit has labels of 15")
     with_file(kit, contents[val], "no data/meta.mat in it; expected the devkit")
     with_file(
-        kit, tar({"x/data/meta.mat": b"no", f"x/{'data/ILSVRC2012_validation_ground_truth.txt'}": b"1\n"}), "underst"
+        kit,
+        tar({"x/data/meta.mat": b"no", f"x/{'data/ILSVRC2012_validation_ground_truth.txt'}": b"1\n"}),
+        "cannot be parsed",
     )
     assert prepare_1k(run_here, archives, tmp_path / "to").returncode == 0
 
@@ -428,7 +430,7 @@ def test_a_destination_that_holds_something_else_is_left_alone(run_here: Run, ar
     to = tmp_path / "to"
     to.mkdir()
     (to / "thesis.txt").write_text("mine")
-    refused(prepare_1k(run_here, archives, to), f"{to}: holds something else (thesis.txt)")
+    refused(prepare_1k(run_here, archives, to), f"{to}: contains other files (thesis.txt)")
     assert [path.name for path in to.iterdir()] == ["thesis.txt"]
     refused(prepare_1k(run_here, archives, to / "thesis.txt"), "not a folder")
     (to / "thesis.txt").unlink()
@@ -441,7 +443,9 @@ def test_a_destination_that_holds_something_else_is_left_alone(run_here: Run, ar
 def test_two_processes_do_not_share_a_destination(run_here: Run, archives: Path, tmp_path: Path) -> None:
     job = destination.Job("imagenet1k", {"parts": ["train", "val"]})
     with destination.opened(tmp_path / "to", job):
-        refused(prepare_1k(run_here, archives, tmp_path / "to"), "another process prepares a data set in this folder")
+        refused(
+            prepare_1k(run_here, archives, tmp_path / "to"), "another process is preparing a data set in this folder"
+        )
     assert prepare_1k(run_here, archives, tmp_path / "to").returncode == 0
 
 
@@ -569,11 +573,11 @@ def test_imagenet21k_truncated_keeps_what_is_finished(run_here: Run, tmp_path: P
     content = whole(gzipped=True)
     archive.write_bytes(content[: len(content) * 3 // 5])
     done = prepare_21k(run_here, archive, to)
-    refused(done, f"{archive}: cut short: its {len(content) * 3 // 5:,} bytes end inside 'winter21_whole/n0")
+    refused(done, f"{archive}: truncated: its {len(content) * 3 // 5:,} bytes end inside 'winter21_whole/n0")
     finished = {path: path.stat().st_mtime_ns for path in (to / "train").rglob("*.JPEG")}
     assert finished
     archive.write_bytes(content[:-4])  # of gzip's own end
-    refused(prepare_21k(run_here, archive, to), f"{archive}: cut short")
+    refused(prepare_21k(run_here, archive, to), f"{archive}: truncated")
     padded = gzip.compress(gzip.decompress(content) + bytes(1 << 20), mtime=0)  # its checksum is far behind the images
     archive.write_bytes(padded[:-8] + bytes(4) + padded[-4:])
     refused(prepare_21k(run_here, archive, to), f"{archive}: damaged: CRC check failed", "into another folder")
@@ -662,7 +666,7 @@ def test_tiny_imagenet_mistakes(run_here: Run, tmp_path: Path) -> None:
     path, to = tmp_path / "tiny-imagenet-200.zip", tmp_path / "to"
     refused(prepare_tiny(run_here, tmp_path, to), "neither tiny-imagenet-200.zip nor the unpacked")
     for changed, told in (
-        ({"../out.JPEG": b""}, "'../out.JPEG' in it is refused: it leads out of the folder"),
+        ({"../out.JPEG": b""}, "'../out.JPEG' in it is refused: it points outside of the folder"),
         ({"wnids.txt": None}, "no wnids.txt in it"),
         ({"train/n01440764/images/notes.txt": b""}, "notes.txt' in it is refused: not an image"),
         ({"train/n00000000/images/x.JPEG": b""}, "is of a class that is not in wnids.txt"),
@@ -674,9 +678,11 @@ def test_tiny_imagenet_mistakes(run_here: Run, tmp_path: Path) -> None:
     tiny(path)
     content = path.read_bytes()
     path.write_bytes(content[:-400])
-    refused(prepare_tiny(run_here, path, to), f"{path}: damaged, cut short or no zip file")
+    refused(prepare_tiny(run_here, path, to), f"{path}: damaged, truncated or not a zip file")
     path.write_bytes(content.replace(jpeg("val", 0)[-9:], b"123456789"))
-    refused(prepare_tiny(run_here, path, to), f"{path}: damaged, cut short or no zip file", "Bad CRC-32", "val_0.JPEG")
+    refused(
+        prepare_tiny(run_here, path, to), f"{path}: damaged, truncated or not a zip file", "Bad CRC-32", "val_0.JPEG"
+    )
     path.write_bytes(content)
     assert prepare_tiny(run_here, path, to).returncode == 0
     assert prepare_tiny(run_here, path, tmp_path / "undisturbed").returncode == 0
@@ -831,7 +837,7 @@ def test_flat_mistakes(run_here: Run, flat: Path, tmp_path: Path) -> None:
         ("image 0.JPEG a\nimage 99.JPEG a", "list: 1 images that are not there: image 99.JPEG"),
         ("image0.JPEG", "line 1: 'image0.JPEG', expected a name and a label"),
         ("image 0.JPEG a\nimage 0.JPEG b", "line 2: 'image 0.JPEG' has the label 'b' and 'a'"),
-        ("image 0.JPEG a\n../image 0.JPEG b", "'../image 0.JPEG' in it is refused: it leads out of the folder"),
+        ("image 0.JPEG a\n../image 0.JPEG b", "'../image 0.JPEG' in it is refused: it points outside of the folder"),
         ("image 0.JPEG,a/b", "'a/b' cannot be the name of a class folder"),
         ("", "none is listed"),
     ):

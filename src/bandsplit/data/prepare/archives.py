@@ -20,7 +20,7 @@ from bandsplit.paths import reading_from, writing_to
 CHUNK = 1 << 20
 BUFFER = 1 << 16
 
-AGAIN = "get it again and repeat the command, which keeps what is finished"
+AGAIN = "download it again and repeat the command; finished classes are kept"
 
 # -------------------------------------------------------------------------------------------------- reading an archive
 
@@ -89,14 +89,14 @@ def opened(path: Path) -> Iterator[tuple[IO[bytes], Callable[[], int]]]:
             return
         with gzip.GzipFile(fileobj=raw) as unzipped:
             yield cast(IO[bytes], unzipped), raw.tell
-            with damage_told(path):
+            with reporting_damage(path):
                 while unzipped.read(CHUNK):
                     pass
 
 
 @contextmanager
-def damage_told(path: Path, inside: str = "") -> Iterator[None]:
-    """Turns what tarfile, gzip and zlib say of damaged archives into a UserError.
+def reporting_damage(path: Path, inside: str = "") -> Iterator[None]:
+    """Turns the errors of tarfile, gzip and zlib for damaged archives into a UserError.
 
     Args:
         path: the archive.
@@ -112,23 +112,23 @@ def damage_told(path: Path, inside: str = "") -> Iterator[None]:
     except EOFError:
         raise UserError(_cut(path, inside)) from None
     except (gzip.BadGzipFile, zlib.error) as error:  # gzip's checksum is at its end: the damage is anywhere
-        told = "get it again and prepare it into another folder, since any image of it may be wrong"
-        raise UserError(f"{path}: damaged: {error}; {told}") from error
+        advice = "download it again and prepare it into another folder: any image unpacked from it may be wrong"
+        raise UserError(f"{path}: damaged: {error}; {advice}") from error
     except tarfile.TarError as error:
         if str(error) != ENDS_EARLY:
             raise UserError(f"{path}: {within + ' is ' if inside else ''}damaged: {error}; {AGAIN}") from error
-        raise UserError(f"{path}: {within} is cut short; {AGAIN}" if inside else _cut(path, "")) from None
+        raise UserError(f"{path}: {within} is truncated; {AGAIN}" if inside else _cut(path, "")) from None
 
 
 def _cut(path: Path, inside: str) -> str:
     where = f" inside {inside!r}" if inside else ""
-    return f"{path}: cut short: its {path.stat().st_size:,} bytes end{where} before the archive does; {AGAIN}"
+    return f"{path}: truncated: its {path.stat().st_size:,} bytes end{where} before the end of the archive; {AGAIN}"
 
 
 def files(source: IO[bytes], path: Path, inside: str = "") -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
     """The files of a tar archive in its order, each with its content, which has to be read before the next one.
 
-    Call it within `damage_told`.
+    Call it within `reporting_damage`.
 
     Args:
         source: where the archive is read from.
@@ -147,9 +147,9 @@ def files(source: IO[bytes], path: Path, inside: str = "") -> Iterator[tuple[tar
 def index(path: Path) -> list[tarfile.TarInfo]:
     """Headers of all files of an archive, which has to be whole.
 
-    Seeks from header to header; a gzip file is read to its end.  Raises UserError as `damage_told`.
+    Seeks from header to header; a gzip file is read to its end.  Raises UserError as `reporting_damage`.
     """
-    with damage_told(path), reading_from(path):
+    with reporting_damage(path), reading_from(path):
         if is_gzip(path):
             with opened(path) as (source, _):
                 return [member for member, _ in files(source, path)]
@@ -199,10 +199,10 @@ def is_file(member: tarfile.TarInfo, path: Path, inside: str = "") -> bool:
 
 
 def require_safe(name: str, archive: str) -> None:
-    """Raises UserError where the name of a file in an archive or list leads out of the folder."""
+    """Raises UserError where the name of a file in an archive or list points outside of the folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
-        raise UserError(f"{archive}: {name!r} in it is refused: it leads out of the folder")
+        raise UserError(f"{archive}: {name!r} in it is refused: it points outside of the folder")
 
 
 def is_image(name: str) -> bool:

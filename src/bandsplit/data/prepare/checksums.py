@@ -40,7 +40,7 @@ def require_published(path: Path, name: str, target: Destination) -> None:
     if found != MD5[name]:
         raise UserError(
             f"{path}: its MD5 is {found}, but {MD5[name]} is published for {name}: damaged, incomplete "
-            f"({about.st_size:,} bytes) or packed again; get it again, or use it as it is with --skip-checksum"
+            f"({about.st_size:,} bytes) or repacked; download it again, or use it as it is with --skip-checksum"
         )
     target.note(f"md5 {name}", same)
 

@@ -146,8 +146,8 @@ class Destination:
         needed = SLACK * (archives - self.finished_bytes - unfinished)
         if needed > free:
             raise UserError(
-                f"{self.root}: {told_bytes(needed)} needed, {told_bytes(free)} free on this disk; make room or choose "
-                "another --to"
+                f"{self.root}: {format_bytes(needed)} needed, {format_bytes(free)} free on this disk; free some space "
+                "or choose another --to"
             )
 
 
@@ -174,7 +174,7 @@ def opened(root: Path, job: Job, beside: Collection[Path] = ()) -> Iterator[Dest
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise UserError(f"{root}: another process prepares a data set in this folder") from None
+        raise UserError(f"{root}: another process is preparing a data set in this folder") from None
     try:
         if destination.result is None and _read(state / "job.json") is None:
             _write(state / "job.json", {"prepared": job.what, "options": job.options})
@@ -202,7 +202,7 @@ def _require_own(root: Path, job: Job, beside: set[Path]) -> None:
     others = sorted(path.name for path in root.iterdir() if path.name != STATE and path not in beside)
     if others:
         some = ", ".join(others[:5]) + ", …" * (len(others) > 5)
-        raise UserError(f"{root}: holds something else ({some}); --to needs a new or empty folder")
+        raise UserError(f"{root}: contains other files ({some}); --to needs a new or empty folder")
 
 
 def _is_untouched(state: Path) -> bool:
@@ -224,7 +224,7 @@ def _write(path: Path, about: dict[str, Any]) -> None:
         path.write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
-def told_bytes(size: float) -> str:
+def format_bytes(size: float) -> str:
     """In decimal units, as disks and `df -H` count them."""
     for unit in ("bytes", "kB", "MB", "GB"):
         if size < 1000:

@@ -61,9 +61,11 @@ def prepare(source: Path, listing: Path, to: Path, classes: Path | None, link: L
         result = target.result
         assert result is not None
     not_listed = len(images) - len(labels)
-    told = [f"{not_listed:,} images are not in {listing} and are left out"] * bool(not_listed)
+    notes = links.described(used, link, source)
+    if not_listed:
+        notes.append(f"{not_listed:,} images are not in {listing} and are left out")
     command = NEXT.format(parent=target.root.parent, name=target.root.name)
-    return summary.lines(target.root, result, command, *links.told(used, link, source), *told)
+    return summary.lines(target.root, result, command, *notes)
 
 
 def _images(source: Path) -> list[str]:

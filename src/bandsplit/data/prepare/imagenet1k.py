@@ -10,7 +10,16 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from bandsplit.data.prepare import archives, summary
-from bandsplit.data.prepare.archives import Unpacked, damage_told, files, index, is_hidden, opened, unpack_images, write
+from bandsplit.data.prepare.archives import (
+    Unpacked,
+    files,
+    index,
+    is_hidden,
+    opened,
+    reporting_damage,
+    unpack_images,
+    write,
+)
 from bandsplit.data.prepare.checksums import require_published
 from bandsplit.data.prepare.destination import Counts, Destination, Job
 from bandsplit.data.prepare.destination import opened as destination_opened
@@ -101,7 +110,7 @@ def _unpack_devkit(path: Path, target: Destination) -> Devkit:
     if target.is_finished("dev"):
         return _parsed(target.root / "dev", path)
     folder = target.emptied("dev")
-    with reading_from(path), damage_told(path), opened(path) as (source, _):
+    with reading_from(path), reporting_damage(path), opened(path) as (source, _):
         for member, content in files(source, path):
             below = PurePosixPath(*PurePosixPath(member.name).parts[1:])  # without ILSVRC2012_devkit_t12/
             if below.name and not is_hidden(member.name):
@@ -130,7 +139,7 @@ def _parsed(folder: Path, path: Path) -> Devkit:
         numbers = (folder / GROUND_TRUTH).read_text(encoding="utf-8").split()
         val = [ids[int(number)] for number in numbers]
     except (ValueError, KeyError, IndexError, TypeError, scipy.io.matlab.MatReadError) as error:
-        raise UserError(f"{path}: {META} and {GROUND_TRUTH} in it cannot be understood: {error!r}") from error
+        raise UserError(f"{path}: {META} and {GROUND_TRUTH} in it cannot be parsed: {error!r}") from error
     return Devkit(words, val)
 
 
@@ -163,12 +172,12 @@ def _unpack_val(path: Path, labels: dict[str, str], target: Destination) -> None
         for name in set(labels.values()):
             (folder / name).mkdir(exist_ok=True)
     size = path.stat().st_size
-    with Progress(f"unpacking {path.name}", size) as progress, damage_told(path), opened(path) as (source, _):
+    with Progress(f"unpacking {path.name}", size) as progress, reporting_damage(path), opened(path) as (source, _):
         contents = ((member.name, member.size, content) for member, content in files(source, path))
         unpacked = unpack_images(contents, str(path), lambda name: folder / labels[name] / name, progress)
     with writing_to(folder):
         for image in folder.glob("*/*"):
-            if labels.get(image.name) != image.parent.name:  # of another archive, which was replaced by this one
+            if labels.get(image.name) != image.parent.name:  # left over from an archive that has been replaced since
                 image.unlink()
     counts: Counts = {"val": dict(Counter(labels.values()))}
     if unpacked.hidden:

@@ -1,7 +1,7 @@
 """ImageNet-21K from its archive: classes with few images left out, as many images of each of the others held out.
 
 The rule, 500 images a class and 50 of them held out, is that of Ridnik et al., "ImageNet-21K Pretraining for the
-Masses", 2021 (ImageNet-21K-P), whose held-out images are others.
+Masses", 2021 (ImageNet-21K-P); its held-out images are other ones.
 """
 
 from __future__ import annotations
@@ -57,14 +57,13 @@ def prepare(
         assert images is not None
     left_out = images.get("left out", {})
     few = sum(left_out.values())
-    told = [
-        f"{len(left_out):,} classes with fewer than {min_images} images are left out ({few:,} images)",
-        *([] if min_images != 500 else [compared(set(images["train"]), left_out, release)]),
-    ]
+    notes = [f"{len(left_out):,} classes with fewer than {min_images} images are left out ({few:,} images)"]
+    if min_images == 500:  # as in timm's lists
+        notes.append(compared(set(images["train"]), left_out, release))
     command = (
         "IMAGENET21K={root} torchrun src/train.py config/train/resnet34_21k_baseline.toml --set data.classes={classes}"
     )
-    return summary.lines(target.root, images, command, *told)
+    return summary.lines(target.root, images, command, *notes)
 
 
 def _found(source: Path, release: Release | None) -> Path:

@@ -1,4 +1,4 @@
-"""Images of a data set that is there already, in another arrangement: links, or copies."""
+"""Links to images of an existing data set, or copies of them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from bandsplit.paths import reading_from, writing_to
 
 Link = Literal["hard", "symbolic", "copy"]
 
-TOLD: dict[Link, str] = {"hard": "hard links", "symbolic": "symbolic links", "copy": "copies"}
+NAMES: dict[Link, str] = {"hard": "hard links", "symbolic": "symbolic links", "copy": "copies"}
 
 
 def place(source: Path, target: Path, link: Link) -> Link:
@@ -44,10 +44,10 @@ def needed_bytes(sources: Iterable[Path], link: Link) -> int:
         return sum(source.stat().st_size for source in sources)
 
 
-def told(used: set[Link], asked: Link, source: Path) -> list[str]:
-    """What the images have become, for the summary; nothing where another run has made them."""
+def described(used: set[Link], asked: Link, source: Path) -> list[str]:
+    """One line for the summary: what the images are; none where an earlier run has made them."""
     if not used:
         return []
-    how = " and ".join(TOLD[link] for link in sorted(used))
-    why = "" if used == {asked} else f"; {TOLD[asked]} are not possible from there to here"
+    how = " and ".join(NAMES[link] for link in sorted(used))
+    why = "" if used == {asked} else f"; {NAMES[asked]} are not possible from there to here"
     return [f"the images are {how} of {source}, which is unchanged{why}"]

@@ -59,8 +59,10 @@ def prepare(source: Path, to: Path, share: Fraction | int, seed: int, link: Link
             target.finish()
         result = target.result
         assert result is not None
-    passed_over = [f"passed over: {'; '.join(found.passed_over)}"] * bool(found.passed_over)
-    return summary.lines(target.root, result, NEXT, *links.told(used, link, folder), *passed_over)
+    notes = links.described(used, link, folder)
+    if found.passed_over:
+        notes.append(f"passed over: {'; '.join(found.passed_over)}")
+    return summary.lines(target.root, result, NEXT, *notes)
 
 
 def _val_images(name: str, count: int, share: Fraction | int, folder: Path) -> int:

@@ -1,4 +1,4 @@
-"""What has been prepared, in a few lines, and the command to go on with."""
+"""The summary of what has been prepared, with the command to continue with."""
 
 from __future__ import annotations
 
@@ -19,13 +19,17 @@ def lines(root: Path, images: Counts, next_command: str, *more: str) -> str:
         more: lines to add.
     """
     parts = {part: classes for part, classes in images.items() if part not in ("hidden", "left out")}
-    classes = {name for part in parts.values() for name in part}
-    told = ", ".join(f"{sum(part.values()):,} images" + f" in {name}/" * bool(name) for name, part in parts.items())
-    hidden = sum(images.get("hidden", {}).values())
-    told_hidden = [f"{hidden:,} hidden files of the archives are left out"] * bool(hidden)
-    command = next_command.format(root=shlex.quote(str(root)), classes=len(classes))
-    text = "\n".join([f"{root}: {len(classes):,} classes, {told}", *told_hidden, *more, f"next: {command}"])
-    return text.encode(errors="backslashreplace").decode()  # a path may have bytes that are no UTF-8
+    names = {name for classes in parts.values() for name in classes}
+    counts = [
+        f"{sum(classes.values()):,} images in {part}/" if part else f"{sum(classes.values()):,} images"
+        for part, classes in parts.items()
+    ]
+    text = [f"{root}: {len(names):,} classes, {', '.join(counts)}"]
+    if hidden := sum(images.get("hidden", {}).values()):
+        text.append(f"{hidden:,} hidden files of the archives are left out")
+    text += more
+    text.append(f"next: {next_command.format(root=shlex.quote(str(root)), classes=len(names))}")
+    return "\n".join(text).encode(errors="backslashreplace").decode()  # a path may have bytes that are no UTF-8
 
 
 def some(names: Sequence[str]) -> str:

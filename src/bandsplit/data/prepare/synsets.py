@@ -11,13 +11,13 @@ from typing import IO
 
 from bandsplit.data.prepare.archives import (
     Unpacked,
-    damage_told,
     files,
     index,
     is_gzip,
     is_hidden,
     member_of,
     opened,
+    reporting_damage,
     unpack_images,
 )
 from bandsplit.data.prepare.destination import Destination
@@ -34,11 +34,11 @@ class Synsets:
     """An archive of the archives of classes.
 
     The inner archives are read where they lie, without a copy.  Of a file that is not compressed several are read at a
-    time, by threads: reading and writing leave Python's lock.  A compressed one can only be read from front to back.
+    time, by threads: reading and writing release the GIL.  A compressed one can only be read from front to back.
     """
 
     def __init__(self, path: Path, known: Collection[str] | None = None) -> None:
-        """Looks into the archive, unless it is compressed.
+        """Reads the index of the archive, unless it is compressed.
 
         Args:
             known: names of the classes that have to be there, all of them and no others; None: whatever there is.
@@ -81,7 +81,7 @@ class Synsets:
 
     def _in_order(self, target: Destination, finish: Finish, progress: Progress) -> None:
         names: list[str] = []
-        with damage_told(self.path), opened(self.path) as (source, position):
+        with reporting_damage(self.path), opened(self.path) as (source, position):
             progress.position = position
             for member, inner in files(source, self.path):
                 if is_hidden(member.name):
@@ -97,13 +97,13 @@ class Synsets:
     ) -> None:
         name = self._class_of(member)
         folder = target.work(f"classes/{name}")
-        with damage_told(self.path, member.name):
+        with reporting_damage(self.path, member.name):
             contents = ((image.name, image.size, content) for image, content in files(inner, self.path, member.name))
             unpacked = unpack_images(contents, f"{self.path}: {member.name}", folder.joinpath, progress)
         names = set(unpacked.names)
         with writing_to(folder):
             for path in folder.iterdir():
-                if path.name not in names:  # of another archive, which was replaced by this one
+                if path.name not in names:  # left over from an archive that has been replaced since
                     path.unlink()
         finish(name, folder, unpacked, member.size)
 
@@ -116,9 +116,9 @@ class Synsets:
         if self._known is None or there == set(self._known):
             return
         lacking, unknown = sorted(set(self._known) - there), sorted(there - set(self._known))
-        odd = [f"without {some(lacking)}"] * bool(lacking) + [f"with the unknown {some(unknown)}"] * bool(unknown)
+        odd = [f"{how} {some(names)}" for how, names in (("without", lacking), ("with the unknown", unknown)) if names]
         raise UserError(
-            f"{self.path}: {len(names)} classes, {' and '.join(odd)}; the devkit names {len(self._known)} classes"
+            f"{self.path}: {len(names)} classes, {' and '.join(odd)}; the devkit lists {len(self._known)} classes"
         )
 
     def _class_of(self, member: tarfile.TarInfo) -> str:

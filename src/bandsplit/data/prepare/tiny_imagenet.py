@@ -109,7 +109,7 @@ def _source(path: Path) -> Iterator[Source]:
                 yield _Zip(path, archive)
         except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
             raise UserError(
-                f"{path}: damaged, cut short or no zip file ({path.stat().st_size:,} bytes): {error}; {AGAIN}"
+                f"{path}: damaged, truncated or not a zip file ({path.stat().st_size:,} bytes): {error}; {AGAIN}"
             ) from error
 
 
