@@ -72,6 +72,7 @@ RULES: dict[str, Rule] = {
     r"torchrun --nproc-per-node 8 src/evaluate\.py runs/\w+-seed0": on_the_demo,
     r"python src/data\.py scan .*": as_it_is,
     r"sbatch .*": no_more,  # tests/slurm
+    r"python src/data\.py prepare .*": no_more,  # tests/data/test_prepare.py
     r"python script/ablation\.py .*": no_more,  # tests/script/test_ablation.py
     r"python bench/\w+\.py": its_help,
 }

@@ -78,7 +78,7 @@ def _walk(folder: Path) -> Found:
     classes = []
     with os.scandir(folder) as entries:
         for entry in entries:
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 if entry.name != OWN_FOLDER:
                     others.add("hidden", entry.name)
             elif entry.is_dir():
@@ -157,7 +157,7 @@ def _images(
     with os.scandir(f"{root}/{folder}") as entries:
         for entry in entries:
             name = f"{folder}/{entry.name}"
-            if _is_hidden(entry.name):
+            if is_hidden(entry.name):
                 others.add("hidden", name)
             elif entry.is_dir():
                 below = entry.stat()
@@ -174,7 +174,8 @@ def _images(
                 yield name, about.st_size, about.st_mtime_ns
 
 
-def _is_hidden(name: str) -> bool:
+def is_hidden(name: str) -> bool:
+    """Whether an entry of a folder is no data."""
     return name.startswith(".") or name in NO_DATA
 
 

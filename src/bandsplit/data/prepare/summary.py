@@ -1,0 +1,37 @@
+"""The summary of what has been prepared, with the command to continue with."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from bandsplit.data.prepare.destination import Counts
+
+
+def lines(root: Path, images: Counts, next_command: str, *more: str) -> str:
+    """The summary.
+
+    Args:
+        root: the destination.
+        images: what is in it; the part "" lies in the destination itself.
+        next_command: a command in which {root} and {classes} are filled in.
+        more: lines to add.
+    """
+    parts = {part: classes for part, classes in images.items() if part not in ("hidden", "left out")}
+    names = {name for classes in parts.values() for name in classes}
+    counts = [
+        f"{sum(classes.values()):,} images in {part}/" if part else f"{sum(classes.values()):,} images"
+        for part, classes in parts.items()
+    ]
+    text = [f"{root}: {len(names):,} classes, {', '.join(counts)}"]
+    if hidden := sum(images.get("hidden", {}).values()):
+        text.append(f"{hidden:,} hidden files of the archives are left out")
+    text += more
+    text.append(f"next: {next_command.format(root=shlex.quote(str(root)), classes=len(names))}")
+    return "\n".join(text).encode(errors="backslashreplace").decode()  # a path may have bytes that are no UTF-8
+
+
+def some(names: Sequence[str]) -> str:
+    """The first of many names."""
+    return ", ".join(names[:5]) + ", …" * (len(names) > 5)
