@@ -63,7 +63,7 @@ def reading_from(path: Path, advice: str = "") -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        told = UserError(f"{error.filename or path}: cannot be read: {error.strerror or error}{advice}")
+        told = UserError(f"{os.fsdecode(error.filename or path)}: cannot be read: {error.strerror or error}{advice}")
         told.one_rank = True
         raise told from error
 

@@ -11,6 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +26,8 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2", "
 
 NO_DATA = {"__MACOSX", "@eaDir", "Thumbs.db", "desktop.ini", "lost+found", "$RECYCLE.BIN", "System Volume Information"}
 """What operating systems and NAS devices leave in folders, beside entries that begin with a dot."""
+
+_SUFFIXES, _NO_DATA = tuple(map(str.encode, SUFFIXES)), set(map(str.encode, NO_DATA))
 
 OWN_FOLDER = ".bandsplit"
 """Where the index of a data set is kept beside it."""
@@ -142,36 +145,46 @@ def _walk_classes(folder: str, classes: Sequence[str]) -> Iterator[_Class]:
 
 def _walk_class(folder: str, name: str) -> _Class:
     others = _PassedOver()
-    files = sorted(_images(folder, name, frozenset(), others))
-    names = pa.array([os.fsencode(name) for name, _, _ in files], pa.large_binary())
-    facts = np.array([facts for _, *facts in files], dtype=np.int64).reshape(-1, 2)
-    return _Class(names, facts[:, 0].copy(), facts[:, 1].copy(), others)
+    files = _Files([], [], [])
+    _collect(os.fsencode(folder), os.fsencode(name), frozenset(), files, others)
+    order = sorted(range(len(files.names)), key=files.names.__getitem__)
+    names = pa.array([files.names[i] for i in order], pa.large_binary())
+    return _Class(names, np.array(files.sizes, dtype=np.int64)[order], np.array(files.mtimes, np.int64)[order], others)
 
 
-def _images(
-    root: str, folder: str, above: frozenset[tuple[int, int]], others: _PassedOver
-) -> Iterator[tuple[str, int, int]]:
-    """Name, size and modification time of the images in a folder and in all folders below it, in any order."""
-    here = os.stat(f"{root}/{folder}")  # noqa: PTH116  # a Path per entry would take longer than the walk
+class _Files(NamedTuple):
+    """Files in any order."""
+
+    names: list[bytes]
+    sizes: list[int]
+    mtimes: list[int]
+
+
+def _collect(root: bytes, folder: bytes, above: frozenset[tuple[int, int]], files: _Files, others: _PassedOver) -> None:
+    """Adds the images in a folder and in all folders below it."""
+    here = os.stat(b"%b/%b" % (root, folder))  # noqa: PTH116  # a Path per entry would take longer than the walk
     within = above | {(here.st_dev, here.st_ino)}
-    with os.scandir(f"{root}/{folder}") as entries:
+    with os.scandir(b"%b/%b" % (root, folder)) as entries:
         for entry in entries:
-            name = f"{folder}/{entry.name}"
-            if is_hidden(entry.name):
-                others.add("hidden", name)
+            name = entry.name
+            if name.startswith(b".") or name in _NO_DATA:
+                others.add("hidden", os.fsdecode(folder + b"/" + name))
+            elif entry.is_file():
+                if name.lower().endswith(_SUFFIXES):
+                    about = entry.stat()
+                    files.names.append(folder + b"/" + name)
+                    files.sizes.append(about.st_size)
+                    files.mtimes.append(about.st_mtime_ns)
+                else:
+                    others.add("of another type", os.fsdecode(folder + b"/" + name))
             elif entry.is_dir():
                 below = entry.stat()
                 if (below.st_dev, below.st_ino) in within:
-                    others.add("links to a folder above", name)
+                    others.add("links to a folder above", os.fsdecode(folder + b"/" + name))
                 else:
-                    yield from _images(root, name, within, others)
-            elif not entry.name.lower().endswith(SUFFIXES):
-                others.add("of another type", name)
-            elif not entry.is_file():
-                others.add("broken links or special files", name)
+                    _collect(root, folder + b"/" + name, within, files, others)
             else:
-                about = entry.stat()
-                yield name, about.st_size, about.st_mtime_ns
+                others.add("broken links or special files", os.fsdecode(folder + b"/" + name))
 
 
 def is_hidden(name: str) -> bool:
