@@ -35,7 +35,7 @@ if sys.argv[2] == "rank 0":
     files = loader.open_data(config, Ranks(0, 1, 0, 1, torch.device("cpu")), ["train"])["train"]
 else:
     root = Path(config.data.root)
-    files = images.ImageFiles.of(index.read(index.place(root, "train")), root / "train")
+    files = images.ImageFiles.of(index.read(index.place(root, "train", 0)), root / "train")
 order = TrainingOrder(len(files), 256, seed=0, stream=3, streams=8)
 names = [files.paths[i] for i in order.batch(0).tolist()]
 print(json.dumps({

@@ -6,7 +6,9 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Generator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -145,13 +147,31 @@ def test_a_damaged_index_is_made_anew(folder: Path, examined: list[str], damage:
 
 def test_an_index_lies_beside_the_data_or_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
-    assert index.place(tmp_path / "data", "train") == tmp_path / "data/.bandsplit/train.arrow"
-    assert index.place(tmp_path / "data", "a/b c") == tmp_path / "data/.bandsplit/a_b_c.arrow"
+    assert index.place(tmp_path / "data", "train", 10) == tmp_path / "data/.bandsplit/train.arrow"
+    assert index.place(tmp_path / "data", "a/b c", 10) == tmp_path / "data/.bandsplit/a_b_c.arrow"
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "other").write_text("no folder: nothing can be written beside it")
-    places = [index.place(tmp_path / "other", part) for part in ("train", "val")]
+    places = [index.place(tmp_path / "other", part, 10) for part in ("train", "val")]
     assert [place.parent.parent for place in places] == [tmp_path / "cache/index"] * 2
     assert paths.cache_folder() == tmp_path / "cache"
+
+
+def test_without_space_beside_the_data_the_index_lies_in_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
+    assert index.place(tmp_path, "train", 10**15).parent.parent == tmp_path / "cache/index"
+
+
+def test_a_second_process_waits_for_the_first_and_examines_nothing(folder: Path, examined: list[str]) -> None:
+    first, second = (index.refresh(walk(folder), folder.parent / "val.arrow", "decode", "checking") for _ in range(2))
+    with ThreadPoolExecutor(1) as pool:
+        next(first)
+        waiting = pool.submit(finish, second)
+        time.sleep(1.5)
+        assert not waiting.done()
+        assert len(finish(first)) == len(waiting.result()) == 50
+    assert len(examined) == 50
 
 
 def synthetic(count: int, classes: int = 10_450) -> Found:
@@ -164,6 +184,8 @@ def synthetic(count: int, classes: int = 10_450) -> Found:
 
 OPEN = """
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from bandsplit.data import images, index
 from bandsplit.data.images import Place

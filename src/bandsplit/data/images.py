@@ -142,7 +142,7 @@ def examine(data: Data, parts: Sequence[str]) -> Generator[None, None, dict[str,
     places = {}
     for part, found in find(data, parts).items():
         name = getattr(data, part)
-        path = index.place(_root(data, generate=False), name)
+        path = index.place(_root(data, generate=False), name, len(found.names))
         known = yield from index.refresh(found, path, data.check, f"checking {name}")
         places[part] = Place(path, found.folder, known.digest, int(known.good.sum()))
     return places

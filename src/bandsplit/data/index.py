@@ -10,9 +10,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,7 +22,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from loguru import logger
 from numpy.typing import NDArray
 from tqdm import tqdm
@@ -61,6 +62,9 @@ SCHEMA = pa.schema(
     }
 )
 """`name` is relative to the folder of the data set, or of its part where that has class folders."""
+
+_BYTES_PER_IMAGE = 200
+"""At most, in an index with names of ordinary length."""
 
 _PER_PROCESS = 128
 """Fewer files are not worth a process."""
@@ -157,34 +161,22 @@ def read(path: Path) -> Index | None:
         return None
 
 
-def place(folder: Path, part: str) -> Path:
+def place(folder: Path, part: str, images: int) -> Path:
     """Where the index of a part of the data set in `folder` is kept: beside the data, else in the cache folder.
 
-    Raises UserError where neither can be written.
+    Raises UserError if neither can be written.
     """
     name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', part)}.arrow"
     beside = folder / OWN_FOLDER
     with suppress(OSError):
         beside.mkdir(exist_ok=True)
-        if os.access(beside, os.W_OK | os.X_OK):
+        if os.access(beside, os.W_OK | os.X_OK) and shutil.disk_usage(beside).free > _BYTES_PER_IMAGE * images:
             return beside / name
     known_as = hashlib.blake2b(os.fsencode(folder.absolute()), digest_size=8).hexdigest()
     with paths.writing_to(beside):
         elsewhere = paths.cache_folder() / "index" / f"{folder.name}-{known_as}"
         elsewhere.mkdir(parents=True, exist_ok=True)
     return elsewhere / name
-
-
-@contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """One process at a time examines the files of an index."""
-    with paths.writing_to(path):
-        lock = FileLock(path.with_name(f".{path.name}.lock"))
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 # Refreshing -----------------------------------------------------------------------------------------------------------
@@ -203,7 +195,9 @@ def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None,
         A generator that yields whenever a file was examined, so that the caller can tell other ranks that this one is
         still working.  Its value is the index.
     """
-    with locked(path):
+    lock = FileLock(path.with_name(f".{path.name}.lock"))
+    yield from _acquired(lock, path)
+    try:
         known, wanted = read(path), LEVELS.index(level)
         if known is not None and _is_current(known, found, wanted):
             return known
@@ -217,7 +211,24 @@ def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None,
                 yield
         finally:
             _write(facts.index(), path)
-    return read(path) or facts.index()
+        return read(path) or facts.index()
+    finally:
+        lock.release()
+
+
+def _acquired(lock: FileLock, path: Path) -> Generator[None, None, None]:
+    """Waits for another process that examines the same files."""
+    waited = False
+    while True:
+        try:
+            with paths.writing_to(path):
+                lock.acquire(timeout=1)
+            return
+        except Timeout:
+            if not waited:
+                logger.info("waiting for another process, which checks the same images ({})", path)
+            waited = True
+            yield
 
 
 def _write(index: Index, path: Path) -> None:
