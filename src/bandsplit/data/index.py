@@ -220,15 +220,13 @@ def _acquired(lock: FileLock, path: Path) -> Generator[None, None, None]:
     """Waits for another process that examines the same files."""
     waited = False
     while True:
-        try:
-            with paths.writing_to(path):
-                lock.acquire(timeout=1)
+        with paths.writing_to(path), suppress(Timeout):
+            lock.acquire(timeout=1)
             return
-        except Timeout:
-            if not waited:
-                logger.info("waiting for another process, which checks the same images ({})", path)
-            waited = True
-            yield
+        if not waited:
+            logger.info("waiting for another process, which checks the same images ({})", path)
+        waited = True
+        yield
 
 
 def _write(index: Index, path: Path) -> None:
