@@ -156,6 +156,33 @@ def test_an_index_lies_beside_the_data_or_in_the_cache(tmp_path: Path, monkeypat
     assert paths.cache_folder() == tmp_path / "cache"
 
 
+def test_folders_of_a_large_set_that_have_not_changed_are_not_walked(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, (first, *_) = folder.parent / "val.arrow", sorted(folder.iterdir())
+    assert index.unchanged(folder, path, "decode") is None
+    refresh(folder)
+    monkeypatch.setattr(index, "_MANY", 0)
+    assert index.unchanged(folder, path, "decode") is None  # the folders are too young to be trusted
+
+    def settle() -> None:
+        for each in (folder, *folder.iterdir()):
+            os.utime(each, (1_700_000_000, 1_700_000_000))
+
+    settle()
+    digest = refresh(folder, "headers").digest
+    known = index.unchanged(folder, path, "decode")
+    assert known is not None
+    assert known.digest == digest
+    for change in (first.joinpath("00001.jpg").unlink, (folder / "new").mkdir, first.joinpath("deeper").mkdir):
+        change()
+        assert index.unchanged(folder, path, "headers") is None
+        settle()
+    first.rename(folder / "other")
+    settle()
+    assert index.unchanged(folder, path, "headers") is None
+
+
 def test_without_space_beside_the_data_the_index_lies_in_the_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

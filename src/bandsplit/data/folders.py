@@ -6,9 +6,10 @@ import csv
 import multiprocessing
 import os
 import stat
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -35,6 +36,9 @@ OWN_FOLDER = ".bandsplit"
 MISSING = -1
 """Size of a listed file that does not exist or cannot be looked at."""
 
+_SETTLED = 2_000_000_000
+"""Nanoseconds after which a further change of a folder has another modification time on any file system."""
+
 _IN_THIS_PROCESS = 200_000
 """Files that are walked before worker processes are started for the remaining class folders."""
 
@@ -57,6 +61,10 @@ class Found:
     """Folders: in alphabetical order.  Lists: in alphabetical order, integers by value."""
     passed_over: tuple[str, ...] = ()
     """What was found and is not used, one phrase per reason with the number of files and an example."""
+    folders: dict[str, int] = field(default_factory=dict)
+    """Modification times, in nanoseconds, of the folder ("") and all folders below it; 0: still being changed.
+
+    Empty for a list."""
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -79,6 +87,7 @@ def _walk(folder: Path) -> Found:
         raise UserError(f"{folder}: no such folder; expected one folder per class with {expected}")
     others = _PassedOver()
     classes = []
+    began, top = time.time_ns(), folder.stat().st_mtime_ns
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_hidden(entry.name):
@@ -96,6 +105,7 @@ def _walk(folder: Path) -> Found:
         if not len(one.names):
             raise UserError(f"{folder / name}: no images in this class folder; expected {expected}")
         others.merge(one.others)
+    times = {"": top, **{name: mtime for one in walked for name, mtime in one.folders.items()}}
     return Found(
         folder,
         pa.concat_arrays([one.names for one in walked]),
@@ -104,7 +114,19 @@ def _walk(folder: Path) -> Found:
         np.concatenate([one.mtimes for one in walked]),
         classes,
         others.phrases(),
+        {name: mtime if mtime < began - _SETTLED else 0 for name, mtime in times.items()},
     )
+
+
+def are_unchanged(folder: Path, known: Mapping[str, int]) -> bool:
+    """Whether no entry was added, removed or renamed in folders whose modification times are known.
+
+    Files that were written in place do not show.
+    """
+    try:
+        return bool(known) and all((folder / name).stat().st_mtime_ns == mtime for name, mtime in known.items())
+    except OSError:
+        return False
 
 
 class _PassedOver(dict[str, tuple[int, str]]):
@@ -129,6 +151,7 @@ class _Class:
     names: pa.LargeBinaryArray
     sizes: NDArray[np.int64]
     mtimes: NDArray[np.int64]
+    folders: dict[str, int]
     others: _PassedOver
 
 
@@ -145,11 +168,12 @@ def _walk_classes(folder: str, classes: Sequence[str]) -> Iterator[_Class]:
 
 def _walk_class(folder: str, name: str) -> _Class:
     others = _PassedOver()
-    files = _Files([], [], [])
+    files = _Files([], [], [], {})
     _collect(os.fsencode(folder), os.fsencode(name), frozenset(), files, others)
     order = sorted(range(len(files.names)), key=files.names.__getitem__)
     names = pa.array([files.names[i] for i in order], pa.large_binary())
-    return _Class(names, np.array(files.sizes, dtype=np.int64)[order], np.array(files.mtimes, np.int64)[order], others)
+    sizes, mtimes = (np.array(facts, dtype=np.int64)[order] for facts in (files.sizes, files.mtimes))
+    return _Class(names, sizes, mtimes, files.folders, others)
 
 
 class _Files(NamedTuple):
@@ -158,12 +182,15 @@ class _Files(NamedTuple):
     names: list[bytes]
     sizes: list[int]
     mtimes: list[int]
+    folders: dict[str, int]
+    """Modification time of each folder that was walked."""
 
 
 def _collect(root: bytes, folder: bytes, above: frozenset[tuple[int, int]], files: _Files, others: _PassedOver) -> None:
     """Adds the images in a folder and in all folders below it."""
     here = os.stat(b"%b/%b" % (root, folder))  # noqa: PTH116  # a Path per entry would take longer than the walk
     within = above | {(here.st_dev, here.st_ino)}
+    files.folders[os.fsdecode(folder)] = here.st_mtime_ns
     with os.scandir(b"%b/%b" % (root, folder)) as entries:
         for entry in entries:
             name = entry.name

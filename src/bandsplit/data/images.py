@@ -118,19 +118,14 @@ class Place:
 def find(data: Data, parts: Sequence[str], generate: bool = True) -> dict[str, Found]:
     """The image files of the parts ("train", "val"); generates them first where the config says how.
 
-    Raises UserError where folders or lists are missing, empty or cannot be read, and where classes differ from the
-    config or between the parts.
+    Raises UserError if folders or lists are missing, empty or cannot be read, and if classes differ from the config or
+    between the parts.
     """
     root = _root(data, generate)
     found: dict[str, Found] = {}
     for part in parts:
-        name = getattr(data, part)
-        if data.layout == "folders":
-            found[part] = folders.walk(root / name)
-        else:
-            found[part] = folders.listed(root / name, root, found["train"].classes if "train" in found else None)
-    if "train" in found:
-        _require_classes(data, found)
+        found[part] = _found(data, root, part, found["train"].classes if "train" in found else None)
+    _require_classes(data, root, {part: each.classes for part, each in found.items()})
     return found
 
 
@@ -139,13 +134,28 @@ def examine(data: Data, parts: Sequence[str]) -> Generator[None, None, dict[str,
 
     A generator as `index.refresh` is.  Raises UserError as `find` does.
     """
-    places = {}
-    for part, found in find(data, parts).items():
+    root = _root(data, generate=True).absolute()
+    found: dict[str, Found | Index] = {}
+    for part in parts:
         name = getattr(data, part)
-        path = index.place(_root(data, generate=False), name, len(found.names))
-        known = yield from index.refresh(found, path, data.check, f"checking {name}")
-        places[part] = Place(path, found.folder, known.digest, int(known.good.sum()))
+        known = index.unchanged(root / name, index.place(root, name), data.check) if data.layout == "folders" else None
+        found[part] = known or _found(data, root, part, found["train"].classes if "train" in found else None)
+    _require_classes(data, root, {part: each.classes for part, each in found.items()})
+    places = {}
+    for part, each in found.items():
+        name = getattr(data, part)
+        path = index.place(root, name, len(each.names))
+        known = (
+            each if isinstance(each, Index) else (yield from index.refresh(each, path, data.check, f"checking {name}"))
+        )
+        folder = root / name if data.layout == "folders" else root
+        places[part] = Place(path, folder, known.digest, int(known.good.sum()))
     return places
+
+
+def _found(data: Data, root: Path, part: str, classes: Sequence[str] | None) -> Found:
+    path = root / getattr(data, part)
+    return folders.walk(path) if data.layout == "folders" else folders.listed(path, root, classes)
 
 
 def read_part(data: Data, part: str, place: Place) -> ImageFiles | None:
@@ -192,20 +202,19 @@ def require_few_bad(data: Data, parts: Mapping[str, ImageFiles]) -> None:
         )
 
 
-def _require_classes(data: Data, found: Mapping[str, Found]) -> None:
-    train = found["train"]
-    where = train.folder if data.layout == "folders" else train.folder / data.train
-    if data.classes is not None and len(train.classes) != data.classes:
-        names = ", ".join(train.classes[:20]) + ", …" * (len(train.classes) > 20)
-        raise UserError(f"data.classes: {data.classes} given, but {where} has {len(train.classes)} classes: {names}")
-    if len(train.classes) < 2:
-        raise UserError(f"{where}: one class only, {train.classes[0]}; expected at least 2")
-    val = found.get("val", train)
-    if val.classes != train.classes:
-        odd = sorted(set(val.classes) ^ set(train.classes))
-        raise UserError(
-            f"{train.folder.parent}: {data.train} and {data.val} differ in the class folders {', '.join(odd[:5])}"
-        )
+def _require_classes(data: Data, root: Path, classes: Mapping[str, Sequence[str]]) -> None:
+    if "train" not in classes:
+        return
+    train, val = classes["train"], classes.get("val", classes["train"])
+    where = root / data.train
+    if data.classes is not None and len(train) != data.classes:
+        names = ", ".join(train[:20]) + ", …" * (len(train) > 20)
+        raise UserError(f"data.classes: {data.classes} given, but {where} has {len(train)} classes: {names}")
+    if len(train) < 2:
+        raise UserError(f"{where}: one class only, {train[0]}; expected at least 2")
+    if list(val) != list(train):
+        odd = ", ".join(sorted(set(val) ^ set(train))[:5])
+        raise UserError(f"{root}: {data.train} and {data.val} differ in the class folders {odd}")
 
 
 def _root(data: Data, generate: bool) -> Path:

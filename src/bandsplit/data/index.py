@@ -14,7 +14,7 @@ import shutil
 import time
 from collections.abc import Generator, Iterator
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from bandsplit import paths
 from bandsplit.cpus import available_cpus
-from bandsplit.data import check
+from bandsplit.data import check, folders
 from bandsplit.data.folders import MISSING, OWN_FOLDER, Found
 
 VERSION = 1
@@ -63,6 +63,9 @@ SCHEMA = pa.schema(
 )
 """`name` is relative to the folder of the data set, or of its part where that has class folders."""
 
+_MANY = 2_000_000
+"""Files that are looked at one by one at every start: a few seconds."""
+
 _BYTES_PER_IMAGE = 200
 """At most, in an index with names of ordinary length."""
 
@@ -81,6 +84,8 @@ class Index:
     """Of `SCHEMA`."""
     classes: list[str]
     passed_over: tuple[str, ...] = ()
+    folders: dict[str, int] = field(default_factory=dict)
+    """As `Found.folders`."""
     digest: str = ""
     """Of names, classes, sizes in bytes, and what is left out, wherever the files lie: 32 hex digits."""
 
@@ -134,7 +139,13 @@ class Index:
 
 def write(index: Index, path: Path, compressed: bool = False) -> None:
     """Whole or not at all; raises OSError."""
-    metadata = {"version": VERSION, "classes": index.classes, "passed_over": index.passed_over, "digest": index.digest}
+    metadata = {
+        "version": VERSION,
+        "classes": index.classes,
+        "passed_over": index.passed_over,
+        "folders": index.folders,
+        "digest": index.digest,
+    }
     table = index.table.replace_schema_metadata({"bandsplit": json.dumps(metadata)})
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     options = pa.ipc.IpcWriteOptions(compression="zstd" if compressed else None)
@@ -153,7 +164,8 @@ def read(path: Path) -> Index | None:
         metadata = json.loads((table.schema.metadata or {})[b"bandsplit"])
         if metadata["version"] != VERSION or table.schema.remove_metadata() != SCHEMA:
             return None
-        return Index(table, metadata["classes"], tuple(metadata["passed_over"]), metadata["digest"])
+        passed_over = tuple(metadata["passed_over"])
+        return Index(table, metadata["classes"], passed_over, metadata["folders"], metadata["digest"])
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
@@ -161,7 +173,7 @@ def read(path: Path) -> Index | None:
         return None
 
 
-def place(folder: Path, part: str, images: int) -> Path:
+def place(folder: Path, part: str, images: int = 0) -> Path:
     """Where the index of a part of the data set in `folder` is kept: beside the data, else in the cache folder.
 
     Raises UserError if neither can be written.
@@ -234,10 +246,22 @@ def _write(index: Index, path: Path) -> None:
         write(index, path)
 
 
+def unchanged(folder: Path, path: Path, level: str) -> Index | None:
+    """The index of a large data set whose folders have not changed, without looking at every file; None: look.
+
+    More than `_MANY` files would take minutes, on a disk whose directory entries are not in memory.
+    """
+    known = read(path)
+    if known is None or len(known) <= _MANY or (known.column("checked") < LEVELS.index(level)).any():
+        return None
+    return known if folders.are_unchanged(folder, known.folders) else None
+
+
 def _is_current(known: Index, found: Found, wanted: int) -> bool:
     return (
         known.classes == found.classes
         and known.passed_over == found.passed_over
+        and known.folders == found.folders
         and known.names.equals(found.names)
         and np.array_equal(known.column("label"), found.labels)
         and np.array_equal(known.column("bytes"), found.sizes)
@@ -320,7 +344,7 @@ class _Facts:
             columns[name] = pa.DictionaryArray.from_arrays(columns[name], pa.array(list(codes), pa.string()))
         table = pa.table([pa.array(columns[name]) for name in SCHEMA.names], schema=SCHEMA)
         digest = _digest(self._found, self._columns["reason"] == 0)
-        return Index(table, self._found.classes, self._found.passed_over, digest)
+        return Index(table, self._found.classes, self._found.passed_over, self._found.folders, digest)
 
 
 def _digest(found: Found, good: NDArray[np.bool_]) -> str:
