@@ -59,7 +59,7 @@ def examined(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def refresh(folder: Path, level: str = "decode") -> Index:
-    return finish(index.refresh(walk(folder), folder.parent / "val.arrow", level, "checking"))
+    return finish(index.refresh(walk(folder), index.place(folder.parent, "val"), level, "checking"))
 
 
 def test_an_index_says_what_files_are(folder: Path) -> None:
@@ -67,7 +67,7 @@ def test_an_index_says_what_files_are(folder: Path) -> None:
     assert len(found) == 50
     (bad,) = found.bad()
     assert bad == (f"{min(folder.iterdir()).name}/00001.jpg", "not an image of a known format")
-    theirs = pyarrow.feather.read_table(folder.parent / "val.arrow").to_pandas()
+    theirs = pyarrow.feather.read_table(index.place(folder.parent, "val")).to_pandas()
     for row in theirs[theirs["reason"] == ""].itertuples():
         path = folder / os.fsdecode(row.name)
         with Image.open(path) as image:
@@ -125,7 +125,7 @@ def test_digests_do_not_depend_on_the_place_and_time_but_on_names_classes_sizes_
 
 
 def test_an_interrupted_scan_continues(folder: Path, examined: list[str]) -> None:
-    work = index.refresh(walk(folder), folder.parent / "val.arrow", "decode", "checking")
+    work = index.refresh(walk(folder), index.place(folder.parent, "val"), "decode", "checking")
     for _ in range(21):
         next(work)
     work.close()
@@ -137,7 +137,7 @@ def test_an_interrupted_scan_continues(folder: Path, examined: list[str]) -> Non
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "version"])
 def test_a_damaged_index_is_made_anew(folder: Path, examined: list[str], damage: str) -> None:
-    first, path = refresh(folder), folder.parent / "val.arrow"
+    first, path = refresh(folder), index.place(folder.parent, "val")
     content = path.read_bytes()
     damaged = {"cut": content[: len(content) // 2], "empty": b"", "text": b"x" * 1000}
     path.write_bytes(damaged.get(damage, content.replace(b'"version": 1', b'"version": 0')))
@@ -159,12 +159,12 @@ def test_an_index_lies_beside_the_data_or_in_the_cache(tmp_path: Path, monkeypat
 def test_folders_of_a_large_set_that_have_not_changed_are_not_walked(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path, (first, *_) = folder.parent / "val.arrow", sorted(folder.iterdir())
-    assert index.unchanged(folder, path, "decode") is None
+    first = min(folder.iterdir())
+    assert index.unchanged(folder, folder.parent, "val", "decode") is None
     os.utime(first)
     refresh(folder)
     monkeypatch.setattr(index, "_MANY", 0)
-    assert index.unchanged(folder, path, "decode") is None  # one folder is too young to be trusted
+    assert index.unchanged(folder, folder.parent, "val", "decode") is None  # one folder is too young to be trusted
 
     def settle() -> None:
         for each in (folder, *folder.iterdir()):
@@ -172,16 +172,16 @@ def test_folders_of_a_large_set_that_have_not_changed_are_not_walked(
 
     settle()
     digest = refresh(folder, "headers").digest
-    known = index.unchanged(folder, path, "decode")
+    known = index.unchanged(folder, folder.parent, "val", "decode")
     assert known is not None
     assert known.digest == digest
     for change in (first.joinpath("00001.jpg").unlink, (folder / "new").mkdir, first.joinpath("deeper").mkdir):
         change()
-        assert index.unchanged(folder, path, "headers") is None
+        assert index.unchanged(folder, folder.parent, "val", "headers") is None
         settle()
     first.rename(folder / "other")
     settle()
-    assert index.unchanged(folder, path, "headers") is None
+    assert index.unchanged(folder, folder.parent, "val", "headers") is None
 
 
 def test_without_space_beside_the_data_the_index_lies_in_the_cache(
@@ -192,7 +192,9 @@ def test_without_space_beside_the_data_the_index_lies_in_the_cache(
 
 
 def test_a_second_process_waits_for_the_first_and_examines_nothing(folder: Path, examined: list[str]) -> None:
-    first, second = (index.refresh(walk(folder), folder.parent / "val.arrow", "decode", "checking") for _ in range(2))
+    first, second = (
+        index.refresh(walk(folder), index.place(folder.parent, "val"), "decode", "checking") for _ in range(2)
+    )
     with ThreadPoolExecutor(1) as pool:
         next(first)
         waiting = pool.submit(finish, second)

@@ -346,7 +346,7 @@ def test_what_is_set_aside_twice_has_two_names(tmp_path: Path) -> None:
     }
 
 
-@pytest.mark.parametrize(("found", "by"), [(None, "an earlier"), (0, "an earlier"), (2, "a later")])
+@pytest.mark.parametrize(("found", "by"), [(None, "an earlier"), (1, "an earlier"), (3, "a later")])
 def test_another_format_is_refused_and_not_taken_for_damage(tmp_path: Path, found: int | None, by: str) -> None:
     save(tmp_path, 1)
     save(tmp_path, 2)

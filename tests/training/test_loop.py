@@ -395,7 +395,9 @@ def test_a_image_that_cannot_be_decoded_is_named(config_file: Path, image_root: 
     root = Path(shutil.copytree(image_root, tmp_path / "copy"))
     bad = sorted((root / "train").rglob("*.jpg"))[40]
     bad.write_bytes(bad.read_bytes()[:400])
-    done = run("train.py", config_file, "--set", f"data.root={root}", "--run-dir", tmp_path / "run")
+    keys = (f"data.root={root}", "data.check=off", "data.on_bad=error")
+    sets = [word for key in keys for word in ("--set", key)]
+    done = run("train.py", config_file, *sets, "--run-dir", tmp_path / "run")
     assert done.returncode == 2
     assert f"error: {bad}: this image cannot be read or decoded" in done.stderr
     assert "Traceback" not in done.stderr

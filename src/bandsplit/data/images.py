@@ -73,20 +73,15 @@ class ImageFiles:
     def digest(self) -> str:
         return self.index.digest if self.index else ""
 
-    def renumbered(self, classes: Sequence[str], theirs: str) -> ImageFiles:
-        """The same images with labels that are indices into other class names, those of `theirs`.
+    def renumbered(self, classes: Sequence[str], by: str, where: str) -> ImageFiles:
+        """The same images with labels that are indices into the classes that `by` was trained on.
 
-        Raises UserError where these lack a class.
+        Raises UserError if the images in `where` are of other classes; they need not be of all of them.
         """
         if list(classes) == self.classes:
             return self
-        unknown = sorted(set(self.classes) - set(classes))
-        if unknown:
-            raise UserError(
-                f"{len(unknown)} of {len(self.classes)} classes are not classes of {theirs}: "
-                f"{', '.join(unknown[:5])}{', …' * (len(unknown) > 5)}; classes are compared by name, and it has "
-                f"{', '.join(list(classes)[:5])}{', …' * (len(classes) > 5)}"
-            )
+        if not set(self.classes) <= set(classes):
+            require_same_classes(classes, by, self.classes, where)
         number = {name: i for i, name in enumerate(classes)}
         new = np.array([number[name] for name in self.classes], dtype=np.int32)
         return replace(self, labels=new[np.asarray(self.labels)], classes=list(classes))
@@ -138,7 +133,7 @@ def examine(data: Data, parts: Sequence[str]) -> Generator[None, None, dict[str,
     found: dict[str, Found | Index] = {}
     for part in parts:
         name = getattr(data, part)
-        known = index.unchanged(root / name, index.place(root, name), data.check) if data.layout == "folders" else None
+        known = index.unchanged(root / name, root, name, data.check) if data.layout == "folders" else None
         found[part] = known or _found(data, root, part, found["train"].classes if "train" in found else None)
     _require_classes(data, root, {part: each.classes for part, each in found.items()})
     places = {}

@@ -173,22 +173,31 @@ def read(path: Path) -> Index | None:
         return None
 
 
-def place(folder: Path, part: str, images: int = 0) -> Path:
-    """Where the index of a part of the data set in `folder` is kept: beside the data, else in the cache folder.
+def place(root: Path, part: str, images: int = 0) -> Path:
+    """Where the index of a part of the data set in `root` is kept: beside the data, else in the cache folder.
 
     Raises UserError if neither can be written.
     """
-    name = f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', part)}.arrow"
-    beside = folder / OWN_FOLDER
+    beside = _beside(root, part)
     with suppress(OSError):
-        beside.mkdir(exist_ok=True)
-        if os.access(beside, os.W_OK | os.X_OK) and shutil.disk_usage(beside).free > _BYTES_PER_IMAGE * images:
-            return beside / name
-    known_as = hashlib.blake2b(os.fsencode(folder.absolute()), digest_size=8).hexdigest()
+        beside.parent.mkdir(exist_ok=True)
+        free = shutil.disk_usage(beside.parent).free
+        if os.access(beside.parent, os.W_OK | os.X_OK) and free > _BYTES_PER_IMAGE * images:
+            return beside
     with paths.writing_to(beside):
-        elsewhere = paths.cache_folder() / "index" / f"{folder.name}-{known_as}"
-        elsewhere.mkdir(parents=True, exist_ok=True)
-    return elsewhere / name
+        elsewhere = _in_cache(root, part)
+        elsewhere.parent.mkdir(parents=True, exist_ok=True)
+    return elsewhere
+
+
+def _beside(root: Path, part: str) -> Path:
+    return root / OWN_FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', part)}.arrow"
+
+
+def _in_cache(root: Path, part: str) -> Path:
+    """Raises OSError if there is no cache folder."""
+    known_as = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=8).hexdigest()
+    return paths.cache_folder() / "index" / f"{root.name}-{known_as}" / _beside(root, part).name
 
 
 # Refreshing -----------------------------------------------------------------------------------------------------------
@@ -246,12 +255,15 @@ def _write(index: Index, path: Path) -> None:
         write(index, path)
 
 
-def unchanged(folder: Path, path: Path, level: str) -> Index | None:
+def unchanged(folder: Path, root: Path, part: str, level: str) -> Index | None:
     """The index of a large data set whose folders have not changed, without looking at every file; None: look.
 
     More than `_MANY` files would take minutes, on a disk whose directory entries are not in memory.
     """
-    known = read(path)
+    known = read(_beside(root, part))
+    if known is None:
+        with suppress(OSError):
+            known = read(_in_cache(root, part))
     if known is None or len(known) <= _MANY or (known.column("checked") < LEVELS.index(level)).any():
         return None
     return known if folders.are_unchanged(folder, known.folders) else None
