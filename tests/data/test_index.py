@@ -135,6 +135,21 @@ def test_an_interrupted_scan_continues(folder: Path, examined: list[str]) -> Non
     assert len(found.bad()) == 1
 
 
+def test_a_file_that_could_not_be_read_is_tried_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of the disk or of permissions says nothing about the content, which keeps size and time."""
+    real, bad = check.examine, min(folder.iterdir()) / "00002.jpg"
+
+    def failing(files: Any, *arguments: Any, **options: Any) -> Any:
+        files = list(files)
+        for path, verdict in zip(files, real(files, *arguments, **options), strict=True):
+            yield check.Verdict(reason="input/output error") if path == str(bad) else verdict
+
+    monkeypatch.setattr(check, "examine", failing)
+    assert len(refresh(folder).bad()) == 2
+    monkeypatch.setattr(check, "examine", real)
+    assert len(refresh(folder).bad()) == 1
+
+
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "version"])
 def test_a_damaged_index_is_made_anew(folder: Path, examined: list[str], damage: str) -> None:
     first, path = refresh(folder), index.place(folder.parent, "val")

@@ -34,6 +34,8 @@ _BATCH_BYTES, _BATCH_PIXELS = 2**25, 2**25
 _TIME_LIMIT, _SLOWEST = 120.0, 50_000
 """Seconds that any decoding may take, and bytes per second that it has to manage beyond."""
 
+_OF_DECODER = "the decoder"
+
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM", "JPEG2000", "AVIF", "ICO", "PSD")
 _FORMAT_NAMES = {"mpo": "jpeg", "ppm": "pnm"}
 _COLORS = {"1": "bilevel", "L": "gray", "LA": "gray+alpha", "P": "palette", "PA": "palette+alpha", "I": "gray32",
@@ -70,6 +72,11 @@ class Verdict:
     """Why it does not decode; "": it does."""
     note: str = ""
     """How its pixels differ from Pillow's, though it decodes; "": not that one knows."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether the content could not be read, as opposed to decoded."""
+        return self.reason != "" and not self.checksum and not self.reason.startswith(_OF_DECODER)
 
 
 def examine(paths: Iterable[str], processes: int, decode: bool = True) -> Iterator[Verdict]:
@@ -145,10 +152,10 @@ class _Worker:
         except (EOFError, OSError):
             self._process.join(10)
             code = self._process.exitcode or 0
-            self._replace(f"the decoder crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
+            self._replace(f"{_OF_DECODER} crashed ({signal.Signals(-code).name if code < 0 else f'exit code {code}'})")
         else:
             if self.seconds_left < 0:
-                self._replace(f"the decoder did not end in {self._limit:.0f} s")
+                self._replace(f"{_OF_DECODER} did not end in {self._limit:.0f} s")
 
     def stop(self) -> None:
         if self._process is not None:

@@ -1,4 +1,4 @@
-"""The images of a data set: found on disk, examined once, and those that can be decoded in a fixed order."""
+"""The images of a data set that can be decoded, in a fixed order, with their classes."""
 
 from __future__ import annotations
 
@@ -74,9 +74,9 @@ class ImageFiles:
         return self.index.digest if self.index else ""
 
     def renumbered(self, classes: Sequence[str], by: str, where: str) -> ImageFiles:
-        """The same images with labels that are indices into the classes that `by` was trained on.
+        """The same images, labeled with indices into the class names that the run `by` was trained on.
 
-        Raises UserError if the images in `where` are of other classes; they need not be of all of them.
+        The images may lack some of these classes. Raises UserError if they, found in `where`, have others.
         """
         if list(classes) == self.classes:
             return self
@@ -88,10 +88,15 @@ class ImageFiles:
 
 
 def scan(data: Data) -> dict[str, Index]:
-    """Index of every part that there is, brought up to date in this process; contents are read in any case."""
+    """The indexes of training and validation images, brought up to date; contents are read whatever `data.check` is.
+
+    One of the two parts may be missing. Raises UserError as `find` does.
+    """
     if data.check == "off":
         data = data.model_copy(update={"check": "decode"})
-    parts = [part for part in ("train", "val") if (_root(data, generate=True) / getattr(data, part)).exists()]
+    root = _root(data, generate=True)
+    with reading_from(root):
+        parts = [part for part in ("train", "val") if (root / getattr(data, part)).exists()]
     work = examine(data, parts or ["train"])
     while True:
         try:
@@ -102,16 +107,18 @@ def scan(data: Data) -> dict[str, Index]:
 
 @dataclass(frozen=True)
 class Place:
-    """Where a rank finds the index of a part, so that it need not look at the files itself."""
+    """Index of a part, which rank 0 has brought up to date for all ranks."""
 
     path: Path
     folder: Path
+    """What its names are relative to."""
     digest: str
     images: int
+    """Images that are not left out."""
 
 
 def find(data: Data, parts: Sequence[str], generate: bool = True) -> dict[str, Found]:
-    """The image files of the parts ("train", "val"); generates them first where the config says how.
+    """The image files of the parts ("train", "val"); generates them first if the config says how.
 
     Raises UserError if folders or lists are missing, empty or cannot be read, and if classes differ from the config or
     between the parts.
@@ -125,9 +132,9 @@ def find(data: Data, parts: Sequence[str], generate: bool = True) -> dict[str, F
 
 
 def examine(data: Data, parts: Sequence[str]) -> Generator[None, None, dict[str, Place]]:
-    """Finds the images of the parts, and brings their indexes up to date.
+    """Finds the images of the parts and brings their indexes up to date; a generator like `index.refresh`.
 
-    A generator as `index.refresh` is.  Raises UserError as `find` does.
+    Raises UserError as `find` does, and if an index cannot be written.
     """
     root = _root(data, generate=True).absolute()
     found: dict[str, Found | Index] = {}
@@ -154,10 +161,9 @@ def _found(data: Data, root: Path, part: str, classes: Sequence[str] | None) -> 
 
 
 def read_part(data: Data, part: str, place: Place) -> ImageFiles | None:
-    """The images of an index that another rank has brought up to date.
+    """The images of an index that rank 0 has brought up to date; None if this rank does not have the same index.
 
-    None where this rank has other folders or does not find that index, such as on another node.  Raises UserError where
-    the data set is missing here.
+    That is the case on a node with its own copy of the data. Raises UserError if `data.root` does not exist here.
     """
     root = _root(data, generate=False).absolute()
     if place.folder != (root / getattr(data, part) if data.layout == "folders" else root):
@@ -167,7 +173,7 @@ def read_part(data: Data, part: str, place: Place) -> ImageFiles | None:
 
 
 def log_left_out(part: str, files: ImageFiles) -> None:
-    """What was found in a part of the data set and is not used."""
+    """Logs which files of a part of the data set are not used."""
     if files.index is None:
         return
     if files.index.passed_over:
@@ -179,7 +185,7 @@ def log_left_out(part: str, files: ImageFiles) -> None:
 
 
 def require_few_bad(data: Data, parts: Mapping[str, ImageFiles]) -> None:
-    """Raises UserError where more than `data.max_bad` images are left out, or one where `data.on_bad` is "error"."""
+    """Raises UserError if more than `data.max_bad` images are left out, or any if `data.on_bad` is "error"."""
     bad = [
         (f"{getattr(data, part)}/{name}" if data.layout == "folders" else name, reason)
         for part, files in parts.items()
@@ -227,7 +233,7 @@ def _root(data: Data, generate: bool) -> Path:
 
 
 def _generate_once(data: Data, root: Path) -> None:
-    """The first process makes the images, the others wait for it."""
+    """Generates the images in the first process that gets here; the others wait."""
     assert data.generate is not None
     with writing_to(root):
         root.parent.mkdir(parents=True, exist_ok=True)

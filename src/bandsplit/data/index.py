@@ -64,16 +64,16 @@ SCHEMA = pa.schema(
 """`name` is relative to the folder of the data set, or of its part where that has class folders."""
 
 _MANY = 2_000_000
-"""Files that are looked at one by one at every start: a few seconds."""
+"""Up to this number of files, size and modification time of each are compared at every start, which takes seconds."""
 
 _BYTES_PER_IMAGE = 200
-"""At most, in an index with names of ordinary length."""
+"""Upper bound of the size of an index, for names of ordinary length."""
 
 _PER_PROCESS = 128
-"""Fewer files are not worth a process."""
+"""Files per worker process, below which another process does not pay off."""
 
 _SECONDS_BETWEEN_WRITES = 120
-"""So much of a scan is lost when it is killed."""
+"""A scan that is killed loses at most this much."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -106,7 +106,7 @@ class Index:
 
     @cached_property
     def good(self) -> NDArray[np.bool_]:
-        """(N,), whether nothing speaks against a file."""
+        """(N,), whether a file has no reason to be left out."""
         reasons = self._array("reason")
         fine = np.array([text == "" for text in reasons.dictionary.to_pylist()], dtype=bool)
         return np.asarray(fine[reasons.indices.to_numpy()], dtype=bool)
@@ -122,23 +122,23 @@ class Index:
 
     def bad(self) -> list[tuple[str, str]]:
         """Name and reason of every file that is left out."""
-        return self._told("reason")
+        return self._named_with("reason")
 
     def notes(self) -> list[tuple[str, str]]:
-        """Name and note of every file that is used although something is to be said about it."""
-        return self._told("note")
+        """Name and note of every file that is used, but decoded differently by Pillow."""
+        return self._named_with("note")
 
-    def _told(self, column: str) -> list[tuple[str, str]]:
+    def _named_with(self, column: str) -> list[tuple[str, str]]:
         texts = self._array(column)
-        said = pc.indices_nonzero(pc.not_equal(texts, "")).to_pylist()
-        return [(self.named(i), texts[i].as_py()) for i in said]
+        rows = pc.indices_nonzero(pc.not_equal(texts, "")).to_pylist()
+        return [(self.named(i), texts[i].as_py()) for i in rows]
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
 def write(index: Index, path: Path, compressed: bool = False) -> None:
-    """Whole or not at all; raises OSError."""
+    """Writes the file whole or not at all. Raises OSError."""
     metadata = {
         "version": VERSION,
         "classes": index.classes,
@@ -158,7 +158,7 @@ def write(index: Index, path: Path, compressed: bool = False) -> None:
 
 
 def read(path: Path) -> Index | None:
-    """None where there is no index, or one that is damaged or of another version."""
+    """The index in a file; None if there is none, or if it is damaged or of another version."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         metadata = json.loads((table.schema.metadata or {})[b"bandsplit"])
@@ -169,7 +169,7 @@ def read(path: Path) -> Index | None:
     except FileNotFoundError:
         return None
     except (OSError, pa.ArrowInvalid, KeyError, ValueError) as error:
-        logger.warning("{} cannot be read and is made anew: {}", path, error)
+        logger.warning("{}: this index cannot be read and is not used: {}", path, error)
         return None
 
 
@@ -204,17 +204,17 @@ def _in_cache(root: Path, part: str) -> Path:
 
 
 def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None, None, Index]:
-    """The index of the files that were found; examines those that are new, changed or were examined less.
+    """Brings the index of the files that were found up to date: examines what is new, changed or was examined less.
 
-    It is written to `path`, now and then also while files are examined, so that an interrupted scan continues.
+    The index is written to `path`, also from time to time during the scan, so that an interrupted scan continues.
 
     Args:
         level: one of `LEVELS`.
         title: what the progress bar says.
 
     Returns:
-        A generator that yields whenever a file was examined, so that the caller can tell other ranks that this one is
-        still working.  Its value is the index.
+        A generator that yields after every file, so that the caller can keep other ranks waiting. Its return value is
+        the index.
     """
     lock = FileLock(path.with_name(f".{path.name}.lock"))
     yield from _acquired(lock, path)
@@ -238,7 +238,7 @@ def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None,
 
 
 def _acquired(lock: FileLock, path: Path) -> Generator[None, None, None]:
-    """Waits for another process that examines the same files."""
+    """Acquires the lock; yields while another process examines the same files."""
     waited = False
     while True:
         with paths.writing_to(path), suppress(Timeout):
@@ -256,9 +256,9 @@ def _write(index: Index, path: Path) -> None:
 
 
 def unchanged(folder: Path, root: Path, part: str, level: str) -> Index | None:
-    """The index of a large data set whose folders have not changed, without looking at every file; None: look.
+    """The index of more than `_MANY` images if no folder has changed since; otherwise None.
 
-    More than `_MANY` files would take minutes, on a disk whose directory entries are not in memory.
+    It takes minutes to look at that many files if their directory entries are not in the cache.
     """
     known = read(_beside(root, part))
     if known is None:
@@ -283,10 +283,10 @@ def _is_current(known: Index, found: Found, wanted: int) -> bool:
 
 
 class _Facts:
-    """Columns of an index in the making."""
+    """Columns of an index under construction."""
 
     def __init__(self, found: Found, known: Index | None) -> None:
-        """Takes over what is known of files of the same name, size and modification time."""
+        """Keeps what `known` has about files of the same name, size and modification time."""
         self._found = found
         count = len(found.names)
         self._columns: dict[str, NDArray[Any]] = {
@@ -337,7 +337,7 @@ class _Facts:
             for i, verdict in zip(rows.tolist(), verdicts, strict=True):
                 for name, value in asdict(verdict).items():
                     self._columns[name][i] = self._code(name, value) if name in self._texts else value
-                self._columns["checked"][i] = wanted
+                self._columns["checked"][i] = 0 if verdict.unread else wanted  # an error of the disk may pass
                 bar.update()
                 if verdict.reason:
                     bad += 1
