@@ -18,8 +18,9 @@ from bandsplit.config import loading, schema
 from bandsplit.data import loader, pipeline
 from bandsplit.data.folders import SUFFIXES
 from bandsplit.data.images import ImageFiles
-from bandsplit.data.loader import TrainingLoader, UndecodableImage, ValidationLoader
+from bandsplit.data.loader import TrainingLoader, ValidationLoader
 from bandsplit.data.pipeline import Shard
+from bandsplit.data.recovery import UndecodableImage
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.spectral import transforms
 from tests.conftest import REPOSITORY, image_files
