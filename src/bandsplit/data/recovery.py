@@ -108,7 +108,7 @@ class RecoveringPipeline:
         config: RunConfig,
         files: ImageFiles,
         threads: int,
-        same_class: bool,
+        training: bool,
         batches: int = 0,
         checkpoint: bytes | None = None,
         replaced: Iterable[Replaced] = (),
@@ -117,11 +117,12 @@ class RecoveringPipeline:
         Args:
             build: makes the pipeline over files from a DALI checkpoint.
             indices: those of the images of a batch, given its number, before any is replaced.
-            same_class: whether only an image of the same class can replace another.
+            training: whether only an image of the same class can replace another. In validation, where its place is
+                not counted, any can.
             batches, checkpoint, replaced: where another such pipeline was, to continue from there.
         """
         self._build, self._indices, self._config, self._threads = build, indices, config, threads
-        self._same_class = same_class
+        self._training = training
         self.batches = batches
         """Handed out so far."""
         self.checkpoint = checkpoint
@@ -197,7 +198,8 @@ class RecoveringPipeline:
                     "replacement_file": self._originals[instead],
                 }
             )
-            logger.warning("{}: {}; {} takes its place", self._originals[i], reason, self._originals[instead])
+            effect = f"{self._originals[instead]} takes its place" if self._training else "it does not count"
+            logger.warning("{}: {}; {}", self._originals[i], reason, effect)
             self._instead[i] = instead
         return bool(bad)
 
@@ -209,7 +211,7 @@ class RecoveringPipeline:
     def _replacement(self, index: int, bad: Mapping[int, str], everything: Sequence[tuple[str, str]]) -> int:
         """A good image for the place of another: of the same class, drawn from the run's seed."""
         labels: NDArray[Any] = np.asarray(self._files.labels)
-        others = np.flatnonzero(labels == labels[index]) if self._same_class else np.arange(len(labels))
+        others = np.flatnonzero(labels == labels[index]) if self._training else np.arange(len(labels))
         np.random.default_rng(seeds.derived(self._config.seed, "replacement", index)).shuffle(others)
         candidates = [i for i in others.tolist() if i not in self._instead and i not in bad]
         verdicts = check.examine((self._originals[i] for i in candidates), 1)
@@ -217,7 +219,7 @@ class RecoveringPipeline:
             if not verdict.reason:
                 verdicts.close()
                 return i
-        of = f" of class {self._files.classes[labels[index]]}" if self._same_class else ""
+        of = f" of class {self._files.classes[labels[index]]}" if self._training else ""
         message = f"{self._originals[index]}: every other image{of} is bad too, so that none can take its place"
         raise _of_one_rank(TooManyBadImages.of(message, everything))
 

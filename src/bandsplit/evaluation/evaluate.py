@@ -89,7 +89,7 @@ def report_left_out(accuracy: Accuracy, loader: ValidationLoader, config: RunCon
     """
     if not accuracy.left_out:
         return
-    bad = sorted((each["file"], each["reason"]) for part in ranks.gather(loader.left_out) for each in part)
+    bad = sorted({(each["file"], each["reason"]) for part in ranks.gather(loader.left_out) for each in part})
     if len(bad) > config.data.max_bad:
         raise too_many(bad, config.data.max_bad)
     if ranks.is_first:
