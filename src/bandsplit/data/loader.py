@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
 from pathlib import Path
 from typing import Protocol, TypedDict, cast
@@ -20,7 +20,7 @@ from bandsplit.data import images, mixing, pipeline
 from bandsplit.data.images import ImageFiles, Place
 from bandsplit.data.order import ValidationOrder
 from bandsplit.data.pipeline import Shard
-from bandsplit.data.recovery import Position, RecoveringPipeline, Replaced
+from bandsplit.data.recovery import BadImage, Position, RecoveringPipeline
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
 from bandsplit.spectral import transforms
@@ -111,8 +111,8 @@ class StreamState(TypedDict):
     """Batches delivered so far."""
     pipeline: bytes | None
     """DALI's checkpoint; None: the beginning."""
-    replaced: list[Replaced]
-    """Images that went bad, of this stream; other streams find by themselves what is bad among theirs."""
+    bad: list[BadImage]
+    """Images of this stream that went bad; other streams find by themselves what is bad among theirs."""
 
 
 class TrainingLoader:
@@ -134,7 +134,7 @@ class TrainingLoader:
         """`positions`: folder in which the position of every stream is noted, for a restart after a crash."""
         self._config, self._files, self._shards, self._teacher = config, files, shards, teacher
         self._views = [View.of(config), *([teacher.view] if teacher else [])]
-        start: StreamState = {"size": config.image_size_at(0), "batches": 0, "pipeline": None, "replaced": []}
+        start: StreamState = {"size": config.image_size_at(0), "batches": 0, "pipeline": None, "bad": []}
         self._build(states or [start] * len(shards))
         self._positions = [Position(positions / f".position_{shard.rank:02d}") for shard in shards if positions]
         for shard, position, pipe in zip(shards, self._positions, self._pipelines, strict=False):
@@ -156,17 +156,17 @@ class TrainingLoader:
         self._turns = cycle(range(len(states)))
 
     def _stream(self, config: RunConfig, shard: Shard, state: StreamState) -> RecoveringPipeline:
-        also = self._views[1:]
+        also, order = self._views[1:], cache(partial(pipeline.training_order, config, self._files, shard))
         return RecoveringPipeline(
             lambda files, checkpoint: pipeline.training(config, files, shard, checkpoint, also),
-            lambda number: pipeline.training_order(config, self._files, shard).batch(number),
+            lambda number: order().batch(number),  # only when an image is bad: an order takes memory
             config,
             self._files,
             shard.threads,
-            True,
-            state["batches"],
-            state["pipeline"],
-            state["replaced"],
+            training=True,
+            batches=state["batches"],
+            checkpoint=state["pipeline"],
+            bad=state["bad"],
         )
 
     def resize(self, size: int) -> None:
@@ -195,16 +195,17 @@ class TrainingLoader:
 
     def states(self) -> list[StreamState]:
         return [
-            {"size": self.size, "batches": pipe.batches, "pipeline": pipe.checkpoint, "replaced": list(pipe.replaced)}
+            {"size": self.size, "batches": pipe.batches, "pipeline": pipe.checkpoint, "bad": pipe.bad}
             for pipe in self._pipelines
         ]
 
-    def replaced(self) -> list[tuple[int, Replaced]]:
-        """Images of these streams that went bad, each with the number of its stream."""
+    def bad(self) -> list[tuple[int, BadImage]]:
+        """Images that went bad and whose place another one has taken, each with the number of its stream."""
         return [
             (shard.rank, each)
             for shard, pipe in zip(self._shards, self._pipelines, strict=True)
-            for each in pipe.replaced
+            for each in pipe.bad
+            if each["batch"] >= 0
         ]
 
     def close(self) -> None:
@@ -266,7 +267,7 @@ class ValidationLoader:
             config,
             files,
             shard.threads,
-            False,
+            training=False,
         )
 
     def __iter__(self) -> Iterator[Batch]:
@@ -277,9 +278,9 @@ class ValidationLoader:
             yield batch
 
     @property
-    def left_out(self) -> list[Replaced]:
+    def left_out(self) -> list[BadImage]:
         """Images of this rank's share that went bad."""
-        return self._pipeline.replaced
+        return [each for each in self._pipeline.bad if each["batch"] >= 0]
 
 
 def _next_batch(pipe: RecoveringPipeline, views: Sequence[View], shard: Shard) -> Batch:

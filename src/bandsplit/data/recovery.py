@@ -27,18 +27,17 @@ from bandsplit.data.order import Indices
 from bandsplit.errors import UserError
 
 
-class Replaced(TypedDict):
+class BadImage(TypedDict):
     """An image that went bad, as checkpoints have it."""
 
-    batch: int
-    """Number of the first batch of its stream that is without it."""
     index: int
     """Place in the list of images."""
     file: str
     reason: str
-    replacement: int
-    """Place in the list of the image that is used instead."""
+    batch: int
+    """Number of the first batch of the stream in which another image took its place; -1: none so far."""
     replacement_file: str
+    """The image that took its place there."""
 
 
 class UndecodableImage(UserError):
@@ -73,17 +72,11 @@ class Substituted(Sequence[str]):
     """Paths of which some stand for others."""
 
     def __init__(self, paths: Sequence[str], instead: Mapping[int, int]) -> None:
-        """`instead`: the index of a path → the one that takes its place; may grow."""
+        """`instead`: the index of a path → the one that takes its place; may change."""
         self._paths, self._instead = paths, instead
 
     def __len__(self) -> int:
         return len(self._paths)
-
-    def index_of(self, i: int) -> int:
-        """The index of the path that stands at a place; what replaces a path may have been replaced later."""
-        while i in self._instead:
-            i = self._instead[i]
-        return i
 
     @overload
     def __getitem__(self, i: int) -> str: ...
@@ -92,11 +85,14 @@ class Substituted(Sequence[str]):
     def __getitem__(self, i: int | slice) -> str | list[str]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        return self._paths[self.index_of(i)]
+        return self._paths[self._instead.get(i, i)]
 
 
 class RecoveringPipeline:
     """A DALI pipeline that continues with other images where some cannot be read or decoded.
+
+    Which image takes the place of a bad one follows from the seed and from what is known to be bad when its batch is
+    handed out, not from when it was found. So a run that was killed and repeats some batches uses the same ones.
 
     Raises UndecodableImage where `data.on_bad` is "error", and TooManyBadImages.
     """
@@ -111,7 +107,7 @@ class RecoveringPipeline:
         training: bool,
         batches: int = 0,
         checkpoint: bytes | None = None,
-        replaced: Iterable[Replaced] = (),
+        bad: Iterable[BadImage] = (),
     ) -> None:
         """
         Args:
@@ -119,7 +115,7 @@ class RecoveringPipeline:
             indices: those of the images of a batch, given its number, before any is replaced.
             training: whether only an image of the same class can replace another. In validation, where its place is
                 not counted, any can.
-            batches, checkpoint, replaced: where another such pipeline was, to continue from there.
+            batches, checkpoint, bad: where another such pipeline was, to continue from there.
         """
         self._build, self._indices, self._config, self._threads = build, indices, config, threads
         self._training = training
@@ -127,13 +123,17 @@ class RecoveringPipeline:
         """Handed out so far."""
         self.checkpoint = checkpoint
         """DALI's, after the last batch that was handed out; None: the beginning."""
-        self.replaced = list(replaced)
-        """In the order in which they were found."""
-        self._instead = {each["index"]: each["replacement"] for each in self.replaced}
-        self._originals = files.paths
-        self._paths = Substituted(files.paths, self._instead)
-        self._files = replace(files, paths=self._paths)
+        self._bad: dict[int, BadImage] = {each["index"]: {**each} for each in bad}
+        self._labels: NDArray[Any] = np.asarray(files.labels)
+        self._originals, self._classes = files.paths, files.classes
+        self._instead = {i: self._replacement(i) for i in self._bad}
+        self._files = replace(files, paths=Substituted(files.paths, self._instead))
         self._pipe: Any = build(self._files, checkpoint)
+
+    @property
+    def bad(self) -> list[BadImage]:
+        """In the order of the list of images."""
+        return [self._bad[i] for i in sorted(self._bad)]
 
     def run(self, stream: Any = None) -> Any:
         """Outputs of the next batch."""
@@ -142,25 +142,26 @@ class RecoveringPipeline:
         while isinstance(outputs, RuntimeError):
             self._pipe = None  # its memory first; after an error it is of no use
             gc.collect()
-            found = self._replace_in([self.batches])
+            found = self._find_bad([self.batches])
             if not found and (retried or not _is_about_files(outputs)):
                 raise outputs
             retried = retried or not found  # a file system may have been away for a moment
             self._pipe = self._build(self._files, self.checkpoint)
             outputs = self._attempt(stream)
+        self._note_replaced()
         self.batches += 1
         self.checkpoint = bytes(self._pipe.checkpoint())
         return outputs
 
     def examine(self, first: int, count: int) -> None:
-        """Replaces what is bad in so many batches from the one with number `first` on, before they are decoded."""
-        if self._replace_in(range(first, first + count)):
+        """Finds what is bad in so many batches from the one with number `first` on, before they are decoded."""
+        if self._find_bad(range(first, first + count)):
             self._pipe = None
             self._pipe = self._build(self._files, self.checkpoint)
 
     def bad_places(self, number: int) -> list[int]:
-        """Places in a batch whose image was replaced."""
-        return [n for n, i in enumerate(self._indices(number).tolist()) if i in self._instead] if self._instead else []
+        """Places in a batch whose image is bad."""
+        return [n for n, i in enumerate(self._indices(number).tolist()) if i in self._bad] if self._bad else []
 
     def _attempt(self, stream: Any) -> Any:
         """Outputs of the next batch, or the error that came instead; its traceback would keep the pipeline alive."""
@@ -169,59 +170,54 @@ class RecoveringPipeline:
         except RuntimeError as error:
             return error.with_traceback(None)
 
-    def _replace_in(self, numbers: Iterable[int]) -> bool:
-        """Examines the images of batches and replaces the bad ones; whether there were any."""
-        users: dict[int, int] = {}  # which batch has an image first
-        for number in numbers:
-            for i in self._indices(number).tolist():
-                users.setdefault(self._paths.index_of(i), number)
-        bad = self._bad(list(users))
-        if bad and self._config.data.on_bad == "error":
-            i, reason = next(iter(bad.items()))
+    def _find_bad(self, numbers: Iterable[int]) -> bool:
+        """Examines the images that are used in batches; whether more are bad than was known."""
+        used = {self._instead.get(i, i): None for number in numbers for i in self._indices(number).tolist()}
+        verdicts = check.examine([self._originals[i] for i in used], self._threads)
+        found = {i: verdict.reason for i, verdict in zip(used, verdicts, strict=True) if verdict.reason}
+        if found and self._config.data.on_bad == "error":
+            i, reason = next(iter(found.items()))
             raise UndecodableImage(
                 f"{self._originals[i]}: this image cannot be read or decoded ({reason}); repair or remove it, or let "
                 'others take the place of such images with --set data.on_bad="replace"'
             )
-        known = {self._originals[i]: reason for i, reason in bad.items()}
-        everything = [(each["file"], each["reason"]) for each in self.replaced] + list(known.items())
-        if len(everything) > self._config.data.max_bad:
-            raise _of_one_rank(too_many(everything, self._config.data.max_bad))
-        for i, reason in bad.items():
-            instead = self._replacement(i, bad, everything)
-            self.replaced.append(
-                {
-                    "batch": users[i],
-                    "index": i,
-                    "file": self._originals[i],
-                    "reason": reason,
-                    "replacement": instead,
-                    "replacement_file": self._originals[instead],
-                }
-            )
-            effect = f"{self._originals[instead]} takes its place" if self._training else "it does not count"
-            logger.warning("{}: {}; {}", self._originals[i], reason, effect)
-            self._instead[i] = instead
-        return bool(bad)
+        for i, reason in found.items():
+            self._bad[i] = {
+                "index": i, "file": self._originals[i], "reason": reason, "batch": -1, "replacement_file": ""
+            }  # fmt: skip
+        if len(self._bad) > self._config.data.max_bad:
+            raise _of_one_rank(too_many(self._named(), self._config.data.max_bad))
+        for i in self._bad:
+            if self._instead.get(i, i) in found:
+                self._instead[i] = self._replacement(i)
+        return bool(found)
 
-    def _bad(self, indices: Sequence[int]) -> dict[int, str]:
-        """Which of the images cannot be read or decoded, and why."""
-        verdicts = check.examine([self._originals[i] for i in indices], self._threads)
-        return {i: verdict.reason for i, verdict in zip(indices, verdicts, strict=True) if verdict.reason}
+    def _replacement(self, index: int) -> int:
+        """The image for the place of a bad one: of the same class, drawn from the run's seed, and not known to be bad.
 
-    def _replacement(self, index: int, bad: Mapping[int, str], everything: Sequence[tuple[str, str]]) -> int:
-        """A good image for the place of another: of the same class, drawn from the run's seed."""
-        labels: NDArray[Any] = np.asarray(self._files.labels)
-        others = np.flatnonzero(labels == labels[index]) if self._training else np.arange(len(labels))
+        If it is bad too, the batch fails again.
+        """
+        others = np.flatnonzero(self._labels == self._labels[index]) if self._training else np.arange(len(self._labels))
         np.random.default_rng(seeds.derived(self._config.seed, "replacement", index)).shuffle(others)
-        candidates = [i for i in others.tolist() if i not in self._instead and i not in bad]
-        verdicts = check.examine((self._originals[i] for i in candidates), 1)
-        for i, verdict in zip(candidates, verdicts, strict=True):
-            if not verdict.reason:
-                verdicts.close()
+        for i in others.tolist():
+            if i not in self._bad:
                 return i
-        of = f" of class {self._files.classes[labels[index]]}" if self._training else ""
-        message = f"{self._originals[index]}: every other image{of} is bad too, so that none can take its place"
-        raise _of_one_rank(TooManyBadImages.of(message, everything))
+        of = f" of class {self._classes[self._labels[index]]}" if self._training else ""
+        message = f"{self._originals[index]}: all other images{of} are bad too, so that none can take its place"
+        raise _of_one_rank(TooManyBadImages.of(message, self._named()))
+
+    def _note_replaced(self) -> None:
+        """Completes the records of bad images whose place another one has taken in this batch for the first time."""
+        for i in self._indices(self.batches).tolist() if self._bad else []:
+            record = self._bad.get(i)
+            if record and record["batch"] < 0:
+                instead = self._originals[self._instead[i]]
+                record["batch"], record["replacement_file"] = self.batches, instead
+                effect = f"{instead} takes its place" if self._training else "it does not count"
+                logger.warning("{}: {}; {}", record["file"], record["reason"], effect)
+
+    def _named(self) -> list[tuple[str, str]]:
+        return [(each["file"], each["reason"]) for each in self.bad]
 
 
 def _is_about_files(error: RuntimeError) -> bool:

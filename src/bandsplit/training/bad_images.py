@@ -9,7 +9,7 @@ from pathlib import Path
 
 from loguru import logger
 
-from bandsplit.data.recovery import Replaced, TooManyBadImages, too_many
+from bandsplit.data.recovery import BadImage, TooManyBadImages, too_many
 from bandsplit.paths import expanded
 from bandsplit.runs.files import replace_text
 from bandsplit.training.session import Session
@@ -65,11 +65,11 @@ class BadImages:
         if len(self._told) > allowed:
             raise too_many([(file, reason) for file, (_, _, reason, _) in self._told.items()], allowed)
 
-    def _until(self, step: int) -> list[tuple[int, Replaced]]:
+    def _until(self, step: int) -> list[tuple[int, BadImage]]:
         """This rank's records, without those of batches that were prepared for a later step."""
-        return [(stream, each) for stream, each in self._session.loader.replaced() if self._step(each) <= step]
+        return [(stream, each) for stream, each in self._session.loader.bad() if self._step(each) <= step]
 
-    def _learn(self, own: list[tuple[int, Replaced]]) -> list[tuple[int, Replaced]]:
+    def _learn(self, own: list[tuple[int, BadImage]]) -> list[tuple[int, BadImage]]:
         """What is new on any rank, the first record of each file."""
         self._own = len(own)
         everything = [record for records in self._ranks.gather(own) for record in records]
@@ -81,11 +81,11 @@ class BadImages:
                 new.append((stream, each))
         return new
 
-    def _step(self, record: Replaced) -> int:
+    def _step(self, record: BadImage) -> int:
         """The first step without the image."""
         return record["batch"] // self._session.config.train.grad_accum_steps + 1
 
-    def _line(self, record: Replaced) -> list[str]:
+    def _line(self, record: BadImage) -> list[str]:
         files = [self._shown(record["file"]), record["reason"], self._shown(record["replacement_file"])]
         return [str(self._step(record)), *files]
 
