@@ -36,8 +36,9 @@ class BadImage(TypedDict):
     reason: str
     batch: int
     """Number of the first batch of the stream in which another image took its place; -1: none so far."""
+    replacement: int
+    """Place in the list of the image that took its place there; -1: none so far."""
     replacement_file: str
-    """The image that took its place there."""
 
 
 class UndecodableImage(UserError):
@@ -123,9 +124,9 @@ class RecoveringPipeline:
         """Handed out so far."""
         self.checkpoint = checkpoint
         """DALI's, after the last batch that was handed out; None: the beginning."""
-        self._bad: dict[int, BadImage] = {each["index"]: {**each} for each in bad}
         self._labels: NDArray[Any] = np.asarray(files.labels)
         self._originals, self._classes = files.paths, files.classes
+        self._bad: dict[int, BadImage] = {each["index"]: self._here(each) for each in bad}
         self._instead = {i: self._replacement(i) for i in self._bad}
         self._files = replace(files, paths=Substituted(files.paths, self._instead))
         self._pipe: Any = build(self._files, checkpoint)
@@ -163,6 +164,12 @@ class RecoveringPipeline:
         """Places in a batch whose image is bad."""
         return [n for n, i in enumerate(self._indices(number).tolist()) if i in self._bad] if self._bad else []
 
+    def _here(self, record: BadImage) -> BadImage:
+        """A record of a run that had its images elsewhere."""
+        instead = record["replacement"]
+        named = self._originals[instead] if instead >= 0 else ""
+        return {**record, "file": self._originals[record["index"]], "replacement_file": named}
+
     def _attempt(self, stream: Any) -> Any:
         """Outputs of the next batch, or the error that came instead; its traceback would keep the pipeline alive."""
         try:
@@ -183,7 +190,8 @@ class RecoveringPipeline:
             )
         for i, reason in found.items():
             self._bad[i] = {
-                "index": i, "file": self._originals[i], "reason": reason, "batch": -1, "replacement_file": ""
+                "index": i, "file": self._originals[i], "reason": reason, "batch": -1,
+                "replacement": -1, "replacement_file": "",
             }  # fmt: skip
         if len(self._bad) > self._config.data.max_bad:
             raise _of_one_rank(too_many(self._named(), self._config.data.max_bad))
@@ -212,7 +220,8 @@ class RecoveringPipeline:
             record = self._bad.get(i)
             if record and record["batch"] < 0:
                 instead = self._originals[self._instead[i]]
-                record["batch"], record["replacement_file"] = self.batches, instead
+                record["batch"] = self.batches
+                record["replacement"], record["replacement_file"] = self._instead[i], instead
                 effect = f"{instead} takes its place" if self._training else "it does not count"
                 logger.warning("{}: {}; {}", record["file"], record["reason"], effect)
 
