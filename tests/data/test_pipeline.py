@@ -18,8 +18,9 @@ from bandsplit.config import loading, schema
 from bandsplit.data import loader, pipeline
 from bandsplit.data.folders import SUFFIXES
 from bandsplit.data.images import ImageFiles
-from bandsplit.data.loader import TrainingLoader, UndecodableImage, ValidationLoader
+from bandsplit.data.loader import TrainingLoader, ValidationLoader
 from bandsplit.data.pipeline import Shard
+from bandsplit.data.recovery import UndecodableImage
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.spectral import transforms
 from tests.conftest import REPOSITORY, image_files
@@ -341,9 +342,10 @@ def test_every_suffix_is_decoded(config: schema.RunConfig, tmp_path: Path, suffi
 
 
 @pytest.mark.parametrize("content", [b"", b"not an image", None], ids=["empty", "text", "truncated"])
-def test_a_image_that_cannot_be_decoded_is_named(
-    config: schema.RunConfig, numbered: ImageFiles, tmp_path: Path, content: bytes | None
+def test_an_image_that_cannot_be_decoded_is_named(
+    config_file: Path, numbered: ImageFiles, tmp_path: Path, content: bytes | None
 ) -> None:
+    config = loading.load(config_file, ["data.on_bad=error"])
     bad = tmp_path / "07.jpg"
     bad.write_bytes(bad.read_bytes()[:300] if content is None else content)
     with pytest.raises(UndecodableImage, match=f"{bad}: this image cannot be read or decoded"):

@@ -334,7 +334,8 @@ def test_the_error_of_one_rank_is_reported(config_file: Path, image_root: Path, 
     (tmp_path / "data.toml").write_text((tmp_path / "data.toml").read_text().replace(str(image_root), str(root)))
     bad = sorted((root / "train").rglob("*.jpg"))[40]
     bad.write_bytes(bad.read_bytes()[:400])
-    done = run("train.py", config_file, "--run-dir", tmp_path / "run", ranks=3)
+    sets = ("--set", "data.check=off", "--set", "data.on_bad=error")
+    done = run("train.py", config_file, "--run-dir", tmp_path / "run", *sets, ranks=3)
     assert done.returncode in (1, 2)
     assert done.stderr.count("error: ") == 1, done.stderr
     assert f"error: {bad}: this image cannot be read or decoded" in done.stderr

@@ -13,7 +13,7 @@ import stat
 import sys
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import count, islice
@@ -79,7 +79,7 @@ class Verdict:
         return self.reason != "" and not self.checksum and not self.reason.startswith(_OF_DECODER)
 
 
-def examine(paths: Iterable[str], processes: int, decode: bool = True) -> Iterator[Verdict]:
+def examine(paths: Iterable[str], processes: int, decode: bool = True) -> Generator[Verdict, None, None]:
     """Examines files in so many processes; exactly one verdict for each path, in their order, as they become known.
 
     A file that crashes the decoder, or on which it hangs, costs that file: its process is started again. Without

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from itertools import cycle
-from typing import Any, Protocol, TypedDict, cast
+from pathlib import Path
+from typing import Protocol, TypedDict, cast
 
 import torch
 from einops import rearrange
+from loguru import logger
 from torch import Tensor
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
-from bandsplit.data import check, images, mixing, pipeline
+from bandsplit.data import images, mixing, pipeline
 from bandsplit.data.images import ImageFiles, Place
 from bandsplit.data.order import ValidationOrder
 from bandsplit.data.pipeline import Shard
+from bandsplit.data.recovery import BadImage, Position, RecoveringPipeline
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
 from bandsplit.spectral import transforms
 from bandsplit.spectral.view import View
+
+PADDING, LEFT_OUT = -1, -2
+"""Labels of validation images that do not count: repeated to fill a batch, or impossible to decode."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +37,8 @@ class Batch:
     inputs: list[Tensor]
     """One tensor (B, 3·bands, h, w) per branch, in channels_last memory format."""
     labels: Tensor
-    """Class indices (B,), int64, -1 for padding; with mixup or CutMix class probabilities (B, classes), float32."""
+    """Class indices (B,), int64, or PADDING, LEFT_OUT; with mixup or CutMix class probabilities (B, classes), float32.
+    """
     teacher_logits: Tensor | None = None
     """(B, classes), float32; None without a teacher."""
 
@@ -89,12 +96,6 @@ def _require_same(config: RunConfig, files: Mapping[str, ImageFiles], firsts: Ma
             )
 
 
-class UndecodableImage(UserError):
-    """A file that DALI cannot decode."""
-
-    one_rank = True
-
-
 def shard_of(config: RunConfig, ranks: Ranks, batch_size: int, half: bool) -> Shard:
     """What this rank reads, and with how many DALI threads: `data.threads` or its share of the CPUs."""
     threads = config.data.threads or max(1, available_cpus() // ranks.local_world_size)
@@ -110,6 +111,8 @@ class StreamState(TypedDict):
     """Batches delivered so far."""
     pipeline: bytes | None
     """DALI's checkpoint; None: the beginning."""
+    bad: list[BadImage]
+    """Images of this stream that went bad; other streams find by themselves what is bad among theirs."""
 
 
 class TrainingLoader:
@@ -126,22 +129,45 @@ class TrainingLoader:
         shards: Sequence[Shard],
         states: Sequence[StreamState] | None = None,
         teacher: Teacher | None = None,
+        positions: Path | None = None,
     ) -> None:
+        """`positions`: folder in which the position of every stream is noted, for a restart after a crash."""
         self._config, self._files, self._shards, self._teacher = config, files, shards, teacher
         self._views = [View.of(config), *([teacher.view] if teacher else [])]
-        start: StreamState = {"size": config.image_size_at(0), "batches": 0, "pipeline": None}
+        start: StreamState = {"size": config.image_size_at(0), "batches": 0, "pipeline": None, "bad": []}
         self._build(states or [start] * len(shards))
+        self._positions = [Position(positions / f".position_{shard.rank:02d}") for shard in shards if positions]
+        for shard, position, pipe in zip(shards, self._positions, self._pipelines, strict=False):
+            if position.left_at is not None:
+                logger.info(
+                    "stream {} ended without notice at batch {}: the images of this batch and of those that were "
+                    "prepared ahead are examined first",
+                    shard.rank,
+                    position.left_at,
+                )
+                pipe.examine(position.left_at, 1 + config.data.prefetch)
 
     def _build(self, states: Sequence[StreamState]) -> None:
-        self.size, self._batches = states[0]["size"], [state["batches"] for state in states]
+        self.size = states[0]["size"]
         data = self._config.data.model_copy(update={"image_size": self.size})
         config = self._config.model_copy(update={"data": data})
-        self._pipelines: list[Any] = []  # free the memory of the previous size first
-        self._pipelines = [
-            pipeline.training(config, self._files, shard, state["pipeline"], self._views[1:])
-            for shard, state in zip(self._shards, states, strict=True)
-        ]
+        self._pipelines: list[RecoveringPipeline] = []  # free the memory of the previous size first
+        self._pipelines = [self._stream(config, *each) for each in zip(self._shards, states, strict=True)]
         self._turns = cycle(range(len(states)))
+
+    def _stream(self, config: RunConfig, shard: Shard, state: StreamState) -> RecoveringPipeline:
+        also, order = self._views[1:], cache(partial(pipeline.training_order, config, self._files, shard))
+        return RecoveringPipeline(
+            lambda files, checkpoint: pipeline.training(config, files, shard, checkpoint, also),
+            lambda number: order().batch(number),  # only when an image is bad: an order takes memory
+            config,
+            self._files,
+            shard.threads,
+            training=True,
+            batches=state["batches"],
+            checkpoint=state["pipeline"],
+            bad=state["bad"],
+        )
 
     def resize(self, size: int) -> None:
         """Changes the image side in pixels from the next step on; order, crops and augmentation stay the same.
@@ -157,9 +183,11 @@ class TrainingLoader:
     def __next__(self) -> Batch:
         """The next batch; streams take turns."""
         turn = next(self._turns)
-        shard, number = self._shards[turn], self._batches[turn]
-        batch = _next_batch(self._pipelines[turn], self._views, self._files, shard)
-        self._batches[turn] += 1
+        shard, pipe = self._shards[turn], self._pipelines[turn]
+        number = pipe.batches
+        if self._positions:
+            self._positions[turn].note(number)
+        batch = _next_batch(pipe, self._views, shard)
         inputs, labels = mixing.mix(batch.inputs, batch.labels, self._config, number, shard.rank)
         branches = len(self._config.split.groups)
         teacher_logits = self._teacher.logits(inputs[branches:]) if self._teacher else None
@@ -167,9 +195,24 @@ class TrainingLoader:
 
     def states(self) -> list[StreamState]:
         return [
-            {"size": self.size, "batches": batches, "pipeline": bytes(pipe.checkpoint())}
-            for pipe, batches in zip(self._pipelines, self._batches, strict=True)
+            {"size": self.size, "batches": pipe.batches, "pipeline": pipe.checkpoint, "bad": pipe.bad}
+            for pipe in self._pipelines
         ]
+
+    def bad(self) -> list[tuple[int, BadImage]]:
+        """Images that went bad and whose place another one has taken, each with the number of its stream."""
+        return [
+            (shard.rank, each)
+            for shard, pipe in zip(self._shards, self._pipelines, strict=True)
+            for each in pipe.bad
+            if each["batch"] >= 0
+        ]
+
+    def close(self) -> None:
+        """Notes that this process ends without a crash."""
+        for position in self._positions:
+            position.remove()
+        self._positions = []
 
 
 class Streams:
@@ -195,43 +238,53 @@ class Streams:
         self._config, self._ranks = config, ranks
 
     def loader(
-        self, files: ImageFiles, half: bool, states: Sequence[StreamState] | None, teacher: Teacher | None
+        self,
+        files: ImageFiles,
+        half: bool,
+        states: Sequence[StreamState] | None,
+        teacher: Teacher | None,
+        positions: Path | None = None,
     ) -> TrainingLoader:
         shard = shard_of(self._config, self._ranks, self.batch_size, half)
         threads = max(1, shard.threads // len(self.own))
         shards = [replace(shard, rank=s, world_size=self.count, threads=threads) for s in self.own]
-        return TrainingLoader(self._config, files, shards, states, teacher)
+        return TrainingLoader(self._config, files, shards, states, teacher, positions)
 
 
 class ValidationLoader:
     """This rank's share of the validation images, each exactly once per iteration.
 
-    Every rank has the same number of batches of the same size; padding has the label -1.
+    Every rank has the same number of batches of the same size.  Padding has the label PADDING, and an image that cannot
+    be decoded LEFT_OUT.
     """
 
     def __init__(self, config: RunConfig, files: ImageFiles, shard: Shard) -> None:
-        self._views, self._files, self._shard = [View.of(config)], files, shard
+        self._views, self._shard = [View.of(config)], shard
         self._order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size)
-        self._pipeline = pipeline.validation(config, files, shard)
+        self._pipeline = RecoveringPipeline(
+            lambda files, checkpoint: pipeline.validation(config, files, shard, checkpoint),
+            self._order.batch,
+            config,
+            files,
+            shard.threads,
+            training=False,
+        )
 
     def __iter__(self) -> Iterator[Batch]:
         for n in range(self._order.batches):
-            batch = _next_batch(self._pipeline, self._views, self._files, self._shard)
-            batch.labels[self._order.own(n) :] = -1
+            batch = _next_batch(self._pipeline, self._views, self._shard)
+            batch.labels[self._pipeline.bad_places(n)] = LEFT_OUT
+            batch.labels[self._order.own(n) :] = PADDING
             yield batch
 
+    @property
+    def left_out(self) -> list[BadImage]:
+        """Images of this rank's share that went bad."""
+        return [each for each in self._pipeline.bad if each["batch"] >= 0]
 
-def _next_batch(pipe: Any, views: Sequence[View], files: ImageFiles, shard: Shard) -> Batch:
-    try:
-        outputs = pipe.run(torch.cuda.current_stream() if shard.device == "gpu" else None)
-    except RuntimeError as error:
-        culprit = _culprit(str(error), files, shard)
-        if culprit is None:
-            raise
-        path, reason = culprit
-        raise UndecodableImage(
-            f"{path}: this image cannot be read or decoded ({reason}); repair or remove it"
-        ) from error
+
+def _next_batch(pipe: RecoveringPipeline, views: Sequence[View], shard: Shard) -> Batch:
+    outputs = pipe.run(torch.cuda.current_stream() if shard.device == "gpu" else None)
     *outputs, labels = [torch.from_dlpack(output.as_tensor()) for output in outputs]
     if pipeline.has_operator(shard.device):
         inputs = [rearrange(x, "b h w c -> b c h w") for x in outputs]
@@ -239,14 +292,6 @@ def _next_batch(pipe: Any, views: Sequence[View], files: ImageFiles, shard: Shar
         images, mirror = outputs
         inputs = [x for view in views for x in _split_in_torch(images, mirror, view, shard)]
     return Batch(inputs, labels.flatten().long())
-
-
-def _culprit(error: str, files: ImageFiles, shard: Shard) -> tuple[str, str] | None:
-    """The file behind an error of DALI's reader or decoder, which do not always name it, and what is wrong with it."""
-    if "fn.decoders" not in error and "fn.io.file" not in error:
-        return None
-    verdicts = zip(files.paths, check.examine(files.paths, shard.threads), strict=True)
-    return next(((path, verdict.reason) for path, verdict in verdicts if verdict.reason), None)
 
 
 def _split_in_torch(images: Tensor, mirror: Tensor, view: View, shard: Shard) -> list[Tensor]:

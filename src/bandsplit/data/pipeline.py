@@ -77,9 +77,15 @@ def training(
     return _build(_training_graph, shard, config, files, also, seed, checkpoint, conditionals)
 
 
-def validation(config: RunConfig, files: ImageFiles, shard: Shard) -> Pipeline:
+def training_order(config: RunConfig, files: ImageFiles, shard: Shard) -> TrainingOrder:
+    """Which images the batches of `training` have."""
+    repeats = config.augment.repeats
+    return TrainingOrder(len(files), shard.batch_size, config.seed, shard.rank, shard.world_size, repeats)
+
+
+def validation(config: RunConfig, files: ImageFiles, shard: Shard, checkpoint: bytes | None = None) -> Pipeline:
     """The images in their order, this rank's share of them again and again; see `ValidationOrder`."""
-    return _build(_validation_graph, shard, config, files)
+    return _build(_validation_graph, shard, config, files, checkpoint=checkpoint)
 
 
 def _build(
@@ -116,10 +122,7 @@ def _training_graph(shard: Shard, config: RunConfig, files: ImageFiles, views: S
 def augmented(shard: Shard, config: RunConfig, files: ImageFiles) -> tuple[Any, Any, Any]:
     """The training graph up to the split: uint8 images, whether to mirror each, and labels."""
     data = config.data
-    order = TrainingOrder(
-        len(files), shard.batch_size, config.seed, shard.rank, shard.world_size, config.augment.repeats
-    )
-    encoded, labels = _read(files, order)
+    encoded, labels = _read(files, training_order(config, files, shard))
     crop = {"random_area": list(data.scale), "random_aspect_ratio": list(data.ratio)}
     resize = {"size": [data.image_size, data.image_size], "interp_type": _INTERPOLATION[data.interpolation]}
     crop_only = shard.device == "cpu" if data.decoder.crop_only is None else data.decoder.crop_only

@@ -129,6 +129,14 @@ class Ranks:
                 raise Interrupted(stopped_by)
         return self.each(lambda: _value_or(error, value))
 
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in their order, on every rank."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.hosts)
+        return values
+
     def wait(self) -> None:
         """Barrier over all ranks."""
         if self.world_size > 1:

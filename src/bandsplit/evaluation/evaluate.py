@@ -11,13 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from loguru import logger
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from bandsplit.config.schema import RunConfig
 from bandsplit.data.feed import BatchFeed
-from bandsplit.data.loader import Batch, ValidationLoader, open_data, shard_of
+from bandsplit.data.loader import LEFT_OUT, Batch, ValidationLoader, open_data, shard_of
+from bandsplit.data.recovery import too_many
 from bandsplit.distributed.mesh import Mesh
-from bandsplit.distributed.ranks import joined, rank
+from bandsplit.distributed.ranks import Ranks, joined, rank
 from bandsplit.errors import UserError
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
@@ -37,9 +40,13 @@ class Accuracy:
     top5: float
     branch_top1: list[float]
     branch_top5: list[float]
+    left_out: int = 0
+    """Images that could not be decoded, and are not among the `val_images`."""
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """`left_out` only where there are such images."""
+        values = asdict(self)
+        return values if self.left_out else {key: value for key, value in values.items() if key != "left_out"}
 
 
 def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
@@ -50,15 +57,15 @@ def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
 
 @torch.inference_mode()
 def evaluate(ensemble: Ensemble, batches: Iterable[Batch], images: int, mesh: Mesh, precision: Precision) -> Accuracy:
-    """Accuracy over the batches of all ranks, `images` images in total.
+    """Accuracy over the batches of all ranks, `images` images in total, of which some may be left out.
 
-    `ensemble` holds this rank's branches. Every rank must have the same number of batches of equal size; padding has
-    the label -1. Counts and the sum of losses stay on the device until one reduction at the end.
+    `ensemble` holds this rank's branches. Every rank must have the same number of batches of equal size, with the
+    labels of `ValidationLoader`. Counts and the sum of losses stay on the device until one reduction at the end.
     """
     ensemble.eval()
     device, feed = mesh.ranks.device, BatchFeed(batches, mesh)
     counts = torch.zeros(1 + mesh.branches, 2, dtype=torch.int64, device=device)
-    seen = torch.zeros(1, dtype=torch.int64, device=device)
+    seen = torch.zeros(2, dtype=torch.int64, device=device)
     loss = torch.zeros(1, dtype=torch.float64, device=device)
     for batch in feed:
         with precision.autocast():
@@ -66,13 +73,28 @@ def evaluate(ensemble: Ensemble, batches: Iterable[Batch], images: int, mesh: Me
         logits, labels = feed.of_own_images(own, batch.labels)
         fused = fuse(logits)
         counts += count_correct(torch.cat([fused[None], logits]), labels)
-        loss += cross_entropy(fused.double(), labels, reduction="sum", ignore_index=-1)
-        seen += (labels >= 0).sum()
+        loss += cross_entropy(fused.double(), labels.clamp(min=-1), reduction="sum", ignore_index=-1)
+        seen += torch.stack([(labels >= 0).sum(), (labels == LEFT_OUT).sum()])
     totals = mesh.ranks.sum(torch.cat([counts.flatten().double(), seen.double(), loss]))
-    *correct, total, loss_sum = totals.tolist()
-    assert total == images, f"validated {total:.0f} images of {images}"
-    percent = [100 * c / images for c in correct]
-    return Accuracy(images, loss_sum / images, percent[0], percent[1], percent[2::2], percent[3::2])
+    *correct, total, left_out, loss_sum = totals.tolist()
+    assert total + left_out == images, f"validated {total + left_out:.0f} images of {images}"
+    percent = [100 * c / total for c in correct]
+    return Accuracy(int(total), loss_sum / total, percent[0], percent[1], percent[2::2], percent[3::2], int(left_out))
+
+
+def report_left_out(accuracy: Accuracy, loader: ValidationLoader, config: RunConfig, ranks: Ranks) -> None:
+    """Names the images that a validation has left out; every rank calls it.
+
+    Raises TooManyBadImages on every rank where they are more than `data.max_bad`.
+    """
+    if not accuracy.left_out:
+        return
+    bad = sorted({(each["file"], each["reason"]) for part in ranks.gather(loader.left_out) for each in part})
+    if len(bad) > config.data.max_bad:
+        raise too_many(bad, config.data.max_bad)
+    if ranks.is_first:
+        named = "".join(f"\n  {file}: {reason}" for file, reason in bad)
+        logger.warning("{} validation images cannot be decoded and do not count:{}", len(bad), named)
 
 
 def evaluate_runs(
@@ -105,6 +127,7 @@ def evaluate_runs(
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = ValidationLoader(config, files, shard_of(config, ranks, batch_size, precision.half_bands))
         accuracy = evaluate(ensemble, loader, len(files), Mesh(ranks, len(groups)), precision)
+        report_left_out(accuracy, loader, config, ranks)
         if not math.isfinite(accuracy.loss):
             raise UserError(f"the loss of {run_dirs[0]} is {accuracy.loss}; try --set train.precision=fp32")
         if ranks.is_first:
@@ -130,7 +153,8 @@ def _require_same_data(one: Restored, other: Restored) -> None:
 def _report(accuracy: Accuracy, runs: Sequence[Restored], output: Path | None) -> None:
     for run in runs:
         print(f"{run.config.name}, step {run.step}, {run.run_dir}")
-    print(f"{accuracy.val_images} images: loss {accuracy.loss:.4f}")
+    without = f" ({accuracy.left_out} left out, which cannot be decoded)" * bool(accuracy.left_out)
+    print(f"{accuracy.val_images} images{without}: loss {accuracy.loss:.4f}")
     print(f"{'ensemble':>24}  top-1 {accuracy.top1:6.2f} %  top-5 {accuracy.top5:6.2f} %")
     groups = [group for run in runs for group in run.config.split.groups]
     for group, top1, top5 in zip(groups, accuracy.branch_top1, accuracy.branch_top5, strict=True):

@@ -27,7 +27,8 @@ from bandsplit.errors import UserError
 from bandsplit.runs.files import make_folder, read_text, reading, replace_text, set_aside
 
 MAY_CHANGE = (
-    "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.check", "data.max_bad",
+    "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.check", "data.on_bad",
+    "data.max_bad",
     "train.log_every", "validation.batch_size", "distillation.teacher",
 )  # fmt: skip
 """Keys, or prefixes of keys, that do not affect what is computed and may change when a run is resumed."""
@@ -49,6 +50,7 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
+        self.bad_images = self.path / "bad_images.csv"
 
     @property
     def holds_run(self) -> bool:

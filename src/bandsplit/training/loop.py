@@ -10,7 +10,7 @@ from pathlib import Path
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import Interrupted
-from bandsplit.evaluation.evaluate import evaluate
+from bandsplit.evaluation.evaluate import evaluate, report_left_out
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.events import Events
@@ -18,6 +18,7 @@ from bandsplit.runs.logs import logged
 from bandsplit.runs.metrics import Metrics, Stopwatch
 from bandsplit.runs.saver import Saver
 from bandsplit.training import interruption, schedules, state
+from bandsplit.training.bad_images import BadImages
 from bandsplit.training.console import Console, log_finished, log_start, log_stop
 from bandsplit.training.meter import Meter, Progress
 from bandsplit.training.session import Plan, Session
@@ -45,7 +46,9 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             return
         log_file.open()
         streams = plan.streams(point.run["streams"] if point else None)
-        session = Session(plan, streams, point.stream_states(streams, ranks) if point else None)
+        stream_states = point.stream_states(streams, ranks) if point else None
+        session = Session(plan, streams, stream_states, positions=directory.path)
+        stack.callback(session.loader.close)
         validation_loader = session.validation_loader()
         log_start(session, directory)
 
@@ -56,6 +59,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         saver = stack.enter_context(Saver(directory.checkpoints, config, ranks))
         console = Console(session, directory, progress.step) if ranks.is_first else None
         events = Events(metrics.write, console) if console else Events()
+        bad_images = stack.enter_context(BadImages(directory.bad_images, session, events.emit, progress.step))
 
         # ------------------------------------------------------------------ loop
         meter.start(progress)
@@ -84,6 +88,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             logs = ends_epoch or step % config.train.log_every == 0
             if logs or saves:
                 meter.require_finite(step, plan.steps_per_epoch, session.learners if saves else ())
+                bad_images.tell(step)
             if logs:
                 events.emit("train", **meter.line(progress, watch), lr=lr, image_size=session.loader.size)
 
@@ -93,6 +98,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                     began = time.perf_counter()
                     accuracy = evaluate(validated, validation_loader, len(plan.val_files), session.mesh, plan.precision)
                     session.ensemble.train()
+                report_left_out(accuracy, validation_loader, config, ranks)
                 progress.note_validation(accuracy.as_dict(), watch.seconds)
                 spent = time.perf_counter() - began
                 events.emit("validation", **progress.validation, validation_seconds=round(spent, 3))

@@ -100,14 +100,21 @@ class Session:
     """Ensemble, learners and training batches of one rank. With `stream_states`, the streams continue from there."""
 
     def __init__(
-        self, plan: Plan, streams: Streams | None = None, stream_states: Sequence[StreamState] | None = None
+        self,
+        plan: Plan,
+        streams: Streams | None = None,
+        stream_states: Sequence[StreamState] | None = None,
+        positions: Path | None = None,
     ) -> None:
+        """`positions`: folder in which the positions of the streams are noted, for a restart after a crash."""
         self.plan, self.config, self.mesh = plan, plan.config, plan.mesh
         self.streams = streams or plan.streams()
         self.ensemble, self.learners = learners_of(
             plan.config, plan.images_at_once(self.streams), plan.precision, plan.mesh
         )
-        self.loader = self.streams.loader(plan.train_files, plan.precision.half_bands, stream_states, plan.teacher)
+        self.loader = self.streams.loader(
+            plan.train_files, plan.precision.half_bands, stream_states, plan.teacher, positions
+        )
         self.feed = BatchFeed(self.loader, plan.mesh)
         self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
         """Number of each of this rank's branches in the full ensemble (see `split.only`)."""
