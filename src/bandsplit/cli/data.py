@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any
 
-from bandsplit.cli import data_prepare, data_scan
+from bandsplit.cli import data_pack, data_prepare, data_scan
 
 Commands = Any  # what add_subparsers returns; argparse keeps its type private
 
@@ -20,5 +20,5 @@ def main() -> None:
     arguments.run(arguments)
 
 
-COMMANDS: tuple[Callable[[Commands], None], ...] = (data_scan.add, data_prepare.add)
+COMMANDS: tuple[Callable[[Commands], None], ...] = (data_scan.add, data_prepare.add, data_pack.add)
 """One function a command: adds its parser, whose default `run` takes the parsed arguments."""

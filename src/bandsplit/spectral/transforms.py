@@ -7,6 +7,7 @@ H/s x W/s that holds coefficient k of every block.
 Shapes: B images, C color channels, H x W pixels, N bands of h x w, with h = H/s and w = W/s.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -61,6 +62,25 @@ def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArra
     if kind == "identity":
         return np.eye(block * block)
     raise ValueError(f"kind = {kind!r}: allowed are 'dct2d', 'dct1d', 'hadamard' and 'identity'")
+
+
+def flip_matrix(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
+    """A horizontal flip in the domain of the bands: band k of the flipped image is Σ_j F[k, j] · flipped band j.
+
+    F = M P M⁻¹, where P puts the pixels of each row of a block into reverse order.  For dct2d and hadamard it is
+    diagonal, (-1)^v with v = k mod block; for identity it swaps bands; for dct1d most bands need several others.
+
+    Args:
+        matrix: M, (N, N), invertible.
+
+    Returns:
+        (N, N), in which entries that are zero but for rounding are exactly zero.
+    """
+    matrix = np.asarray(matrix, dtype=np.float64)
+    block = math.isqrt(len(matrix))
+    reverse = np.arange(len(matrix)).reshape(block, block)[:, ::-1].ravel()
+    flip = np.linalg.solve(matrix.T, matrix[:, reverse].T).T
+    return np.where(np.abs(flip) < 1e-9, 0.0, flip)
 
 
 def _on_both_axes(matrix: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

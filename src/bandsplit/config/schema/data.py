@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import (
     Field,
@@ -40,8 +40,10 @@ class Data(Table):
     """Where the images are and how they become a batch (config/data/*.toml)."""
 
     name: str = Field(min_length=1)
+    kind: Literal["images", "bands"] = "images"
+    """`images`: files that DALI decodes; `bands`: a band store that `python src/data.py pack` has written."""
     root: str = Field(min_length=1)
-    """Folder of the data set; `~` and `$VARIABLES` are expanded."""
+    """Folder of the data set or band store; `~` and `$VARIABLES` are expanded."""
     layout: Literal["folders", "list"] = "folders"
     """Class folders, or lists of paths and labels."""
     train: str = "train"
@@ -78,7 +80,9 @@ class Data(Table):
     threads: int | None = Field(None, ge=1)
     """DALI threads per rank; unset: the CPUs allotted on this node, divided by its ranks."""
     prefetch: int = Field(2, ge=1)
-    """Batches that DALI prepares ahead."""
+    """Batches that are prepared ahead."""
+    in_memory: bool = False
+    """Band store: read the bands into memory before the first step, shared by all ranks of a node."""
     decoder: Decoder = Decoder()
     generate: Generate | None = None
 
@@ -86,6 +90,14 @@ class Data(Table):
     def val_size(self) -> int:
         """Side in pixels of the validation images."""
         return self.val_image_size or self.image_size
+
+    @model_validator(mode="before")
+    @classmethod
+    def _no_resized_crops_of_bands(cls, given: Any) -> Any:
+        """The defaults of `scale` and `ratio` are those of images; crops of bands keep scale and aspect ratio."""
+        if isinstance(given, dict) and given.get("kind") == "bands":
+            return {"scale": [1.0, 1.0], "ratio": [1.0, 1.0], **given}
+        return given
 
     @model_validator(mode="after")
     def _check(self) -> Data:
@@ -100,4 +112,6 @@ class Data(Table):
             raise mistake("data.ratio", list(self.ratio), "0 < smallest <= largest")
         if min(self.std) <= 0:
             raise mistake("data.std", list(self.std), "positive numbers")
+        if self.in_memory and self.kind != "bands":
+            raise mistake("data.in_memory", True, "false, unless data.kind = 'bands'")
         return self

@@ -78,6 +78,7 @@ class RunConfig(Table):
             if self.augment.progressive is not None:
                 raise mistake("augment.progressive.min_size", self.augment.progressive.min_size, allowed)
         self._check_progressive()
+        self._check_bands()
         if self.schedule.warmup_epochs >= self.train.epochs:
             allowed = f"less than train.epochs = {self.train.epochs}"
             raise mistake("schedule.warmup_epochs", self.schedule.warmup_epochs, allowed)
@@ -104,6 +105,31 @@ class RunConfig(Table):
         if progressive.ramp_end >= self.train.epochs:
             allowed = f"less than train.epochs = {self.train.epochs}"
             raise mistake("augment.progressive.ramp_end", progressive.ramp_end, allowed)
+
+    def _check_bands(self) -> None:
+        """Images in a band store are resized already: what needs their pixels is told in one message."""
+        if self.data.kind != "bands":
+            return
+        augment = self.augment
+        needed = {
+            "data.scale": (self.data.scale, (1.0, 1.0)),
+            "data.ratio": (self.data.ratio, (1.0, 1.0)),
+            "augment.auto": (augment.auto, None),
+            "augment.color": (augment.color, None),
+            "augment.pca_noise": (augment.pca_noise, 0.0),
+            "augment.erasing": (augment.erasing, None),
+            "augment.repeats": (augment.repeats, 1),
+            "augment.progressive": (augment.progressive, None),
+        }
+        wrong = {key: (given, only) for key, (given, only) in needed.items() if given != only}
+        if wrong:
+            settings = ", ".join(
+                f"{key} = {'none' if only is None else list(only) if isinstance(only, tuple) else only}"
+                for key, (_, only) in wrong.items()
+            )
+            key, (given, _) = next(iter(wrong.items()))
+            shown = list(given) if isinstance(given, tuple) else getattr(given, "type", given)
+            raise mistake(key, shown, f"with data.kind = 'bands' only {settings}; a band store holds no pixels")
 
     def _check_branch(self, number: int) -> None:
         """[[branch]] and [model] together must give a valid network."""

@@ -1,0 +1,69 @@
+"""`pack` and `verify` of src/data.py: images resized once, or the bands of every image, as files that are read fast."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from bandsplit.cli import options
+from bandsplit.config import loading
+from bandsplit.cpus import available_cpus
+
+
+def add(commands: Any) -> None:
+    pack = commands.add_parser("pack", help="resize all images once, or store their bands", description=_pack.__doc__)
+    options.add_config(pack)
+    pack.add_argument("--to", type=Path, required=True, metavar="DIR", help="new or unfinished folder to pack into")
+    pack.add_argument(
+        "--kind", choices=("bands", "images"), default="bands", help="what to pack (default: the bands of every image)"
+    )
+    pack.add_argument("--dtype", choices=("uint8", "float16"), default="uint8", help="bands: type of a value (uint8)")
+    pack.add_argument(
+        "--size",
+        type=_positive,
+        help="bands: side in pixels of the square that is stored of a training image (data.resize_size); images: "
+        "longest shorter side (data.resize_size)",
+    )
+    pack.add_argument("--quality", type=_quality, default=90, help="images: JPEG quality, 1 to 100 (90)")
+    pack.add_argument(
+        "--layout", choices=("folders", "tar"), default="folders", help="images: a folder a class, or tar shards"
+    )
+    pack.add_argument("--workers", type=_positive, default=available_cpus(), help="processes (the CPUs allotted)")
+    pack.set_defaults(run=_pack)
+    verify = commands.add_parser("verify", help="check packed data", description=_verify.__doc__)
+    verify.add_argument("folder", type=Path, metavar="DIR", help="what `pack` has written")
+    verify.add_argument("--workers", type=_positive, default=available_cpus(), help="threads (the CPUs allotted)")
+    verify.set_defaults(run=_verify)
+
+
+def _pack(arguments: argparse.Namespace) -> None:
+    """Packs the training and validation images of a config. Interrupted, the same command continues."""
+    config = loading.load(arguments.config or options.DEMO, arguments.set, arguments.data)
+    from bandsplit.data.store import pack
+
+    pack.run(config, arguments)
+
+
+def _verify(arguments: argparse.Namespace) -> None:
+    """Reads all of packed data and compares it with its checksums; names every file that is damaged or missing."""
+    from bandsplit.data.store import verify
+
+    found = verify.verify(arguments.folder, arguments.workers)
+    print(f"{arguments.folder}: {found.files} files, {found.bytes / 1e9:,.3f} GB: all as they were packed")
+    if found.absent:
+        print(f"not here: bands {', '.join(map(str, found.absent))}")
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError("a number from 1")
+    return value
+
+
+def _quality(text: str) -> int:
+    value = int(text)
+    if not 1 <= value <= 100:
+        raise argparse.ArgumentTypeError("a number from 1 to 100")
+    return value

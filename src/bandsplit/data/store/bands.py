@@ -1,0 +1,328 @@
+"""`pack --kind bands`: renders every image once and stores its bands, through the graph and the operator of validation.
+
+Rendering is on the CPU, whose decoder gives the same pixels on every run.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+from einops import rearrange
+
+from bandsplit import __version__, seeds
+from bandsplit.config.schema import RunConfig
+from bandsplit.data import pipeline
+from bandsplit.data.images import ImageFiles
+from bandsplit.data.loader import UndecodableImage, ValidationLoader
+from bandsplit.data.pipeline import Shard
+from bandsplit.data.store import manifest as stored
+from bandsplit.data.store import packing, quantization
+from bandsplit.data.store.manifest import Band, BandManifest, BandPart, band_folder, shard_name
+from bandsplit.data.store.packing import Chunk, Folder, Record
+from bandsplit.data.store.quantization import Floats, Quantizer
+from bandsplit.errors import UserError
+from bandsplit.spectral import transforms
+
+Dtype = Literal["float16", "uint8"]
+Values = npt.NDArray[np.float32]
+
+SAMPLE = 1024
+"""Training images from which the ranges of 8 bits are chosen."""
+
+RENDERED_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """How images become bands; it goes to every worker."""
+
+    config: RunConfig
+    bands: tuple[int, ...]
+    sides: dict[str, int]
+    """Side in pixels of the stored square, by part."""
+    root: Path
+
+    @property
+    def limits(self) -> tuple[Floats, Floats]:
+        """Smallest and largest value that each of the bands can have, (bands, 3)."""
+        split, data = self.config.split, self.config.data
+        matrix = transforms.transform_matrix(split.transform, split.block, split.norm)[list(self.bands)]
+        return quantization.bounds(matrix, data.mean, data.std)
+
+    def shape(self, part: str) -> tuple[int, int, int]:
+        """Of one image of one band: (h, w, 3)."""
+        side = self.sides[part] // self.config.split.block
+        return side, side, 3
+
+    def batches(self, part: str, paths: Sequence[str]) -> Iterator[list[Values]]:
+        """Bands of images, one (B, h, w, 3) a band.  Raises UndecodableImage."""
+        if not paths:
+            return
+        side = self.sides[part]
+        data = self.config.data.model_copy(update={"image_size": side, "val_image_size": side})
+        split = self.config.split.model_copy(update={"branches": tuple((k,) for k in self.bands), "only": None})
+        config = self.config.model_copy(update={"data": data, "split": split})
+        files = ImageFiles(list(paths), [0] * len(paths), ["all"])
+        share = Shard(0, 1, min(RENDERED_AT_ONCE, len(paths)), threads=1, device_id=None)
+        for batch in ValidationLoader(config, files, share):
+            count = int((batch.labels >= 0).sum())
+            yield [rearrange(x, "b c h w -> b h w c")[:count].numpy() for x in batch.inputs]
+
+
+def pack(
+    config: RunConfig,
+    parts: Mapping[str, ImageFiles],
+    root: Path,
+    to: Path,
+    dtype: Dtype,
+    size: int | None,
+    workers: int,
+    chunk_images: int | None = None,
+) -> BandManifest:
+    """Packs the bands that a config's branches read into a band store.
+
+    Args:
+        parts: the training images, then the validation images, by the names of their folders.
+        root: folder of the data set, to which the names of images are relative.
+        size: side in pixels of the square that is stored of training images; None: `data.resize_size`, rounded down to
+            whole blocks.  Of validation images, what is validated is stored.
+        workers: processes.
+        chunk_images: images of a shard; None: as many as are useful.
+
+    Raises UserError where `to` holds something else, the disk is full, or the size does not fit.
+    """
+    train, val = parts
+    bands = tuple(stored.bands_to_read(config.split, config.data.hflip))
+    rendering = Rendering(config, bands, {train: _side(config, size), val: config.data.val_size}, root)
+    names = {part: packing.names_of(files.paths, root) for part, files in parts.items()}
+    digests = {part: packing.source_digest(files, names[part]) for part, files in parts.items()}
+    chunks = [chunk for part, files in parts.items() for chunk in packing.chunks_of(part, files, chunk_images)]
+    folder = Folder(to)
+    with folder.begun(_plan(rendering, dtype, digests, len(chunks[0].paths))) as complete:
+        if complete:
+            manifest = stored.read_manifest(to)
+            assert isinstance(manifest, BandManifest)
+            return manifest
+        item = np.dtype(dtype).itemsize * len(bands)
+        folder.require_space(sum(math.prod(rendering.shape(part)) * item * len(parts[part]) for part in parts))
+        quantizers = _quantizers(rendering, train, parts[train].paths, workers) if dtype == "uint8" else None
+        records = folder.packed(partial(_pack_chunk, rendering, to, quantizers), chunks, workers)
+        together = list(zip(chunks, records, strict=True))
+        for k in bands:
+            sums = {f"{chunk.part}/{shard_name(chunk.number)}": record["sha256"][str(k)] for chunk, record in together}
+            packing.write_checksums(to / band_folder(k), sums)
+        sums = {}
+        about = {}
+        for part, files in parts.items():
+            own = [(chunk, record) for chunk, record in together if chunk.part == part]
+            kept = [chunk.first + place for chunk, record in own for place in record["kept"]]
+            labels = np.array(files.labels, dtype=np.int32)[kept]
+            sums[f"labels/{part}.npy"] = packing.replace(to / f"labels/{part}.npy", packing.npy(labels))
+            lines = json.dumps([names[part][n] for n in kept], indent=0) + "\n"
+            sums[f"names/{part}.json"] = packing.replace(to / f"names/{part}.json", lines.encode())
+            about[part] = BandPart(
+                images=len(kept),
+                side=rendering.sides[part],
+                shards=tuple(len(record["kept"]) for _, record in own),
+                source_images=len(files),
+                source_digest=digests[part],
+                left_out=packing.left_out(record for _, record in own),
+            )
+        packing.write_checksums(to, sums)
+        manifest = BandManifest(
+            format=stored.FORMAT,
+            kind="bands",
+            code_version=__version__,
+            data=config.data.name,
+            transform=config.split.transform,
+            norm=config.split.norm,
+            block=config.split.block,
+            mean=config.data.mean,
+            std=config.data.std,
+            resize_size=config.data.resize_size,
+            interpolation=config.data.interpolation,
+            dtype=dtype,
+            classes=tuple(parts[train].classes),
+            parts=about,
+            bands=_described(rendering, quantizers, together),
+        )
+        folder.finish(manifest)
+        return manifest
+
+
+def _side(config: RunConfig, size: int | None) -> int:
+    """Of the square that is stored of training images."""
+    data, block = config.data, config.split.block
+    if size is None:
+        return data.resize_size // block * block
+    if size % block or not data.image_size <= size <= data.resize_size:
+        raise UserError(
+            f"--size: {size} given; allowed: a multiple of split.block = {block} from data.image_size = "
+            f"{data.image_size} to data.resize_size = {data.resize_size}"
+        )
+    return size
+
+
+def _plan(rendering: Rendering, dtype: Dtype, digests: Mapping[str, str], chunk_images: int) -> dict[str, Any]:
+    """All that a store depends on, by the names of the keys and options."""
+    config = rendering.config
+    return {
+        "--kind": "bands",
+        "code_version": __version__,
+        "--dtype": dtype,
+        "--size": next(iter(rendering.sides.values())),
+        "--chunk": chunk_images,
+        "bands": rendering.bands,
+        "data.name": config.data.name,
+        "data.val_image_size": config.data.val_size,
+        **{f"data.{key}": getattr(config.data, key) for key in ("resize_size", "interpolation", "mean", "std")},
+        **{f"split.{key}": getattr(config.split, key) for key in ("transform", "norm", "block")},
+        **{f"images of {part}": digest for part, digest in digests.items()},
+    }
+
+
+def _pack_chunk(rendering: Rendering, to: Path, quantizers: Mapping[int, Quantizer] | None, chunk: Chunk) -> Record:
+    """Writes the shards of a chunk, one a band; in a worker."""
+    kept, record = list(range(len(chunk.paths))), _Sums(rendering.bands)
+    try:
+        sums = _write_shards(rendering, to, quantizers, chunk, kept, record)
+    except UndecodableImage:
+        kept, record = [n for n in kept if _decodes(chunk.paths[n])], _Sums(rendering.bands)
+        sums = _write_shards(rendering, to, quantizers, chunk, kept, record)
+    dropped = sorted({*range(len(chunk.paths))} - {*kept})
+    return {
+        "kept": kept,
+        "left_out": packing.unreadable([chunk.paths[n] for n in dropped], rendering.root),
+        "sha256": sums,
+        **record.as_dict(),
+    }
+
+
+def _decodes(path: str) -> bool:
+    return pipeline.first_undecodable([path], 1) is None
+
+
+class _Sums:
+    """Over the values of every band, by color: (bands, 3)."""
+
+    def __init__(self, bands: Sequence[int]) -> None:
+        shape = (len(bands), 3)
+        self.total, self.square, self.error = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+        self.clipped = np.zeros(shape, dtype=np.int64)
+
+    def note(self, n: int, values: Values, restored: Values) -> None:
+        exact, again = (x.reshape(-1, 3).astype(np.float64) for x in (values, restored))
+        self.total[n] += exact.sum(0)
+        self.square[n] += (exact**2).sum(0)
+        self.error[n] += ((again - exact) ** 2).sum(0)
+
+    def as_dict(self) -> dict[str, Any]:
+        return {name: values.tolist() for name, values in vars(self).items()}
+
+
+def _write_shards(
+    rendering: Rendering,
+    to: Path,
+    quantizers: Mapping[int, Quantizer] | None,
+    chunk: Chunk,
+    kept: Sequence[int],
+    record: _Sums,
+) -> dict[str, str]:
+    """SHA-256 by band.  Raises UndecodableImage, and then leaves nothing that has its name."""
+    shape = (len(kept), *rendering.shape(chunk.part))
+    dtype = np.float16 if quantizers is None else np.uint8
+    files = [
+        packing.ArrayFile(to / band_folder(k) / chunk.part / shard_name(chunk.number), shape, dtype)
+        for k in rendering.bands
+    ]
+    try:
+        for batch in rendering.batches(chunk.part, [chunk.paths[n] for n in kept]):
+            for n, (k, values) in enumerate(zip(rendering.bands, batch, strict=True)):
+                if quantizers is None:
+                    half = values.astype(np.float16)
+                    files[n].append(half)
+                    record.note(n, values, half.astype(np.float32))
+                else:
+                    steps, outside = quantizers[k].stored(values)
+                    files[n].append(steps)
+                    record.note(n, values, quantizers[k].values(steps))
+                    record.clipped[n] += outside
+        return {str(k): file.close() for k, file in zip(rendering.bands, files, strict=True)}
+    finally:
+        for file in files:
+            file.abandon()
+
+
+def _quantizers(rendering: Rendering, part: str, paths: Sequence[str], workers: int) -> dict[int, Quantizer]:
+    """The range of every band and color, from a sample that is the same on every run."""
+    order = np.random.default_rng(seeds.derived(0, "sample of a store")).permutation(len(paths))
+    sample = [paths[n] for n in sorted(order[:SAMPLE].tolist())]
+    chunks = [Chunk(part, n, n, sample[n : n + 128]) for n in range(0, len(sample), 128)]
+    counted = [record["counts"] for _, record in packing.worked(partial(_count, rendering), chunks, workers)]
+    counts = np.sum(counted, axis=0)
+    if not counts.any():
+        raise UserError(f"{rendering.root / part}: none of {len(sample)} images can be decoded")
+    low, high = rendering.limits
+    ranges = np.array(
+        [
+            [quantization.best_range(counts[n, c], low[n, c], high[n, c]) for c in range(3)]
+            for n in range(len(rendering.bands))
+        ]
+    )
+    return {k: Quantizer.over(*ranges[n].T) for n, k in enumerate(rendering.bands)}
+
+
+def _count(rendering: Rendering, chunk: Chunk) -> Record:
+    """Histograms (bands, 3, bins) of a part of the sample; in a worker."""
+    low, high = rendering.limits
+
+    def counted(paths: Sequence[str]) -> npt.NDArray[np.int64]:
+        counts = np.zeros((len(rendering.bands), 3, quantization.BINS), dtype=np.int64)
+        for batch in rendering.batches(chunk.part, paths):
+            for n, values in enumerate(batch):
+                counts[n] += quantization.histogram(values, low[n], high[n])
+        return counts
+
+    try:
+        return {"counts": counted(chunk.paths)}
+    except UndecodableImage:
+        return {"counts": counted([path for path in chunk.paths if _decodes(path)])}
+
+
+def _described(
+    rendering: Rendering, quantizers: Mapping[int, Quantizer] | None, together: Sequence[tuple[Chunk, Record]]
+) -> dict[int, Band]:
+    """Every band with its measured errors, over all images."""
+    pixels = sum(len(record["kept"]) * math.prod(rendering.shape(chunk.part)[:2]) for chunk, record in together)
+    total, square, error, clipped = (
+        np.sum([record[key] for _, record in together], axis=0) / max(1, pixels)
+        for key in ("total", "square", "error", "clipped")
+    )
+    deviation, rmse = np.sqrt(np.maximum(0, square - total**2)), np.sqrt(error)
+    low, high = rendering.limits
+    bands = {}
+    for n, k in enumerate(rendering.bands):
+        scale, offset = (np.ones(3), np.zeros(3)) if quantizers is None else (quantizers[k].scale, quantizers[k].offset)
+        bands[k] = Band(
+            scale=tuple(map(float, scale)),
+            offset=tuple(map(float, offset)),
+            rmse=tuple(rmse[n].tolist()),
+            deviation=tuple(deviation[n].tolist()),
+            psnr=_decibels(high[n] - low[n], rmse[n]),
+            snr=_decibels(deviation[n], rmse[n]),
+            clipped=float(clipped[n].mean()),
+        )
+    return bands
+
+
+def _decibels(signal: Floats, noise: Floats) -> float:
+    """Of the worst color; at most 200, where there is no error."""
+    return round(float((20 * np.log10(np.maximum(signal, 1e-30) / np.maximum(noise, signal * 1e-10 + 1e-30))).min()), 3)

@@ -1,0 +1,46 @@
+"""`pack`, as the command line calls it: which images, into what, and a summary."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+
+from loguru import logger
+
+from bandsplit.config.schema import RunConfig
+from bandsplit.data.images import open_data
+from bandsplit.data.store import bands
+from bandsplit.data.store.manifest import BandManifest, LeftOut
+from bandsplit.errors import UserError
+from bandsplit.paths import expanded
+
+
+def run(config: RunConfig, options: Namespace) -> None:
+    """Packs the images of a config and prints what came of it.  Raises UserError as `bands.pack` does."""
+    if config.data.kind != "images":
+        raise UserError(f"data.kind: {config.data.kind!r} given; packed are images: name their data config")
+    train, val = open_data(config.data)
+    parts, root = {config.data.train: train, config.data.val: val}, expanded(config.data.root, "data.root")
+    for part, files in parts.items():
+        if files.passed_over:
+            logger.info("{} images: passed over {}", part, "; ".join(files.passed_over))
+    packed = bands.pack(config, parts, root, options.to, options.dtype, options.size, options.workers)
+    _show_bands(packed, options.to)
+
+
+def _show_bands(manifest: BandManifest, to: Path) -> None:
+    print(f"{to}: {len(manifest.bands)} bands of {manifest.data} in {manifest.dtype}")
+    for part, about in manifest.parts.items():
+        height, width, _ = manifest.shape(part)
+        per_band = about.images * manifest.image_bytes(part) / 1e9
+        print(f"{part:>8}  {about.images} images of {height} x {width}, {per_band:,.3f} GB a band")
+        _show_left_out(part, about.left_out)
+    psnr, clipped = min(b.psnr for b in manifest.bands.values()), max(b.clipped for b in manifest.bands.values())
+    print(f"   PSNR  at least {psnr:.1f} dB of a band's range; {clipped:.1e} of the values of a band clipped, at most")
+
+
+def _show_left_out(part: str, left_out: tuple[LeftOut, ...]) -> None:
+    if left_out:
+        print(f"{part:>8}  {len(left_out)} left out:")
+        for each in left_out:
+            print(f"          {each.name}: {each.reason}")
