@@ -245,10 +245,13 @@ class Streams:
         teacher: Teacher | None,
         positions: Path | None = None,
     ) -> TrainingLoader:
+        return TrainingLoader(self._config, files, self.shards(half), states, teacher, positions)
+
+    def shards(self, half: bool) -> list[Shard]:
+        """What each of this rank's streams reads."""
         shard = shard_of(self._config, self._ranks, self.batch_size, half)
         threads = max(1, shard.threads // len(self.own))
-        shards = [replace(shard, rank=s, world_size=self.count, threads=threads) for s in self.own]
-        return TrainingLoader(self._config, files, shards, states, teacher, positions)
+        return [replace(shard, rank=s, world_size=self.count, threads=threads) for s in self.own]
 
 
 class ValidationLoader:

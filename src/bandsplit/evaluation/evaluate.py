@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from bandsplit.config.schema import RunConfig
+from bandsplit.data import source
 from bandsplit.data.feed import BatchFeed
-from bandsplit.data.loader import LEFT_OUT, Batch, ValidationLoader, open_data, shard_of
+from bandsplit.data.loader import LEFT_OUT, Batch, shard_of
 from bandsplit.data.recovery import too_many
+from bandsplit.data.source import AnyValidationLoader
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks, joined, rank
 from bandsplit.errors import UserError
@@ -82,7 +84,7 @@ def evaluate(ensemble: Ensemble, batches: Iterable[Batch], images: int, mesh: Me
     return Accuracy(int(total), loss_sum / total, percent[0], percent[1], percent[2::2], percent[3::2], int(left_out))
 
 
-def report_left_out(accuracy: Accuracy, loader: ValidationLoader, config: RunConfig, ranks: Ranks) -> None:
+def report_left_out(accuracy: Accuracy, loader: AnyValidationLoader, config: RunConfig, ranks: Ranks) -> None:
     """Names the images that a validation has left out; every rank calls it.
 
     Raises TooManyBadImages on every rank where they are more than `data.max_bad`.
@@ -121,11 +123,11 @@ def evaluate_runs(
         precision.apply()
         ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
-        files = open_data(config, ranks, ["val"])["val"]
+        files = source.open_data(config, ranks, ["val"])["val"]
         files = ranks.each(partial(files.renumbered, runs[0].classes, str(runs[0].run_dir), config.data.root))
         parts = ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
-        loader = ValidationLoader(config, files, shard_of(config, ranks, batch_size, precision.half_bands))
+        loader = source.validation_loader(config, files, shard_of(config, ranks, batch_size, precision.half_bands))
         accuracy = evaluate(ensemble, loader, len(files), Mesh(ranks, len(groups)), precision)
         report_left_out(accuracy, loader, config, ranks)
         if not math.isfinite(accuracy.loss):

@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import images
-from bandsplit.data.folders import Found
+from bandsplit.data import source
+from bandsplit.data.source import Listed
 from bandsplit.distributed import ranks
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
 from bandsplit.errors import UserError
@@ -116,9 +116,9 @@ def show(config: RunConfig, planned_ranks: int | None = None) -> None:
     _show_steps(config, found)
 
 
-def _found(config: RunConfig) -> dict[str, Found] | UserError:
+def _found(config: RunConfig) -> dict[str, Listed] | UserError:
     try:
-        return images.find(config.data, ("train", "val"), generate=False)
+        return source.listed(config)
     except UserError as error:
         return error
 
@@ -201,14 +201,15 @@ def _show_sizes(config: RunConfig) -> None:
     )
 
 
-def _show_steps(config: RunConfig, found: dict[str, Found] | UserError) -> None:
+def _show_steps(config: RunConfig, found: dict[str, Listed] | UserError) -> None:
     """Prints the number of images and steps if the data can be read."""
     if isinstance(found, UserError):
         print(f"steps     unknown: {found}")
         return
-    train, val = (len(found[part].names) for part in ("train", "val"))
+    train, val = (found[part].images for part in ("train", "val"))
     steps = config.steps_per_epoch(train)
-    print(f"data      {train} training and {val} validation images, before they are checked")
+    unchecked = ", before they are checked" if config.data.kind == "images" else ""
+    print(f"data      {train} training and {val} validation images{unchecked}")
     for part, files in found.items():
         if files.passed_over:
             print(f"          {getattr(config.data, part)}: passed over {'; '.join(files.passed_over)}")

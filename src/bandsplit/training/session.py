@@ -12,10 +12,10 @@ from torch import nn
 
 from bandsplit import seeds
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import pinned
+from bandsplit.data import source
 from bandsplit.data.feed import BatchFeed
-from bandsplit.data.images import ImageFiles
-from bandsplit.data.loader import Streams, StreamState, ValidationLoader, open_data, shard_of
+from bandsplit.data.loader import Streams, StreamState, shard_of
+from bandsplit.data.source import AnyValidationLoader, Images
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.distributed.traffic import branch_groups
@@ -32,8 +32,8 @@ class Plan:
 
     config: RunConfig
     ranks: Ranks
-    train_files: ImageFiles
-    val_files: ImageFiles
+    train_files: Images
+    val_files: Images
     precision: Precision
     teacher: Teacher | None
     parameters: list[int]
@@ -53,22 +53,21 @@ class Plan:
         Raises UserError if the config does not fit the data or the ranks, and Interrupted if a signal is received while
         images are examined.
         """
-        files = open_data(config, ranks, signal=signal)
-        if began is not None:
-            files = ranks.each(partial(pinned.as_began, began, files, config.data))
+        files = source.open_data(config, ranks, began=began, signal=signal)
         train_files, val_files = files["train"], files["val"]
         config = config.with_classes(len(train_files.classes))
         config.steps_per_epoch(len(train_files))
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
         teacher = ranks.each(partial(Teacher.of, config, train_files.classes, precision))
+        ranks.each(partial(source.require_teacher, train_files, config, teacher))
         parameters = parameters_of_branches(config)
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
         return cls(config, ranks, train_files, val_files, precision, teacher, parameters, mesh)
 
     @property
-    def files(self) -> dict[str, ImageFiles]:
+    def files(self) -> dict[str, Images]:
         return {"train": self.train_files, "val": self.val_files}
 
     @property
@@ -112,8 +111,9 @@ class Session:
         self.ensemble, self.learners = learners_of(
             plan.config, plan.images_at_once(self.streams), plan.precision, plan.mesh
         )
-        self.loader = self.streams.loader(
-            plan.train_files, plan.precision.half_bands, stream_states, plan.teacher, positions
+        half = plan.precision.half_bands
+        self.loader = source.training_loader(
+            plan.config, self.streams, plan.train_files, half, stream_states, plan.teacher, positions
         )
         self.feed = BatchFeed(self.loader, plan.mesh)
         self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
@@ -124,10 +124,10 @@ class Session:
         """All networks with state: this rank's branches and the EMA of each."""
         return nn.ModuleList([self.ensemble, *(learner.ema for learner in self.learners if learner.ema is not None)])
 
-    def validation_loader(self) -> ValidationLoader:
+    def validation_loader(self) -> AnyValidationLoader:
         batch_size = self.config.validation.batch_size or self.streams.batch_size
         shard = shard_of(self.config, self.plan.ranks, batch_size, self.plan.precision.half_bands)
-        return ValidationLoader(self.config, self.plan.val_files, shard)
+        return source.validation_loader(self.config, self.plan.val_files, shard)
 
     def seed_branch(self, i: int, step: int) -> None:
         """Seeds torch (dropout, stochastic depth) for a step of branch `i`, independent of other local branches."""

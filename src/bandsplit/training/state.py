@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from bandsplit.data import pinned
+from bandsplit.data import source
 from bandsplit.data.images import require_same_classes
 from bandsplit.data.loader import Streams, StreamState
 from bandsplit.distributed.mesh import Mesh
@@ -77,7 +77,7 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
     began = directory.holds_run
     directory.create(config, classes, {**launch, "branch_groups": groups, "bn_batch_size": bn_batch_size})
     if not began:
-        pinned.keep(directory.data, plan.files)
+        source.keep(directory.data, plan.files)
     return point
 
 

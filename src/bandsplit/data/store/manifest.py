@@ -14,8 +14,9 @@ A node needs the manifest, the labels and the folders of the bands that its bran
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -25,6 +26,7 @@ import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from bandsplit.config.schema import Data, RunConfig, Split
+from bandsplit.data.images import ImageFiles
 from bandsplit.errors import UserError
 from bandsplit.paths import expanded, reading_from
 from bandsplit.spectral import transforms
@@ -183,7 +185,10 @@ class StoredImages:
 
     root: Path
     part: str
+    """Name of its folder."""
     manifest: BandManifest
+    class_names: tuple[str, ...]
+    """Labels are indices into these."""
 
     def __len__(self) -> int:
         return self.about.images
@@ -194,7 +199,7 @@ class StoredImages:
 
     @property
     def classes(self) -> list[str]:
-        return list(self.manifest.classes)
+        return list(self.class_names)
 
     @property
     def passed_over(self) -> tuple[str, ...]:
@@ -202,13 +207,13 @@ class StoredImages:
         return (f"{len(left_out)} that could not be packed, such as {left_out[0].name!r}",) if left_out else ()
 
     @property
-    def digest(self) -> int:
-        """The same for the same images, wherever the store lies."""
-        return int(self.about.source_digest[:15], 16) ^ len(self)
+    def digest(self) -> str:
+        """The same for the same stored images, wherever the store lies."""
+        return hashlib.sha256(f"{self.manifest.dtype} {self.about.model_dump_json()}".encode()).hexdigest()
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int32]:
-        """(images,)"""
+        """(images,), indices into `classes`."""
         path = self.root / "labels" / f"{self.part}.npy"
         with reading_from(path):
             try:
@@ -216,10 +221,14 @@ class StoredImages:
             except ValueError as error:
                 raise UserError(f"{path}: damaged: {error}") from None
         if labels.shape != (len(self),):
-            raise UserError(
-                f"{path}: {len(labels)} labels for {len(self)} images; `data.py verify` tells what is wrong"
-            )
-        return labels
+            raise UserError(f"{path}: {len(labels)} labels for {len(self)} images; copy this file again")
+        stored = ImageFiles([], labels, list(self.manifest.classes))
+        return np.asarray(stored.renumbered(self.class_names, "this run").labels, dtype=np.int32)
+
+    def renumbered(self, classes: Sequence[str], theirs: str) -> StoredImages:
+        """As `ImageFiles.renumbered`."""
+        ImageFiles([], [], self.classes).renumbered(classes, theirs)
+        return replace(self, class_names=tuple(classes))
 
     def shards(self, band: int) -> list[Path]:
         """Files of a band."""
@@ -251,8 +260,8 @@ def header_bytes(start: bytes) -> int:
     return 10 + int.from_bytes(start[8:10], "little") if start[:8] == b"\x93NUMPY\x01\x00" else 0
 
 
-def open_store(data: Data, parts: Sequence[str]) -> list[StoredImages]:
-    """The parts of the band store that a data config names.
+def open_store(data: Data, parts: Sequence[str]) -> dict[str, StoredImages]:
+    """Parts ("train", "val") of the band store that a data config names.
 
     Raises UserError where there is none, it lacks a part, or what is in it was not cut as the config says.
     """
@@ -260,14 +269,16 @@ def open_store(data: Data, parts: Sequence[str]) -> list[StoredImages]:
     manifest = read_manifest(root)
     if not isinstance(manifest, BandManifest):
         raise UserError(f"data.kind: 'bands' given, but {root} holds images; data.kind = 'images' reads it")
-    for part in parts:
-        if part not in manifest.parts:
-            raise UserError(f"data.root: {root}: no part {part!r} in this store; it has {', '.join(manifest.parts)}")
-    if len(manifest.classes) != data.classes:
+    for key in parts:
+        name = getattr(data, key)
+        if name not in manifest.parts:
+            has = ", ".join(manifest.parts)
+            raise UserError(f"data.{key}: {name!r} given, but the band store {root} has no such part; it has {has}")
+    if data.classes is not None and len(manifest.classes) != data.classes:
         raise UserError(f"data.classes: {data.classes} given, but {root} has {len(manifest.classes)} classes")
     for key in ("resize_size", "interpolation"):
         _require_equal(f"data.{key}", getattr(data, key), getattr(manifest, key), root)
-    return [StoredImages(root, part, manifest) for part in parts]
+    return {part: StoredImages(root, getattr(data, part), manifest, manifest.classes) for part in parts}
 
 
 def require_view(
@@ -286,15 +297,16 @@ def require_view(
         stored.require(others, f", which horizontal flips with split.transform = {split.transform!r} need too,")
 
 
-def require_sizes(config: RunConfig, train: StoredImages | None, val: StoredImages) -> None:
-    """Raises UserError where images of the config's sizes cannot be cut out of the stored ones."""
-    if train is not None and config.data.image_size > train.about.side:
+def require_side(config: RunConfig, part: str, stored: StoredImages) -> None:
+    """Raises UserError where images of the config's size cannot be cut out of the stored ones of "train" or "val"."""
+    side, data = stored.about.side, config.data
+    if part == "val":
+        key = "data.image_size" if data.val_image_size is None else "data.val_image_size"
+        _require_equal(key, data.val_size, side, stored.root)
+    elif data.image_size > side:
         raise UserError(
-            f"data.image_size: {config.data.image_size} given, but {train.root} has training images of "
-            f"{train.about.side} x {train.about.side}"
+            f"data.image_size: {data.image_size} given, but {stored.root} has training images of {side} x {side}"
         )
-    key = "data.image_size" if config.data.val_image_size is None else "data.val_image_size"
-    _require_equal(key, config.data.val_size, val.about.side, val.root)
 
 
 def _require_equal(key: str, given: object, stored: object, root: Path) -> None:

@@ -1,0 +1,104 @@
+"""Shards mapped into memory: the page cache holds them once for all ranks of a node."""
+
+from __future__ import annotations
+
+import ctypes
+import mmap
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from loguru import logger
+
+from bandsplit.data.store.manifest import header_bytes
+from bandsplit.errors import UserError
+from bandsplit.paths import reading_from
+
+_POPULATE_READ = 22
+"""MADV_POPULATE_READ of Linux 5.14, which Python does not name."""
+
+Array = npt.NDArray[Any]
+
+
+class MappedBand:
+    """The shards of one band, (images, h, w, 3) each, read-only."""
+
+    def __init__(self, paths: Sequence[Path], counts: Sequence[int], shape: tuple[int, int, int], dtype: str) -> None:
+        self._maps, self.shards, self._starts = [], [], []
+        self._image_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        for path, count in zip(paths, counts, strict=True):
+            with reading_from(path), path.open("rb") as file:
+                start = header_bytes(file.read(10))
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped.madvise(mmap.MADV_RANDOM)  # what is read is asked for by `will_need`, to the byte
+            self._maps.append(mapped)
+            self._starts.append(start)
+            self.shards.append(np.frombuffer(mapped, dtype, count * int(np.prod(shape)), start).reshape(count, *shape))
+
+    def will_need(self, places: Sequence[tuple[int, int]]) -> None:
+        """Starts to read images, (shard, row) each, from the disk, all at once."""
+        for shard, row in places:
+            start = self._starts[shard] + row * self._image_bytes
+            first = start // mmap.PAGESIZE * mmap.PAGESIZE
+            self._maps[shard].madvise(mmap.MADV_WILLNEED, first, start + self._image_bytes - first)
+
+    def take(self, places: Sequence[tuple[int, int]], corners: Sequence[tuple[int, int]] | None, out: Array) -> None:
+        """Copies images, (shard, row) each, into `out` (B, h, w, 3), cut from their corners (top, left)."""
+        if corners is None:
+            for n, (shard, row) in enumerate(places):
+                out[n] = self.shards[shard][row]
+            return
+        _, height, width, _ = out.shape
+        for n, ((shard, row), (top, left)) in enumerate(zip(places, corners, strict=True)):
+            out[n] = self.shards[shard][row, top : top + height, left : left + width]
+
+    def hold(self) -> bool:
+        """Reads all into memory, and keeps it there where the system allows that; returns whether it does."""
+        kept = True
+        for mapped, shard in zip(self._maps, self.shards, strict=True):
+            try:
+                mapped.madvise(_POPULATE_READ)
+            except OSError:
+                shard.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].sum()
+            kept = kept and _lock(shard)
+        return kept
+
+
+def _lock(array: Array) -> bool:
+    """mlock(2): the pages stay in memory as long as they are mapped."""
+    address = array.ctypes.data // mmap.PAGESIZE * mmap.PAGESIZE
+    length = array.ctypes.data + array.nbytes - address
+    failed: int = ctypes.CDLL(None).mlock(ctypes.c_void_p(address), ctypes.c_size_t(length))
+    return not failed
+
+
+def hold(bands: Sequence[MappedBand]) -> None:
+    """Reads bands into memory."""
+    kept = [band.hold() for band in bands]
+    if not all(kept):
+        logger.info("bands are in memory, but not locked there (ulimit -l): they may be read again if it gets scarce")
+
+
+def require_memory(needed: int, root: Path = Path("/")) -> None:
+    """Raises UserError where so many bytes do not fit into the memory that this node has left."""
+    available = available_bytes(root)
+    if needed > available:
+        raise UserError(
+            f"data.in_memory: true given, but the bands that are read take {needed / 1e9:,.1f} GB and this node has "
+            f"{available / 1e9:,.1f} GB left; with false they are read as they are needed"
+        )
+
+
+def available_bytes(root: Path = Path("/")) -> int:
+    """Memory that processes can have, the page cache included: the machine's, or less by the limit of a container."""
+    found = []
+    with suppress(OSError, ValueError, StopIteration):
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):
+        with suppress(OSError, ValueError):
+            found.append(int((root / "sys/fs/cgroup" / name).read_text()))
+    return min(found) if found else 2**63
