@@ -37,7 +37,7 @@ Values = npt.NDArray[np.float32]
 SAMPLE = 1024
 """Training images from which the ranges of 8 bits are chosen."""
 
-RENDERED_AT_ONCE = 32
+RENDERED_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -62,19 +62,35 @@ class Rendering:
         side = self.sides[part] // self.config.split.block
         return side, side, 3
 
-    def batches(self, part: str, paths: Sequence[str]) -> Iterator[list[Values]]:
-        """Bands of images, one (B, h, w, 3) a band.  Raises UndecodableImage."""
+    def rendered(self, part: str, paths: Sequence[str]) -> Iterator[tuple[list[int], list[Values]]]:
+        """Images in their order, some at a time: their places among the paths, and a (B, h, w, 3) for each band.
+
+        Those that cannot be decoded are left out.
+        """
+        for first in range(0, len(paths), RENDERED_AT_ONCE):
+            places = list(range(first, min(first + RENDERED_AT_ONCE, len(paths))))
+            try:
+                images = self._bands(part, [paths[n] for n in places])
+            except UndecodableImage:
+                places = [n for n in places if pipeline.first_undecodable([paths[n]], 1) is None]
+                images = self._bands(part, [paths[n] for n in places])
+            if places:
+                yield places, [np.stack([image[n] for image in images]) for n in range(len(self.bands))]
+
+    def _bands(self, part: str, paths: Sequence[str]) -> list[list[Values]]:
+        """The bands (h, w, 3) of every image.  Raises UndecodableImage.
+
+        DALI gets them one by one: several that fail together have crashed its decoder.
+        """
         if not paths:
-            return
+            return []
         side = self.sides[part]
         data = self.config.data.model_copy(update={"image_size": side, "val_image_size": side})
         split = self.config.split.model_copy(update={"branches": tuple((k,) for k in self.bands), "only": None})
         config = self.config.model_copy(update={"data": data, "split": split})
         files = ImageFiles(list(paths), [0] * len(paths), ["all"])
-        share = Shard(0, 1, min(RENDERED_AT_ONCE, len(paths)), threads=1, device_id=None)
-        for batch in ValidationLoader(config, files, share):
-            count = int((batch.labels >= 0).sum())
-            yield [rearrange(x, "b c h w -> b h w c")[:count].numpy() for x in batch.inputs]
+        batches = ValidationLoader(config, files, Shard(0, 1, batch_size=1, threads=1, device_id=None))
+        return [[rearrange(x, "1 c h w -> h w c").numpy().copy() for x in batch.inputs] for batch in batches]
 
 
 def pack(
@@ -191,23 +207,34 @@ def _plan(rendering: Rendering, dtype: Dtype, digests: Mapping[str, str], chunk_
 
 def _pack_chunk(rendering: Rendering, to: Path, quantizers: Mapping[int, Quantizer] | None, chunk: Chunk) -> Record:
     """Writes the shards of a chunk, one a band; in a worker."""
-    kept, record = list(range(len(chunk.paths))), _Sums(rendering.bands)
+    sums, kept = _Sums(rendering.bands), []
+    dtype = np.float16 if quantizers is None else np.uint8
+    shape, name = rendering.shape(chunk.part), f"{chunk.part}/{shard_name(chunk.number)}"
+    files = [packing.ArrayFile(to / band_folder(k) / name, len(chunk.paths), shape, dtype) for k in rendering.bands]
     try:
-        sums = _write_shards(rendering, to, quantizers, chunk, kept, record)
-    except UndecodableImage:
-        kept, record = [n for n in kept if _decodes(chunk.paths[n])], _Sums(rendering.bands)
-        sums = _write_shards(rendering, to, quantizers, chunk, kept, record)
+        for places, images in rendering.rendered(chunk.part, chunk.paths):
+            kept += places
+            for n, (k, values) in enumerate(zip(rendering.bands, images, strict=True)):
+                if quantizers is None:
+                    half = values.astype(np.float16)
+                    files[n].append(half)
+                    sums.note(n, values, half.astype(np.float32))
+                else:
+                    steps, outside = quantizers[k].stored(values)
+                    files[n].append(steps)
+                    sums.note(n, values, quantizers[k].values(steps))
+                    sums.clipped[n] += outside
+        checksums = {str(k): file.close() for k, file in zip(rendering.bands, files, strict=True)}
+    finally:
+        for file in files:
+            file.abandon()
     dropped = sorted({*range(len(chunk.paths))} - {*kept})
     return {
         "kept": kept,
         "left_out": packing.unreadable([chunk.paths[n] for n in dropped], rendering.root),
-        "sha256": sums,
-        **record.as_dict(),
+        "sha256": checksums,
+        **sums.as_dict(),
     }
-
-
-def _decodes(path: str) -> bool:
-    return pipeline.first_undecodable([path], 1) is None
 
 
 class _Sums:
@@ -226,39 +253,6 @@ class _Sums:
 
     def as_dict(self) -> dict[str, Any]:
         return {name: values.tolist() for name, values in vars(self).items()}
-
-
-def _write_shards(
-    rendering: Rendering,
-    to: Path,
-    quantizers: Mapping[int, Quantizer] | None,
-    chunk: Chunk,
-    kept: Sequence[int],
-    record: _Sums,
-) -> dict[str, str]:
-    """SHA-256 by band.  Raises UndecodableImage, and then leaves nothing that has its name."""
-    shape = (len(kept), *rendering.shape(chunk.part))
-    dtype = np.float16 if quantizers is None else np.uint8
-    files = [
-        packing.ArrayFile(to / band_folder(k) / chunk.part / shard_name(chunk.number), shape, dtype)
-        for k in rendering.bands
-    ]
-    try:
-        for batch in rendering.batches(chunk.part, [chunk.paths[n] for n in kept]):
-            for n, (k, values) in enumerate(zip(rendering.bands, batch, strict=True)):
-                if quantizers is None:
-                    half = values.astype(np.float16)
-                    files[n].append(half)
-                    record.note(n, values, half.astype(np.float32))
-                else:
-                    steps, outside = quantizers[k].stored(values)
-                    files[n].append(steps)
-                    record.note(n, values, quantizers[k].values(steps))
-                    record.clipped[n] += outside
-        return {str(k): file.close() for k, file in zip(rendering.bands, files, strict=True)}
-    finally:
-        for file in files:
-            file.abandon()
 
 
 def _quantizers(rendering: Rendering, part: str, paths: Sequence[str], workers: int) -> dict[int, Quantizer]:
@@ -283,18 +277,11 @@ def _quantizers(rendering: Rendering, part: str, paths: Sequence[str], workers: 
 def _count(rendering: Rendering, chunk: Chunk) -> Record:
     """Histograms (bands, 3, bins) of a part of the sample; in a worker."""
     low, high = rendering.limits
-
-    def counted(paths: Sequence[str]) -> npt.NDArray[np.int64]:
-        counts = np.zeros((len(rendering.bands), 3, quantization.BINS), dtype=np.int64)
-        for batch in rendering.batches(chunk.part, paths):
-            for n, values in enumerate(batch):
-                counts[n] += quantization.histogram(values, low[n], high[n])
-        return counts
-
-    try:
-        return {"counts": counted(chunk.paths)}
-    except UndecodableImage:
-        return {"counts": counted([path for path in chunk.paths if _decodes(path)])}
+    counts = np.zeros((len(rendering.bands), 3, quantization.BINS), dtype=np.int64)
+    for _, images in rendering.rendered(chunk.part, chunk.paths):
+        for n, values in enumerate(images):
+            counts[n] += quantization.histogram(values, low[n], high[n])
+    return {"counts": counts}
 
 
 def _described(

@@ -226,25 +226,32 @@ def npy(array: npt.NDArray[Any]) -> bytes:
 
 
 class ArrayFile:
-    """An .npy file written piece by piece; it has its name when it is whole.
+    """An .npy file (rows, *shape) written piece by piece; it has its name when it is whole.
 
     Written like any file, so that a full disk is an error: into a memory map it would end the process.
     """
 
-    def __init__(self, path: Path, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
+    def __init__(self, path: Path, rows: int, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
         self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
+        self._shape, self._dtype, self._planned, self._rows = tuple(shape), np.dtype(dtype), rows, 0
         self._hash = hashlib.sha256()
         with writing_to(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             self._file: BinaryIO = self._temporary.open("wb")
+        self._write(self._header(rows))
+
+    def _header(self, rows: int) -> bytes:
+        """Of the same length for any number of rows."""
         header = io.BytesIO()
-        description = np.lib.format.dtype_to_descr(np.dtype(dtype))
-        about = {"descr": description, "fortran_order": False, "shape": tuple(shape)}
+        about = {
+            "descr": np.lib.format.dtype_to_descr(self._dtype), "fortran_order": False, "shape": (rows, *self._shape)
+        }  # fmt: skip
         np.lib.format.write_array_header_1_0(header, about)
-        self._write(header.getvalue())
+        return header.getvalue()
 
     def append(self, rows: npt.NDArray[Any]) -> None:
         self._write(np.ascontiguousarray(rows).data)
+        self._rows += len(rows)
 
     def _write(self, content: bytes | memoryview) -> None:
         with writing_to(self._path):
@@ -256,13 +263,17 @@ class ArrayFile:
         self._file.close()
 
     def close(self) -> str:
-        """Gives the file its name; returns its SHA-256."""
+        """Gives the file its name, also with fewer rows than planned; returns its SHA-256."""
         with writing_to(self._path):
+            if self._rows != self._planned:
+                self._file.seek(0)
+                self._file.write(self._header(self._rows))
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()
+            value = self._hash.hexdigest() if self._rows == self._planned else file_sha256(self._temporary)
             self._temporary.replace(self._path)
-        return self._hash.hexdigest()
+        return value
 
 
 def checksum_lines(sums: Mapping[str, str]) -> bytes:
