@@ -152,7 +152,7 @@ def test_the_range_of_eight_bits_has_the_least_error() -> None:
 
     def error(low: float, high: float) -> float:
         quantizer = quantization.Quantizer.over(np.array([low] * 3), np.array([high] * 3))
-        three = np.repeat(values[:, None], 3, axis=1).astype(np.float32)
+        three = np.repeat(values[:, None], 3, axis=1).astype(np.float32)[:, None]
         return float(((quantizer.values(quantizer.stored(three)[0]) - three) ** 2).mean())
 
     chosen = quantization.best_range(counts, -8.0, 8.0)
@@ -404,13 +404,15 @@ def test_validation_sees_what_jpegs_show(config_file: Path, packed: Packed) -> N
         for rank in range(world_size):
             mine = share(rank, world_size, batch_size)
             expected = list(ValidationLoader(jpegs, open_data(jpegs.data)[1], mine))
-            for dtype, tolerance in (("float16", 1e-3), ("uint8", 1e-2)):
-                config = from_store(config_file, packed(dtype))
-                batches = list(BandValidationLoader(config, parts_of(config)[1], mine))
+            for dtype in ("float16", "uint8"):
+                config = from_store(config_file, packed(dtype))  # type: ignore[arg-type]
+                val = parts_of(config)[1]
+                batches = list(BandValidationLoader(config, val, mine))
                 assert [b.labels.tolist() for b in batches] == [b.labels.tolist() for b in expected]
                 for batch, other in zip(batches, expected, strict=True):
-                    for x, y in zip(batch.inputs, other.inputs, strict=True):
-                        assert (x - y)[batch.labels >= 0].square().mean().sqrt() < tolerance
+                    for k, (x, y) in enumerate(zip(batch.inputs, other.inputs, strict=True)):
+                        rmse = max(val.manifest.bands[k].rmse)
+                        assert (x - y)[batch.labels >= 0].square().mean().sqrt() < 4 * rmse
 
 
 def test_training_sees_the_images_that_jpegs_show_in_the_same_steps(config_file: Path, packed: Packed) -> None:

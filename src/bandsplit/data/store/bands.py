@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from einops import rearrange
 
 from bandsplit import __version__, seeds
@@ -80,12 +81,12 @@ class Rendering:
     def _bands(self, part: str, paths: Sequence[str]) -> list[list[Values]]:
         """The bands (h, w, 3) of every image.  Raises UndecodableImage.
 
-        DALI gets them one by one: several that fail together have crashed its decoder.
+        DALI gets them one by one, none ahead: several that fail together have crashed its decoder.
         """
         if not paths:
             return []
         side = self.sides[part]
-        data = self.config.data.model_copy(update={"image_size": side, "val_image_size": side})
+        data = self.config.data.model_copy(update={"image_size": side, "val_image_size": side, "prefetch": 1})
         split = self.config.split.model_copy(update={"branches": tuple((k,) for k in self.bands), "only": None})
         config = self.config.model_copy(update={"data": data, "split": split})
         files = ImageFiles(list(paths), [0] * len(paths), ["all"])
@@ -216,9 +217,9 @@ def _pack_chunk(rendering: Rendering, to: Path, quantizers: Mapping[int, Quantiz
             kept += places
             for n, (k, values) in enumerate(zip(rendering.bands, images, strict=True)):
                 if quantizers is None:
-                    half = values.astype(np.float16)
-                    files[n].append(half)
-                    sums.note(n, values, half.astype(np.float32))
+                    half = torch.from_numpy(values).half()  # numpy takes several times as long
+                    files[n].append(half.numpy())
+                    sums.note(n, values, half.float().numpy())
                 else:
                     steps, outside = quantizers[k].stored(values)
                     files[n].append(steps)
@@ -246,13 +247,19 @@ class _Sums:
         self.clipped = np.zeros(shape, dtype=np.int64)
 
     def note(self, n: int, values: Values, restored: Values) -> None:
-        exact, again = (x.reshape(-1, 3).astype(np.float64) for x in (values, restored))
-        self.total[n] += exact.sum(0)
-        self.square[n] += (exact**2).sum(0)
-        self.error[n] += ((again - exact) ** 2).sum(0)
+        self.total[n] += _by_color(values)
+        self.square[n] += _by_color(np.square(values))
+        self.error[n] += _by_color(np.square(restored - values))
 
     def as_dict(self) -> dict[str, Any]:
         return {name: values.tolist() for name, values in vars(self).items()}
+
+
+def _by_color(values: Values) -> Floats:
+    """Sums (3,) of (B, h, w, 3), along whole lines first, which is faster than three numbers at a time."""
+    lines = rearrange(values, "b h w c -> (b h) (w c)").sum(0, dtype=np.float64)
+    by_color: Floats = rearrange(lines, "(w c) -> w c", c=3).sum(0)
+    return by_color
 
 
 def _quantizers(rendering: Rendering, part: str, paths: Sequence[str], workers: int) -> dict[int, Quantizer]:

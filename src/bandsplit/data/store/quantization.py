@@ -40,14 +40,26 @@ class Quantizer:
         return cls(((high - low) / 255).astype(np.float32), low.astype(np.float32))
 
     def stored(self, values: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.int64]]:
-        """Values (..., 3) in 8 bits, and how many of each color are outside of the range."""
-        steps = (values - self.offset) / self.scale
-        rounded = np.rint(steps)
-        outside = ((rounded < 0) | (rounded > 255)).reshape(-1, 3).sum(0)
-        return np.clip(rounded, 0, 255).astype(np.uint8), outside
+        """Values (..., w, 3) in 8 bits, and how many of each color (3,) are outside of the range."""
+        scale, offset = self._lines(values.shape[-2])
+        steps = values.reshape(-1, len(scale)) - offset
+        steps /= scale
+        np.rint(steps, out=steps)
+        inside = np.clip(steps, 0, 255)
+        outside = (inside != steps).sum(0).reshape(-1, 3).sum(0)
+        return inside.astype(np.uint8).reshape(values.shape), outside
 
     def values(self, stored: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
-        return stored * self.scale + self.offset
+        """(..., w, 3) -> (..., w, 3)"""
+        scale, offset = self._lines(stored.shape[-2])
+        values = stored.reshape(-1, len(scale)).astype(np.float32)
+        values *= scale
+        values += offset
+        return values.reshape(stored.shape)
+
+    def _lines(self, width: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32]]:
+        """Scale and offset of whole lines (3 w,), which are faster than three numbers at a time."""
+        return np.tile(self.scale, width), np.tile(self.offset, width)
 
 
 def histogram(values: npt.NDArray[np.float32], low: Floats, high: Floats) -> npt.NDArray[np.int64]:
