@@ -266,7 +266,7 @@ def _quantizers(rendering: Rendering, part: str, paths: Sequence[str], workers: 
     """The range of every band and color, from a sample that is the same on every run."""
     order = np.random.default_rng(seeds.derived(0, "sample of a store")).permutation(len(paths))
     sample = [paths[n] for n in sorted(order[:SAMPLE].tolist())]
-    chunks = [Chunk(part, n, n, sample[n : n + 128]) for n in range(0, len(sample), 128)]
+    chunks = [Chunk(part, n, n, sample[n : n + 128], []) for n in range(0, len(sample), 128)]
     counted = [record["counts"] for _, record in packing.worked(partial(_count, rendering), chunks, workers)]
     counts = np.sum(counted, axis=0)
     if not counts.any():

@@ -9,8 +9,8 @@ from loguru import logger
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.data.images import open_data
-from bandsplit.data.store import bands
-from bandsplit.data.store.manifest import BandManifest, LeftOut
+from bandsplit.data.store import bands, images
+from bandsplit.data.store.manifest import BandManifest, ImageManifest, LeftOut
 from bandsplit.errors import UserError
 from bandsplit.paths import expanded
 
@@ -24,8 +24,14 @@ def run(config: RunConfig, options: Namespace) -> None:
     for part, files in parts.items():
         if files.passed_over:
             logger.info("{} images: passed over {}", part, "; ".join(files.passed_over))
-    packed = bands.pack(config, parts, root, options.to, options.dtype, options.size, options.workers)
-    _show_bands(packed, options.to)
+    if options.kind == "bands":
+        _show_bands(
+            bands.pack(config, parts, root, options.to, options.dtype, options.size, options.workers), options.to
+        )
+    else:
+        quality, layout = options.quality, options.layout
+        packed = images.pack(config, parts, root, options.to, options.size, quality, layout, options.workers)
+        _show_images(packed, options.to)
 
 
 def _show_bands(manifest: BandManifest, to: Path) -> None:
@@ -37,6 +43,14 @@ def _show_bands(manifest: BandManifest, to: Path) -> None:
         _show_left_out(part, about.left_out)
     psnr, clipped = min(b.psnr for b in manifest.bands.values()), max(b.clipped for b in manifest.bands.values())
     print(f"   PSNR  at least {psnr:.1f} dB of a band's range; {clipped:.1e} of the values of a band clipped, at most")
+
+
+def _show_images(manifest: ImageManifest, to: Path) -> None:
+    print(f"{to}: images of {manifest.data}, shorter side at most {manifest.side}, quality {manifest.quality}")
+    for part, about in manifest.parts.items():
+        size = sum(path.stat().st_size for path in (to / part).rglob("*") if path.is_file())
+        print(f"{part:>8}  {about.images} images, {size / 1e9:,.3f} GB")
+        _show_left_out(part, about.left_out)
 
 
 def _show_left_out(part: str, left_out: tuple[LeftOut, ...]) -> None:

@@ -52,6 +52,7 @@ class Chunk:
     number: int
     first: int
     paths: list[str]
+    labels: list[int]
 
     @property
     def name(self) -> str:
@@ -62,7 +63,7 @@ def chunks_of(part: str, files: ImageFiles, images: int | None = None) -> list[C
     """A part in chunks of so many images; None: as many as are useful."""
     count = images or max(SMALLEST_CHUNK, -(-len(files) // CHUNKS))
     return [
-        Chunk(part, number, first, list(files.paths[first : first + count]))
+        Chunk(part, number, first, list(files.paths[first : first + count]), list(files.labels[first : first + count]))
         for number, first in enumerate(range(0, len(files), count))
     ]
 
@@ -206,15 +207,19 @@ def _start_worker(parent: int) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def replace(path: Path, content: bytes) -> str:
-    """Writes a file whole or not at all, with the folders above it; returns its SHA-256."""
+def replace(path: Path, content: bytes, durable: bool = True) -> str:
+    """Writes a file whole or not at all, with the folders above it; returns its SHA-256.
+
+    Where it is not `durable`, a machine that loses power may leave it empty: `verify` finds that.
+    """
     temporary = path.with_name(f".{path.name}.tmp")
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
     return hashlib.sha256(content).hexdigest()
 

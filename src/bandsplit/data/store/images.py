@@ -1,0 +1,214 @@
+"""`pack --kind images`: every image resized once, as JPEG, in class folders or in tar shards as WebDataset has them.
+
+What is small enough and a plain RGB JPEG already is copied as it is; everything else is decoded by Pillow, brought to
+sRGB, resized and encoded, without its metadata.  EXIF orientation is ignored, as the pipeline ignores it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import tarfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path, PurePosixPath
+from typing import Literal
+
+from PIL import Image, ImageCms, UnidentifiedImageError
+
+from bandsplit import __version__
+from bandsplit.config.schema import RunConfig
+from bandsplit.data.images import ImageFiles
+from bandsplit.data.store import manifest as stored
+from bandsplit.data.store import packing
+from bandsplit.data.store.manifest import ImageManifest, ImagePart
+from bandsplit.data.store.packing import Chunk, Folder, Record
+from bandsplit.errors import UserError
+
+Layout = Literal["folders", "tar"]
+Encoded = Iterator[tuple[int, str, bytes]]
+Write = Callable[[Encoded, Path, Chunk], dict[str, str]]
+
+_FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are written; it goes to every worker."""
+
+    side: int
+    """Longest shorter side in pixels."""
+    quality: int
+    interpolation: Literal["bilinear", "bicubic"]
+    layout: Layout
+    root: Path
+
+
+def pack(
+    config: RunConfig,
+    parts: Mapping[str, ImageFiles],
+    root: Path,
+    to: Path,
+    side: int | None,
+    quality: int,
+    layout: Layout,
+    workers: int,
+    chunk_images: int | None = None,
+) -> ImageManifest:
+    """Packs the images of a data set.
+
+    Args:
+        parts: images by the names of their folders.
+        root: folder of the data set, to which the names of images are relative.
+        side: longest shorter side in pixels; None: `data.resize_size`.
+        quality: of JPEG, 1 to 100.
+        workers: processes.
+        chunk_images: images of a tar shard; None: as many as are useful.
+
+    Raises UserError where `to` holds something else or the disk is full.
+    """
+    encoding = Encoding(side or config.data.resize_size, quality, config.data.interpolation, layout, root)
+    names = {part: packing.names_of(files.paths, root) for part, files in parts.items()}
+    digests = {part: packing.source_digest(files, names[part]) for part, files in parts.items()}
+    chunks = [chunk for part, files in parts.items() for chunk in packing.chunks_of(part, files, chunk_images)]
+    if layout == "folders":
+        for part, files in parts.items():
+            _require_class_folders(part, files, names[part])
+    plan = {
+        "--kind": "images",
+        "code_version": __version__,
+        "--size": encoding.side,
+        "--quality": quality,
+        "--layout": layout,
+        "--chunk": len(chunks[0].paths),
+        "data.name": config.data.name,
+        "data.interpolation": encoding.interpolation,
+        **{f"images of {part}": digest for part, digest in digests.items()},
+    }
+    folder = Folder(to)
+    with folder.begun(plan) as complete:
+        if complete:
+            manifest = stored.read_manifest(to)
+            assert isinstance(manifest, ImageManifest)
+            return manifest
+        write = _write_tar if layout == "tar" else _write_folders
+        records = folder.packed(partial(_pack_chunk, write, encoding, to), chunks, workers)
+        together = list(zip(chunks, records, strict=True))
+        packing.write_checksums(to, {name: value for record in records for name, value in record["sha256"].items()})
+        about = {}
+        for part, files in parts.items():
+            own = [record for chunk, record in together if chunk.part == part]
+            about[part] = ImagePart(
+                images=sum(record["images"] for record in own),
+                source_images=len(files),
+                source_digest=digests[part],
+                left_out=packing.left_out(own),
+            )
+        manifest = ImageManifest(
+            format=stored.FORMAT,
+            kind="images",
+            code_version=__version__,
+            data=config.data.name,
+            layout=layout,
+            side=encoding.side,
+            quality=quality,
+            interpolation=encoding.interpolation,
+            classes=tuple(next(iter(parts.values())).classes),
+            parts=about,
+        )
+        folder.finish(manifest)
+        return manifest
+
+
+def _require_class_folders(part: str, files: ImageFiles, names: Sequence[str]) -> None:
+    """Raises UserError where an image is not in the folder of its class, or two would get the same name."""
+    for name, label in zip(names, files.labels, strict=True):
+        if not name.startswith(f"{part}/{files.classes[label]}/"):
+            raise UserError(
+                f"--layout folders: {name} is not in {part}/{files.classes[label]}/, the folder of its class; use tar"
+            )
+    renamed = {packed_name(name) for name in names if packed_name(name) != name}
+    if taken := renamed.intersection(names):
+        name = min(taken).removesuffix(".jpg")
+        raise UserError(f"--layout folders: {name} would become {name}.jpg, which is there already; rename one of them")
+
+
+def _pack_chunk(write: Write, encoding: Encoding, to: Path, chunk: Chunk) -> Record:
+    """In a worker."""
+    left_out: list[dict[str, str]] = []
+    sums = write(_encoded(encoding, chunk, left_out), to, chunk)
+    return {"images": len(chunk.paths) - len(left_out), "left_out": left_out, "sha256": sums}
+
+
+def _encoded(encoding: Encoding, chunk: Chunk, left_out: list[dict[str, str]]) -> Encoded:
+    """Place in the chunk, name and JPEG of every image that can be decoded."""
+    for place, (path, name) in enumerate(zip(chunk.paths, packing.names_of(chunk.paths, encoding.root), strict=True)):
+        try:
+            yield place, name, resized(Path(path), encoding)
+        except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
+            left_out.append({"name": name, "reason": f"cannot be read or decoded: {error}".replace(path, name)})
+
+
+def resized(path: Path, encoding: Encoding) -> bytes:
+    """An image as JPEG with a shorter side of at most `encoding.side`.  Raises what Pillow raises where it fails."""
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content)) as image:
+        image.load()  # raises where the file is cut
+        profile = image.info.get("icc_profile")
+        small = min(image.size) <= encoding.side
+        if small and image.format == "JPEG" and image.mode == "RGB" and (not profile or _is_srgb(profile)):
+            return content
+        rgb = _in_srgb(image, profile)
+    if not small:
+        scale = encoding.side / min(rgb.size)
+        size = [max(1, math.floor(length * scale + 0.5)) for length in rgb.size]
+        rgb = rgb.resize((size[0], size[1]), _FILTERS[encoding.interpolation])
+    buffer = io.BytesIO()
+    rgb.save(buffer, "JPEG", quality=encoding.quality)
+    return buffer.getvalue()
+
+
+def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
+    """RGB without alpha; colors of another profile are converted, where the profile can be used."""
+    if image.mode in ("I;16", "I;16B", "I"):  # 16 bits: scaled as DALI does, where Pillow would clip
+        image = image.point(lambda value: value / 256).convert("L")
+    if profile and image.mode in ("RGB", "CMYK", "L") and not _is_srgb(profile):
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+            if converted is not None:
+                return converted
+        except (ImageCms.PyCMSError, OSError, ValueError):
+            pass  # a profile that is damaged or for another mode: the values are taken as they are
+    return image.convert("RGB")
+
+
+def _is_srgb(profile: bytes) -> bool:
+    try:
+        return "srgb" in ImageCms.getProfileDescription(ImageCms.ImageCmsProfile(io.BytesIO(profile))).lower()
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return True  # no profile that says otherwise
+
+
+def _write_folders(images: Encoded, to: Path, chunk: Chunk) -> dict[str, str]:
+    """Every image under its name; SHA-256 by name."""
+    return {packed_name(name): packing.replace(to / packed_name(name), jpeg, durable=False) for _, name, jpeg in images}
+
+
+def packed_name(name: str) -> str:
+    """x.jpg and x.JPEG stay, x.png becomes x.png.jpg."""
+    return name if PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg") else f"{name}.jpg"
+
+
+def _write_tar(images: Encoded, to: Path, chunk: Chunk) -> dict[str, str]:
+    """One tar of pairs 000000123.jpg and 000000123.cls, the class index; SHA-256 by name."""
+    name = f"{chunk.part}/{chunk.number:06d}.tar"
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
+        for place, _, jpeg in images:
+            for suffix, content in (("jpg", jpeg), ("cls", str(chunk.labels[place]).encode())):
+                member = tarfile.TarInfo(f"{chunk.first + place:09d}.{suffix}")  # of no date and no owner
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    return {name: packing.replace(to / name, buffer.getvalue())}

@@ -1,0 +1,204 @@
+"""Packed images: sizes, colors, names, and both layouts read by DALI."""
+
+from __future__ import annotations
+
+import io
+import shutil
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from nvidia.dali import fn as dali_fn
+from nvidia.dali import pipeline_def
+from PIL import Image, ImageCms
+
+from bandsplit.config import loading
+from bandsplit.data.images import open_data
+from bandsplit.data.store import images
+from bandsplit.data.store.images import Encoding, packed_name, resized
+from bandsplit.data.store.manifest import ImageManifest
+from bandsplit.errors import UserError
+from tests.conftest import TRAIN_PER_CLASS, Done
+
+fn: Any = dali_fn
+TRAIN = 10 * TRAIN_PER_CLASS
+ENCODING = Encoding(48, 90, "bilinear", "folders", Path("/"))
+
+
+def pack(
+    config_file: Path, root: Path, to: Path, layout: images.Layout = "folders", workers: int = 1, side: int = 40
+) -> ImageManifest:
+    config = loading.load(config_file, [f"data.root={root}"])
+    train, val = open_data(config.data)
+    return images.pack(config, {"train": train, "val": val}, root, to, side, 90, layout, workers, chunk_images=64)
+
+
+def files_of(root: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(root)): path.read_bytes() for path in sorted(root.rglob("*")) if path.is_file()}
+
+
+def save(path: Path, image: Image.Image, **options: Any) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def photo(size: tuple[int, int]) -> Image.Image:
+    """Smooth colors, which JPEG keeps."""
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    return Image.fromarray((np.stack([x, y, (x + y) / 2], -1) * 200 + 20).astype(np.uint8))
+
+
+def decoded(content: bytes) -> Any:
+    return np.asarray(Image.open(io.BytesIO(content)).convert("RGB")).astype(float)
+
+
+@pytest.mark.parametrize("size", [(100, 80), (80, 100), (96, 500), (48, 1000), (40, 60), (49, 49)])
+def test_the_shorter_side_is_at_most_what_was_asked_for(tmp_path: Path, size: tuple[int, int]) -> None:
+    path = save(tmp_path / "x.jpg", photo(size), quality=95)
+    content = resized(path, ENCODING)
+    small = min(size) <= 48
+    assert (content == path.read_bytes()) == small
+    scale = 1.0 if small else 48 / min(size)
+    expected = Image.open(path).resize([round(length * scale) for length in size], Image.Resampling.BILINEAR)
+    assert np.abs(decoded(content) - np.asarray(expected)).mean() < 2
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("side", [40, 80])
+def test_other_modes_become_rgb(tmp_path: Path, mode: str, side: int) -> None:
+    image = photo((side, side))
+    if mode == "I;16":
+        gray = np.asarray(image.convert("L")).astype(np.uint16)
+        path = save(tmp_path / "x.png", Image.fromarray(gray * 256 + 128))
+        image = image.convert("L").convert("RGB")
+    else:
+        path = save(tmp_path / ("x.jpg" if mode == "CMYK" else "x.png"), image.convert(mode))
+        image = image.convert(mode).convert("RGB")
+    content = resized(path, ENCODING)
+    packed = Image.open(io.BytesIO(content))
+    assert (packed.format, packed.mode) == ("JPEG", "RGB")
+    expected = image.resize((min(side, 48),) * 2, Image.Resampling.BILINEAR)
+    assert np.abs(decoded(content) - np.asarray(expected)).mean() < (12 if mode == "1" else 4)
+
+
+def test_colors_are_brought_to_srgb(tmp_path: Path) -> None:
+    """A profile whose red is sRGB's green, and the reverse."""
+    srgb = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    swapped = srgb.replace(b"rXYZ", b"tXYZ", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"tXYZ", b"gXYZ", 1)
+    for text in ("sRGB", "sRGB".encode("utf-16-be").decode("latin-1")):
+        swapped = swapped.replace(text.encode("latin-1"), text.replace("s", "t", 1).encode("latin-1"))
+    red = Image.new("RGB", (40, 40), (200, 20, 20))
+    for profile, expected in ((swapped, (20, 200, 20)), (srgb, (200, 20, 20)), (b"damaged", (200, 20, 20))):
+        path = save(tmp_path / "x.jpg", red, quality=95, icc_profile=profile)
+        content = resized(path, ENCODING)
+        assert np.abs(decoded(content).mean((0, 1)) - expected).max() < 6
+        assert (content == path.read_bytes()) == (profile is not swapped)
+
+
+def test_orientation_is_ignored_as_by_the_pipeline(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x112] = 6
+    path = save(tmp_path / "x.jpg", photo((100, 80)), exif=exif)
+    packed = Image.open(io.BytesIO(resized(path, ENCODING)))
+    assert packed.size == (60, 48)
+    assert not packed.getexif()
+
+
+def test_folders_are_what_a_training_reads(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+    manifest = pack(config_file, image_root, tmp_path / "packed")
+    assert manifest.parts["train"].images == TRAIN
+    before, after = (
+        open_data(loading.load(config_file, [f"data.root={r}"]).data) for r in (image_root, tmp_path / "packed")
+    )
+    for part, other in zip(before, after, strict=True):
+        assert (part.classes, list(part.labels)) == (other.classes, list(other.labels))
+        for path, packed in zip(part.paths, other.paths, strict=True):
+            assert Path(path).relative_to(image_root) == Path(packed).relative_to(tmp_path / "packed")
+            assert min(Image.open(packed).size) == 40
+
+
+def test_tars_are_what_webdatasets_are(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+    pack(config_file, image_root, tmp_path / "packed", "tar")
+    train, _ = open_data(loading.load(config_file).data)
+    shards = sorted((tmp_path / "packed/train").iterdir())
+    assert [path.name for path in shards] == ["000000.tar", "000001.tar", "000002.tar"]
+    members: list[tuple[str, bytes]] = []
+    for path in shards:
+        with tarfile.open(path) as tar:
+            members += [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
+    assert [name for name, _ in members] == [f"{n:09d}.{end}" for n in range(TRAIN) for end in ("jpg", "cls")]
+    assert [int(content) for name, content in members if name.endswith(".cls")] == list(train.labels)
+
+    @pipeline_def(batch_size=TRAIN, num_threads=1, device_id=None)
+    def graph() -> Any:
+        return tuple(
+            fn.readers.webdataset(paths=[*map(str, shards)], ext=["jpg", "cls"], missing_component_behavior="error")
+        )
+
+    jpegs, classes = graph().run()
+    assert [int(bytes(classes.at(n))) for n in range(TRAIN)] == list(train.labels)
+    assert bytes(jpegs.at(7)) == dict(members)["000000007.jpg"]
+
+
+@pytest.mark.parametrize("layout", ["folders", "tar"])
+def test_two_packs_are_identical_and_an_interrupted_one_continues(
+    config_file: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: images.Layout
+) -> None:
+    pack(config_file, image_root, tmp_path / "whole", layout)
+    encode, count = images.resized, [0]
+
+    def interrupted(*arguments: Any) -> bytes:
+        count[0] += 1
+        if count[0] == 100:
+            raise KeyboardInterrupt
+        return encode(*arguments)
+
+    monkeypatch.setattr(images, "resized", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        pack(config_file, image_root, tmp_path / "again", layout)
+    pack(config_file, image_root, tmp_path / "again", layout)
+    assert count[0] == 100 + TRAIN - 64 + 50  # the first chunk was finished
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "whole")
+
+
+def test_what_cannot_be_decoded_is_left_out_by_name(
+    config_file: Path, image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    root, to = tmp_path / "images", tmp_path / "packed"
+    shutil.copytree(image_root, root)
+    lost = [Path(open_data(loading.load(config_file, [f"data.root={root}"]).data)[0].paths[n]) for n in (3, 4, 5)]
+    for path, content in zip(lost, (b"", b"no image", lost[2].read_bytes()[:-600]), strict=True):
+        path.write_bytes(content)
+    done = run_here(
+        "data.py", "pack", config_file, "--to", to, "--kind", "images", "--workers", 1, "--set", f"data.root={root}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "157 images" in done.stdout
+    assert "3 left out" in done.stdout
+    for path in lost:
+        assert f"{path.relative_to(root)}: cannot be read or decoded" in done.stdout
+        assert not (to / path.relative_to(root)).exists()
+    assert run_here("data.py", "verify", to).returncode == 0
+    victim = next((to / "val").rglob("*.jpg"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    done = run_here("data.py", "verify", to)
+    assert done.returncode == 2
+    assert f"{victim}: damaged" in done.stderr
+
+
+def test_names(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+    assert [packed_name(name) for name in ("a/x.JPG", "a/x.jpeg", "a/x.png", "a/x")] == [
+        "a/x.JPG", "a/x.jpeg", "a/x.png.jpg", "a/x.jpg"
+    ]  # fmt: skip
+    root = tmp_path / "images"
+    shutil.copytree(image_root, root)
+    folder = next((root / "train").iterdir())
+    photo((50, 50)).save(folder / "x.png")
+    pack(config_file, root, tmp_path / "packed")
+    assert (tmp_path / "packed" / (folder / "x.png.jpg").relative_to(root)).is_file()
+    photo((50, 50)).save(folder / "x.png.jpg")
+    with pytest.raises(UserError, match=r"x.png would become .*x.png.jpg, which is there already"):
+        pack(config_file, root, tmp_path / "other")
