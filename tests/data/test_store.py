@@ -20,7 +20,7 @@ from scipy.fft import dctn
 
 from bandsplit.config import loading, schema
 from bandsplit.data import source
-from bandsplit.data.images import ImageFiles, open_data
+from bandsplit.data.images import ImageFiles, open_here
 from bandsplit.data.loader import TrainingLoader, ValidationLoader
 from bandsplit.data.pipeline import Shard
 from bandsplit.data.store import bands, memory, packing, quantization
@@ -38,9 +38,7 @@ TRAIN, VAL = 10 * TRAIN_PER_CLASS, 10 * VAL_PER_CLASS
 
 
 def pack(config: schema.RunConfig, to: Path, dtype: bands.Dtype = "float16", workers: int = 1) -> BandManifest:
-    train, val = open_data(config.data)
-    parts = {config.data.train: train, config.data.val: val}
-    return bands.pack(config, parts, Path(config.data.root), to, dtype, None, workers, chunk_images=64)
+    return bands.pack(config, open_here(config.data), Path(config.data.root), to, dtype, None, workers, chunk_images=64)
 
 
 @pytest.fixture(scope="session")
@@ -65,10 +63,12 @@ def from_store(config_file: Path, root: Path, *keys: str) -> schema.RunConfig:
 
 
 def parts_of(config: schema.RunConfig) -> tuple[StoredImages, StoredImages]:
-    train, val = source.find_data(config)
-    assert isinstance(train, StoredImages)
-    assert isinstance(val, StoredImages)
-    return train, val
+    stored_parts = source.open_store(config, ("train", "val"))
+    return stored_parts["train"], stored_parts["val"]
+
+
+def files_in(config: schema.RunConfig, part: str) -> ImageFiles:
+    return open_here(config.data)[part]
 
 
 def share(rank: int = 0, world_size: int = 1, batch_size: int = 12) -> Shard:
@@ -86,7 +86,7 @@ def test_stored_bands_are_scipys_transform_of_the_validated_images(config_file: 
     root = packed()
     _, val = parts_of(from_store(config_file, root))
     whole = loading.load(config_file, ["split.block=1"])
-    images = torch.cat([b.inputs[0][b.labels >= 0] for b in ValidationLoader(whole, open_data(whole.data)[1], share())])
+    images = torch.cat([b.inputs[0][b.labels >= 0] for b in ValidationLoader(whole, files_in(whole, "val"), share())])
     blocks = rearrange(images.double().numpy(), "b c (h r) (w s) -> b h w c r s", r=2, s=2)
     expected = rearrange(dctn(blocks, axes=(-2, -1), norm="ortho"), "b h w c u v -> (u v) b h w c")
     for k in range(4):
@@ -100,15 +100,15 @@ def test_stored_bands_are_scipys_transform_of_the_validated_images(config_file: 
 def test_what_the_manifest_says(config_file: Path, packed: Packed, image_root: Path) -> None:
     root = packed()
     train, val = parts_of(from_store(config_file, root))
-    files = open_data(loading.load(config_file).data)
+    files = open_here(loading.load(config_file).data).values()
     assert [len(train), len(val)] == [TRAIN, VAL]
     assert [train.about.side, val.about.side] == [40, 32]
     assert train.about.shards == (64, 64, 32)
     for part, images in zip((train, val), files, strict=True):
-        assert part.labels.tolist() == images.labels
+        assert part.labels.tolist() == list(images.labels)
         assert part.classes == images.classes
         names = json.loads((root / f"names/{part.part}.json").read_text())
-        assert [str(image_root / name) for name in names] == images.paths
+        assert [str(image_root / name) for name in names] == list(images.paths)
     assert str(image_root) not in (root / "manifest.json").read_text() + (root / "plan.json").read_text()
 
 
@@ -256,29 +256,32 @@ def test_a_full_disk_is_told_first(config_file: Path, tmp_path: Path, monkeypatc
         pack(loading.load(config_file), tmp_path / "store")
 
 
-def test_what_cannot_be_decoded_is_left_out_by_name(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("dtype", "check"), [("float16", "off"), ("uint8", "off"), ("uint8", "decode")])
+def test_what_cannot_be_decoded_is_left_out_by_name(
+    config_file: Path, image_root: Path, tmp_path: Path, dtype: bands.Dtype, check: str
+) -> None:
+    """Found by the index, or while packing where there was no check."""
     root = tmp_path / "images"
     shutil.copytree(image_root, root)
-    files = open_data(loading.load(config_file, [f"data.root={root}"]).data)[0].paths
-    for path, content in ((files[3], b""), (files[70], b"no image"), (files[71], Path(files[71]).read_bytes()[:200])):
-        Path(path).write_bytes(content)
-    config = loading.load(config_file, [f"data.root={root}"])
-    for dtype in ("float16", "uint8"):
-        to = tmp_path / dtype
-        manifest = pack(config, to, dtype)  # type: ignore[arg-type]
-        lost = [each.name for each in manifest.parts["train"].left_out]
-        assert [root / name for name in lost] == [Path(files[n]) for n in (3, 70, 71)]
-        assert manifest.parts["train"].shards == (63, 62, 32)
-        assert manifest.parts["train"].source_images == TRAIN
-        train, _ = parts_of(from_store(config_file, to))
-        kept = [n for n in range(TRAIN) if n not in (3, 70, 71)]
-        assert train.labels.tolist() == [open_data(config.data)[0].labels[n] for n in kept]
-        whole = ImageFiles([files[n] for n in kept], train.labels.tolist(), train.classes)
-        side = config.model_copy(update={"data": config.data.model_copy(update={"val_image_size": 40})})
-        expected = torch.cat([batch.inputs[0] for batch in ValidationLoader(side, whole, share())])[: len(kept)]
-        view = [View.of(config)]
-        read = BandReader(train, view, share()).read(np.arange(len(kept)), 20).inputs[0]
-        assert (read - expected).square().mean().sqrt() < (1e-2 if dtype == "uint8" else 1e-3)
+    config = loading.load(config_file, [f"data.root={root}", f"data.check={check}"])
+    whole = files_in(config, "train")
+    files, labels = list(whole.paths), list(whole.labels)
+    lost = (3, 70, 71)
+    for n, content in zip(lost, (b"", b"no image", Path(files[71]).read_bytes()[:200]), strict=True):
+        Path(files[n]).write_bytes(content)
+    manifest = pack(config, tmp_path / "store", dtype)
+    about = manifest.parts["train"]
+    assert [root / each.name for each in about.left_out] == [Path(files[n]) for n in lost]
+    assert all(each.reason for each in about.left_out)
+    assert about.shards == ((63, 62, 32) if check == "off" else (64, 64, 29))
+    train, _ = parts_of(from_store(config_file, tmp_path / "store"))
+    kept = [n for n in range(TRAIN) if n not in lost]
+    assert train.labels.tolist() == [labels[n] for n in kept]
+    decodable = ImageFiles([files[n] for n in kept], [labels[n] for n in kept], train.classes)
+    at_stored_side = config.model_copy(update={"data": config.data.model_copy(update={"val_image_size": 40})})
+    images = torch.cat([b.inputs[0][b.labels >= 0] for b in ValidationLoader(at_stored_side, decodable, share())])
+    read = BandReader(train, [View.of(config)], share()).read(np.arange(len(kept)), 20).inputs[0]
+    assert (read - images).square().mean().sqrt() < 2 * max(manifest.bands[0].rmse)
 
 
 # verify ---------------------------------------------------------------------------------------------------------------
@@ -326,9 +329,9 @@ def test_a_damaged_manifest_is_told(config_file: Path, packed: Packed, tmp_path:
     ):
         path.write_text(content)
         with pytest.raises(UserError, match=told):
-            source.find_data(from_store(config_file, tmp_path / "store"))
+            parts_of(from_store(config_file, tmp_path / "store"))
     with pytest.raises(UserError, match="holds no packed data"):
-        source.find_data(from_store(config_file, tmp_path))
+        parts_of(from_store(config_file, tmp_path))
 
 
 # Reading --------------------------------------------------------------------------------------------------------------
@@ -403,7 +406,7 @@ def test_validation_sees_what_jpegs_show(config_file: Path, packed: Packed) -> N
     for world_size, batch_size in ((1, 12), (3, 7)):
         for rank in range(world_size):
             mine = share(rank, world_size, batch_size)
-            expected = list(ValidationLoader(jpegs, open_data(jpegs.data)[1], mine))
+            expected = list(ValidationLoader(jpegs, files_in(jpegs, "val"), mine))
             for dtype in ("float16", "uint8"):
                 config = from_store(config_file, packed(dtype))  # type: ignore[arg-type]
                 val = parts_of(config)[1]
@@ -419,7 +422,7 @@ def test_training_sees_the_images_that_jpegs_show_in_the_same_steps(config_file:
     jpegs = loading.load(config_file)
     config = from_store(config_file, packed())
     for rank in range(2):
-        theirs = TrainingLoader(jpegs, open_data(jpegs.data)[0], [share(rank, 2)])
+        theirs = TrainingLoader(jpegs, files_in(jpegs, "train"), [share(rank, 2)])
         ours = BandLoader(config, parts_of(config)[0], [share(rank, 2)])
         for _ in range(9):  # more than a pass
             assert next(ours).labels.tolist() == next(theirs).labels.tolist()
@@ -476,15 +479,15 @@ def test_bands_that_flips_need_are_read_or_asked_for(config_file: Path, packed: 
     for number in (2, 3):
         shutil.rmtree(tmp_path / f"store/band_{number:02d}")
     with pytest.raises(UserError, match=r"band 1, which horizontal flips with split.transform = 'identity' need too"):
-        source.find_data(from_store(config_file, tmp_path / "store", *keys, "split.only=[0]"))
+        parts_of(from_store(config_file, tmp_path / "store", *keys, "split.only=[0]"))
     config = from_store(config_file, tmp_path / "store", *keys, "split.only=[0]", "data.hflip=0.0")
     assert len(next(BandLoader(config, parts_of(config)[0], [share()])).inputs) == 1
     with pytest.raises(UserError, match=r"shard_00000.npy: missing, but band 1 is read; copy band_01/"):
-        source.find_data(from_store(config_file, tmp_path / "store", *keys, "data.hflip=0.0"))
+        parts_of(from_store(config_file, tmp_path / "store", *keys, "data.hflip=0.0"))
     cut = tmp_path / "store/band_00/train/shard_00002.npy"
     cut.write_bytes(cut.read_bytes()[:-1])
     with pytest.raises(UserError, match=r"shard_00002.npy: \d+ bytes instead of \d+; copy this file again"):
-        source.find_data(config)
+        parts_of(config)
 
 
 def test_memory_is_checked_first(config_file: Path, packed: Packed, tmp_path: Path) -> None:
@@ -499,7 +502,7 @@ def test_memory_is_checked_first(config_file: Path, packed: Packed, tmp_path: Pa
     memory.require_memory(1_000_000, tmp_path)
     with pytest.raises(UserError, match=r"data.in_memory: true given, but the bands that are read take 0\.0 GB"):
         memory.require_memory(1_000_001, tmp_path)
-    source.find_data(from_store(config_file, packed(), "data.in_memory=true"))
+    parts_of(from_store(config_file, packed(), "data.in_memory=true"))
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------
@@ -561,14 +564,17 @@ def test_a_config_that_was_resolved_with_bands_is_read_again(config_file: Path, 
         (["data.val_image_size=36"], "data.val_image_size: 36 given, but the band store .* with 32"),
         (["data.image_size=36"], "data.image_size: 36 given, but the band store .* with 32"),
         (["data.classes=9"], "data.classes: 9 given, but .* has 10 classes"),
-        (["data.train=training"], "no part 'training' in this store; it has train, val"),
+        (
+            ["data.train=training"],
+            "data.train: 'training' given, but the band store .* has no such part; it has train, val",
+        ),
     ],
 )
 def test_what_the_store_was_packed_with_is_compared(
     config_file: Path, packed: Packed, keys: list[str], told: str
 ) -> None:
     with pytest.raises(UserError, match=told):
-        source.find_data(from_store(config_file, packed(), *keys))
+        parts_of(from_store(config_file, packed(), *keys))
 
 
 def test_a_size_that_does_not_fit_is_refused(config_file: Path, tmp_path: Path, run_here: Callable[..., Done]) -> None:

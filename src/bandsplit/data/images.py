@@ -97,12 +97,30 @@ def scan(data: Data) -> dict[str, Index]:
     root = _root(data, generate=True)
     with reading_from(root):
         parts = [part for part in ("train", "val") if (root / getattr(data, part)).exists()]
-    work = examine(data, parts or ["train"])
+    places = _examined(data, parts or ["train"])
+    return {getattr(data, part): cast(Index, index.read(place.path)) for part, place in places.items()}
+
+
+def open_here(data: Data) -> dict[str, ImageFiles]:
+    """The training and validation images, for a process that is no rank.
+
+    Raises UserError as `find` does, and where too many images cannot be decoded.
+    """
+    places = _examined(data, ("train", "val"))
+    files = {part: cast(ImageFiles, read_part(data, part, place)) for part, place in places.items()}
+    for part, each in files.items():
+        log_left_out(getattr(data, part), each)
+    require_few_bad(data, files)
+    return files
+
+
+def _examined(data: Data, parts: Sequence[str]) -> dict[str, Place]:
+    work = examine(data, parts)
     while True:
         try:
             next(work)
         except StopIteration as stop:
-            return {getattr(data, part): cast(Index, index.read(place.path)) for part, place in stop.value.items()}
+            return cast(dict[str, Place], stop.value)
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,14 @@ def open_data(
     return dict(stored)
 
 
+def renumbered(files: Images, classes: Sequence[str], by: str, where: str) -> Images:
+    """The same images with labels that are indices into the classes that `by` was trained on.
+
+    Raises UserError if the images in `where` are of other classes.
+    """
+    return files.renumbered(classes, by, where)
+
+
 def keep(folder: Path, parts: Mapping[str, Images]) -> None:
     """Writes the list of the images of a new run into its directory; a band store has its own."""
     pinned.keep(folder, {part: files for part, files in parts.items() if isinstance(files, ImageFiles)})
@@ -96,7 +104,9 @@ def _require_same_store(parts: Mapping[str, StoredImages], ranks: Ranks) -> None
     def check() -> None:
         if stores != first:
             root = next(iter(parts.values())).root
-            raise UserError(f"data.root: {root}: another {manifest.MANIFEST} than rank 0 has; every rank needs the same")
+            raise UserError(
+                f"data.root: {root}: another {manifest.MANIFEST} than rank 0 has; every rank needs the same"
+            )
 
     ranks.each(check)
     if ranks.is_first:

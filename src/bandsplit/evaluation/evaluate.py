@@ -124,7 +124,8 @@ def evaluate_runs(
         ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
         ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
         files = source.open_data(config, ranks, ["val"])["val"]
-        files = ranks.each(partial(files.renumbered, runs[0].classes, str(runs[0].run_dir), config.data.root))
+        classes, by = runs[0].classes, str(runs[0].run_dir)
+        files = ranks.each(partial(source.renumbered, files, classes, by, config.data.root))
         parts = ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
         loader = source.validation_loader(config, files, shard_of(config, ranks, batch_size, precision.half_bands))

@@ -20,7 +20,7 @@ from einops import rearrange
 
 from bandsplit import __version__, seeds
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import pipeline
+from bandsplit.data import check
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import UndecodableImage, ValidationLoader
 from bandsplit.data.pipeline import Shard
@@ -63,17 +63,21 @@ class Rendering:
         side = self.sides[part] // self.config.split.block
         return side, side, 3
 
-    def rendered(self, part: str, paths: Sequence[str]) -> Iterator[tuple[list[int], list[Values]]]:
+    def rendered(
+        self, part: str, paths: Sequence[str], bad: dict[int, str]
+    ) -> Iterator[tuple[list[int], list[Values]]]:
         """Images in their order, some at a time: their places among the paths, and a (B, h, w, 3) for each band.
 
-        Those that cannot be decoded are left out.
+        Those that cannot be decoded are left out, and noted as bad with the reason.
         """
         for first in range(0, len(paths), RENDERED_AT_ONCE):
             places = list(range(first, min(first + RENDERED_AT_ONCE, len(paths))))
             try:
                 images = self._bands(part, [paths[n] for n in places])
             except UndecodableImage:
-                places = [n for n in places if pipeline.first_undecodable([paths[n]], 1) is None]
+                verdicts = check.examine([paths[n] for n in places], 1)
+                bad |= {n: verdict.reason for n, verdict in zip(places, verdicts, strict=True) if verdict.reason}
+                places = [n for n in places if n not in bad]
                 images = self._bands(part, [paths[n] for n in places])
             if places:
                 yield places, [np.stack([image[n] for image in images]) for n in range(len(self.bands))]
@@ -151,7 +155,7 @@ def pack(
                 shards=tuple(len(record["kept"]) for _, record in own),
                 source_images=len(files),
                 source_digest=digests[part],
-                left_out=packing.left_out(record for _, record in own),
+                left_out=packing.left_out(files, root, (record for _, record in own)),
             )
         packing.write_checksums(to, sums)
         manifest = BandManifest(
@@ -208,12 +212,12 @@ def _plan(rendering: Rendering, dtype: Dtype, digests: Mapping[str, str], chunk_
 
 def _pack_chunk(rendering: Rendering, to: Path, quantizers: Mapping[int, Quantizer] | None, chunk: Chunk) -> Record:
     """Writes the shards of a chunk, one a band; in a worker."""
-    sums, kept = _Sums(rendering.bands), []
+    sums, kept, bad = _Sums(rendering.bands), [], dict[int, str]()
     dtype = np.float16 if quantizers is None else np.uint8
     shape, name = rendering.shape(chunk.part), f"{chunk.part}/{shard_name(chunk.number)}"
     files = [packing.ArrayFile(to / band_folder(k) / name, len(chunk.paths), shape, dtype) for k in rendering.bands]
     try:
-        for places, images in rendering.rendered(chunk.part, chunk.paths):
+        for places, images in rendering.rendered(chunk.part, chunk.paths, bad):
             kept += places
             for n, (k, values) in enumerate(zip(rendering.bands, images, strict=True)):
                 if quantizers is None:
@@ -229,10 +233,10 @@ def _pack_chunk(rendering: Rendering, to: Path, quantizers: Mapping[int, Quantiz
     finally:
         for file in files:
             file.abandon()
-    dropped = sorted({*range(len(chunk.paths))} - {*kept})
+    names = packing.names_of((chunk.paths[n] for n in bad), rendering.root)
     return {
         "kept": kept,
-        "left_out": packing.unreadable([chunk.paths[n] for n in dropped], rendering.root),
+        "left_out": [{"name": name, "reason": reason} for name, reason in zip(names, bad.values(), strict=True)],
         "sha256": checksums,
         **sums.as_dict(),
     }
@@ -285,7 +289,7 @@ def _count(rendering: Rendering, chunk: Chunk) -> Record:
     """Histograms (bands, 3, bins) of a part of the sample; in a worker."""
     low, high = rendering.limits
     counts = np.zeros((len(rendering.bands), 3, quantization.BINS), dtype=np.int64)
-    for _, images in rendering.rendered(chunk.part, chunk.paths):
+    for _, images in rendering.rendered(chunk.part, chunk.paths, {}):
         for n, values in enumerate(images):
             counts[n] += quantization.histogram(values, low[n], high[n])
     return {"counts": counts}

@@ -103,7 +103,7 @@ def pack(
                 images=sum(record["images"] for record in own),
                 source_images=len(files),
                 source_digest=digests[part],
-                left_out=packing.left_out(own),
+                left_out=packing.left_out(files, root, own),
             )
         manifest = ImageManifest(
             format=stored.FORMAT,

@@ -223,11 +223,11 @@ class StoredImages:
         if labels.shape != (len(self),):
             raise UserError(f"{path}: {len(labels)} labels for {len(self)} images; copy this file again")
         stored = ImageFiles([], labels, list(self.manifest.classes))
-        return np.asarray(stored.renumbered(self.class_names, "this run").labels, dtype=np.int32)
+        return np.asarray(stored.renumbered(self.class_names, "this run", str(self.root)).labels, dtype=np.int32)
 
-    def renumbered(self, classes: Sequence[str], theirs: str) -> StoredImages:
+    def renumbered(self, classes: Sequence[str], by: str, where: str) -> StoredImages:
         """As `ImageFiles.renumbered`."""
-        ImageFiles([], [], self.classes).renumbered(classes, theirs)
+        ImageFiles([], [], self.classes).renumbered(classes, by, where)
         return replace(self, class_names=tuple(classes))
 
     def shards(self, band: int) -> list[Path]:

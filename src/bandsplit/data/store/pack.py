@@ -5,10 +5,8 @@ from __future__ import annotations
 from argparse import Namespace
 from pathlib import Path
 
-from loguru import logger
-
 from bandsplit.config.schema import RunConfig
-from bandsplit.data.images import open_data
+from bandsplit.data.images import open_here
 from bandsplit.data.store import bands, images
 from bandsplit.data.store.manifest import BandManifest, ImageManifest, LeftOut
 from bandsplit.errors import UserError
@@ -19,11 +17,8 @@ def run(config: RunConfig, options: Namespace) -> None:
     """Packs the images of a config and prints what came of it.  Raises UserError as `bands.pack` does."""
     if config.data.kind != "images":
         raise UserError(f"data.kind: {config.data.kind!r} given; packed are images: name their data config")
-    train, val = open_data(config.data)
-    parts, root = {config.data.train: train, config.data.val: val}, expanded(config.data.root, "data.root")
-    for part, files in parts.items():
-        if files.passed_over:
-            logger.info("{} images: passed over {}", part, "; ".join(files.passed_over))
+    parts = {getattr(config.data, part): files for part, files in open_here(config.data).items()}
+    root = expanded(config.data.root, "data.root")
     if options.kind == "bands":
         _show_bands(
             bands.pack(config, parts, root, options.to, options.dtype, options.size, options.workers), options.to

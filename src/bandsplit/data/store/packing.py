@@ -30,7 +30,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel
 from tqdm import tqdm
 
-from bandsplit.data.images import ImageFiles
+from bandsplit.data.images import ImageFiles, Paths
 from bandsplit.data.store.manifest import CHECKSUMS, MANIFEST, PLAN, LeftOut
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from, writing_to
@@ -313,13 +313,15 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def unreadable(paths: Iterable[str], root: Path) -> list[dict[str, str]]:
-    """Images that are left out, as a record has them."""
-    return [{"name": name, "reason": "cannot be read or decoded"} for name in names_of(paths, root)]
-
-
-def left_out(records: Iterable[Record]) -> tuple[LeftOut, ...]:
-    return tuple(LeftOut(**each) for record in records for each in record["left_out"])
+def left_out(files: ImageFiles, root: Path, records: Iterable[Record]) -> tuple[LeftOut, ...]:
+    """Images of a part that its index has found bad, and those that could not be packed."""
+    known = files.index.bad() if files.index else []
+    above = files.paths.folder if isinstance(files.paths, Paths) else root
+    named = zip(names_of((str(above / name) for name, _ in known), root), (reason for _, reason in known), strict=True)
+    return (
+        *(LeftOut(name=name, reason=reason) for name, reason in named),
+        *(LeftOut(**each) for record in records for each in record["left_out"]),
+    )
 
 
 def write_checksums(folder: Path, sums: Mapping[str, str]) -> None:
