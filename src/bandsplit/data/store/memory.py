@@ -27,7 +27,11 @@ class MappedBand:
     """The shards of one band, (images, h, w, 3) each, read-only."""
 
     def __init__(self, paths: Sequence[Path], counts: Sequence[int], shape: tuple[int, int, int], dtype: str) -> None:
-        self._maps, self.shards, self._starts = [], [], []
+        self.shards: list[Array] = []
+        self._maps: list[mmap.mmap] = []
+        self._bytes: list[memoryview] = []
+        self._starts: list[int] = []
+        """Of the values in each file, in bytes."""
         self._image_bytes = int(np.prod(shape)) * np.dtype(dtype).itemsize
         for path, count in zip(paths, counts, strict=True):
             with reading_from(path), path.open("rb") as file:
@@ -35,6 +39,7 @@ class MappedBand:
                 mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
             mapped.madvise(mmap.MADV_RANDOM)  # what is read is asked for by `will_need`, to the byte
             self._maps.append(mapped)
+            self._bytes.append(memoryview(mapped))
             self._starts.append(start)
             self.shards.append(np.frombuffer(mapped, dtype, count * int(np.prod(shape)), start).reshape(count, *shape))
 
@@ -48,8 +53,10 @@ class MappedBand:
     def take(self, places: Sequence[tuple[int, int]], corners: Sequence[tuple[int, int]] | None, out: Array) -> None:
         """Copies images, (shard, row) each, into `out` (B, h, w, 3), cut from their corners (top, left)."""
         if corners is None:
-            for n, (shard, row) in enumerate(places):
-                out[n] = self.shards[shard][row]
+            size, into = self._image_bytes, out.view(np.uint8).reshape(-1).data
+            for n, (shard, row) in enumerate(places):  # as bytes, which costs half of what numpy needs an image
+                start = self._starts[shard] + row * size
+                into[n * size : (n + 1) * size] = self._bytes[shard][start : start + size]
             return
         _, height, width, _ = out.shape
         for n, ((shard, row), (top, left)) in enumerate(zip(places, corners, strict=True)):

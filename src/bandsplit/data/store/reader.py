@@ -71,11 +71,7 @@ class BandReader:
 
         Without corners the whole stored band, which then has that side.
         """
-        starts = self._images.about.starts
-        shards = np.searchsorted(starts, indices, side="right") - 1
-        places = list(zip(shards.tolist(), (indices - starts[shards]).tolist(), strict=True))
-        where = None if corners is None else [(top, left) for top, left in corners.tolist()]
-        stored = self._gathered(places, where, side)
+        stored = self.gather(indices, side, corners)
         labels = torch.from_numpy(self._images.labels[indices].astype(np.int64))
         flipped = np.zeros(len(indices), dtype=bool) if mirror is None else mirror
         if self._stream is None:
@@ -86,10 +82,14 @@ class BandReader:
             inputs = self._inputs(stored, flipped)
             return Ahead(inputs, labels, self._stream.record_event())
 
-    def _gathered(
-        self, places: Sequence[tuple[int, int]], corners: Sequence[tuple[int, int]] | None, side: int
+    def gather(
+        self, indices: npt.NDArray[np.int64], side: int, corners: npt.NDArray[np.int64] | None = None
     ) -> dict[int, Tensor]:
-        """Stored values of every band, (B, side, side, 3), pinned where they go to a GPU."""
+        """Stored values of every band, (B, side, side, 3), on the host; pinned where they go to a GPU."""
+        starts = self._images.about.starts
+        shards = np.searchsorted(starts, indices, side="right") - 1
+        places = list(zip(shards.tolist(), (indices - starts[shards]).tolist(), strict=True))
+        where = None if corners is None else [(top, left) for top, left in corners.tolist()]
         if not self._in_memory:
             for band in self._bands.values():
                 band.will_need(places)
@@ -97,7 +97,7 @@ class BandReader:
         gathered = {}
         for k, band in self._bands.items():
             gathered[k] = torch.empty(len(places), side, side, 3, dtype=dtype, pin_memory=self._stream is not None)
-            band.take(places, corners, gathered[k].numpy())
+            band.take(places, where, gathered[k].numpy())
         return gathered
 
     def _inputs(self, stored: Mapping[int, Tensor], flipped: npt.NDArray[np.bool_]) -> list[Tensor]:
