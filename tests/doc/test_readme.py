@@ -71,6 +71,9 @@ RULES: dict[str, Rule] = {
     r"torchrun --nproc-per-node 8 src/train\.py --resume --run-dir runs/\w+-seed0": on_the_demo,
     r"torchrun --nproc-per-node 8 src/evaluate\.py runs/\w+-seed0": on_the_demo,
     r"python src/data\.py scan .*": as_it_is,
+    r"python src/data\.py (pack --to|verify) data/demo_bands": as_it_is,
+    r"python src/data\.py pack config/.*": no_more,  # tests/data/test_store.py, test_store_images.py
+    r"torchrun src/train\.py --set data\.kind=bands .* --run-dir runs/demo-bands": as_it_is,
     r"sbatch .*": no_more,  # tests/slurm
     r"python src/data\.py prepare .*": no_more,  # tests/data/test_prepare.py
     r"python script/ablation\.py .*": no_more,  # tests/script/test_ablation.py
