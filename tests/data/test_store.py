@@ -8,7 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -653,3 +653,51 @@ def test_a_killed_run_resumes_bit_for_bit(config_file: Path, packed: Packed, tmp
     done = run("train.py", config_file, *keys, "--run-dir", killed, "--resume", ranks=ranks)
     assert done.returncode == 0, done.stderr
     assert equal(checkpoints(killed), checkpoints(whole))
+
+
+def test_another_store_is_not_the_data_of_a_run(config_file: Path, packed: Packed, tmp_path: Path) -> None:
+    """The same images in other types are other values."""
+    keys = ["--set", "data.kind=bands", "--set", "train.epochs=1", "--set", "schedule.warmup_epochs=0"]
+    keys += ["--run-dir", str(tmp_path / "run"), "--set", "split.branches=[[0]]"]
+    done = run("train.py", config_file, *keys, "--set", f"data.root={packed('uint8')}")
+    assert done.returncode == 0, done.stderr
+    done = run("train.py", config_file, *keys, "--resume", "--set", f"data.root={packed('float16')}")
+    assert done.returncode == 2
+    assert "the images are not those that" in done.stderr
+
+
+class Sum:
+    """A teacher of one branch that reads bands 0 and 3."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+
+    def logits(self, inputs: Sequence[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([x.sum((1, 2, 3)) for x in inputs], dim=1)
+
+
+def test_a_teacher_reads_the_same_store(config_file: Path, packed: Packed) -> None:
+    config = from_store(config_file, packed(), "split.branches=[[1]]")
+    both = from_store(config_file, packed(), "split.branches=[[1], [0, 3]]")
+    train = parts_of(config)[0]
+    teacher = Sum(View.of(from_store(config_file, packed(), "split.branches=[[0, 3]]")))
+    source.require_teacher(train, config, teacher)
+    batch, expected = (
+        next(BandLoader(config, train, [share()], teacher=teacher)),
+        next(BandLoader(both, train, [share()])),
+    )
+    assert torch.equal(batch.inputs[0], expected.inputs[0])
+    assert batch.teacher_logits is not None
+    assert torch.equal(batch.teacher_logits[:, 0], expected.inputs[1].sum((1, 2, 3)))
+    other = Sum(View.of(loading.load(config_file, ["split.block=4"])))
+    with pytest.raises(UserError, match=r"the teacher's split.block: 4 given, but the band store .* with 2"):
+        source.require_teacher(train, config, other)
+
+
+def test_labels_are_those_of_the_runs_classes(config_file: Path, packed: Packed) -> None:
+    val = parts_of(from_store(config_file, packed()))[1]
+    order = [*reversed(val.classes), "another"]
+    other = val.renumbered(order, "the run", "the store")
+    assert [order[label] for label in other.labels] == [val.classes[label] for label in val.labels]
+    with pytest.raises(UserError):
+        val.renumbered(order[1:], "the run", "the store")

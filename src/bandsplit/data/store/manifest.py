@@ -227,7 +227,7 @@ class StoredImages:
 
     def renumbered(self, classes: Sequence[str], by: str, where: str) -> StoredImages:
         """As `ImageFiles.renumbered`."""
-        ImageFiles([], [], self.classes).renumbered(classes, by, where)
+        ImageFiles([], np.zeros(0, dtype=np.int32), self.classes).renumbered(classes, by, where)
         return replace(self, class_names=tuple(classes))
 
     def shards(self, band: int) -> list[Path]:
