@@ -564,10 +564,6 @@ def test_a_config_that_was_resolved_with_bands_is_read_again(config_file: Path, 
         (["data.val_image_size=36"], "data.val_image_size: 36 given, but the band store .* with 32"),
         (["data.image_size=36"], "data.image_size: 36 given, but the band store .* with 32"),
         (["data.classes=9"], "data.classes: 9 given, but .* has 10 classes"),
-        (
-            ["data.train=training"],
-            "data.train: 'training' given, but the band store .* has no such part; it has train, val",
-        ),
     ],
 )
 def test_what_the_store_was_packed_with_is_compared(

@@ -27,7 +27,7 @@ from bandsplit.data.pipeline import Shard
 from bandsplit.data.store import manifest as stored
 from bandsplit.data.store import packing, quantization
 from bandsplit.data.store.manifest import Band, BandManifest, BandPart, band_folder, shard_name
-from bandsplit.data.store.packing import Chunk, Folder, Record
+from bandsplit.data.store.packing import Chunk, Folder, Record, Source
 from bandsplit.data.store.quantization import Floats, Quantizer
 from bandsplit.errors import UserError
 from bandsplit.spectral import transforms
@@ -111,53 +111,31 @@ def pack(
     """Packs the bands that a config's branches read into a band store.
 
     Args:
-        parts: the training images, then the validation images, by the names of their folders.
+        parts: the images of "train" and "val".
         root: folder of the data set, to which the names of images are relative.
         size: side in pixels of the square that is stored of training images; None: `data.resize_size`, rounded down to
             whole blocks.  Of validation images, what is validated is stored.
-        workers: processes.
+        workers: processes; 1: this one.
         chunk_images: images of a shard; None: as many as are useful.
 
     Raises UserError where `to` holds something else, the disk is full, or the size does not fit.
     """
-    train, val = parts
     bands = tuple(stored.bands_to_read(config.split, config.data.hflip))
-    rendering = Rendering(config, bands, {train: _side(config, size), val: config.data.val_size}, root)
-    names = {part: packing.names_of(files.paths, root) for part, files in parts.items()}
-    digests = {part: packing.source_digest(files, names[part]) for part, files in parts.items()}
-    chunks = [chunk for part, files in parts.items() for chunk in packing.chunks_of(part, files, chunk_images)]
+    rendering = Rendering(config, bands, {"train": _side(config, size), "val": config.data.val_size}, root)
+    source = Source(parts, root)
+    chunks = source.chunks(chunk_images)
     folder = Folder(to)
-    with folder.begun(_plan(rendering, dtype, digests, len(chunks[0].paths))) as complete:
+    with folder.begun(_plan(rendering, source, dtype, len(chunks[0].paths))) as complete:
         if complete:
             manifest = stored.read_manifest(to)
             assert isinstance(manifest, BandManifest)
             return manifest
-        item = np.dtype(dtype).itemsize * len(bands)
-        folder.require_space(sum(math.prod(rendering.shape(part)) * item * len(parts[part]) for part in parts))
-        quantizers = _quantizers(rendering, train, parts[train].paths, workers) if dtype == "uint8" else None
+        image_bytes = {part: math.prod(rendering.shape(part)) * np.dtype(dtype).itemsize for part in parts}
+        folder.require_space(len(bands) * sum(image_bytes[part] * len(files) for part, files in parts.items()))
+        quantizers = _quantizers(rendering, parts["train"].paths, workers) if dtype == "uint8" else None
         records = folder.packed(partial(_pack_chunk, rendering, to, quantizers), chunks, workers)
         together = list(zip(chunks, records, strict=True))
-        for k in bands:
-            sums = {f"{chunk.part}/{shard_name(chunk.number)}": record["sha256"][str(k)] for chunk, record in together}
-            packing.write_checksums(to / band_folder(k), sums)
-        sums = {}
-        about = {}
-        for part, files in parts.items():
-            own = [(chunk, record) for chunk, record in together if chunk.part == part]
-            kept = [chunk.first + place for chunk, record in own for place in record["kept"]]
-            labels = np.array(files.labels, dtype=np.int32)[kept]
-            sums[f"labels/{part}.npy"] = packing.replace(to / f"labels/{part}.npy", packing.npy(labels))
-            lines = json.dumps([names[part][n] for n in kept], indent=0) + "\n"
-            sums[f"names/{part}.json"] = packing.replace(to / f"names/{part}.json", lines.encode())
-            about[part] = BandPart(
-                images=len(kept),
-                side=rendering.sides[part],
-                shards=tuple(len(record["kept"]) for _, record in own),
-                source_images=len(files),
-                source_digest=digests[part],
-                left_out=packing.left_out(files, root, (record for _, record in own)),
-            )
-        packing.write_checksums(to, sums)
+        about = _write_lists(source, rendering, to, together)
         manifest = BandManifest(
             format=stored.FORMAT,
             kind="bands",
@@ -171,12 +149,39 @@ def pack(
             resize_size=config.data.resize_size,
             interpolation=config.data.interpolation,
             dtype=dtype,
-            classes=tuple(parts[train].classes),
+            classes=source.classes,
             parts=about,
             bands=_described(rendering, quantizers, together),
         )
         folder.finish(manifest)
         return manifest
+
+
+def _write_lists(
+    source: Source, rendering: Rendering, to: Path, together: Sequence[tuple[Chunk, Record]]
+) -> dict[str, BandPart]:
+    """Writes labels, names and checksums of what was packed; what the manifest says of each part."""
+    for k in rendering.bands:
+        sums = {f"{chunk.part}/{shard_name(chunk.number)}": record["sha256"][str(k)] for chunk, record in together}
+        packing.write_checksums(to / band_folder(k), sums)
+    sums, about = {}, {}
+    for part, files in source.parts.items():
+        own = [(chunk, record) for chunk, record in together if chunk.part == part]
+        kept = [chunk.first + place for chunk, record in own for place in record["kept"]]
+        labels = packing.npy(np.array(files.labels, dtype=np.int32)[kept])
+        names = json.dumps([source.names[part][n] for n in kept], indent=0) + "\n"
+        sums[f"labels/{part}.npy"] = packing.replace(to / f"labels/{part}.npy", labels)
+        sums[f"names/{part}.json"] = packing.replace(to / f"names/{part}.json", names.encode())
+        about[part] = BandPart(
+            images=len(kept),
+            side=rendering.sides[part],
+            shards=tuple(len(record["kept"]) for _, record in own),
+            source_images=len(files),
+            source_digest=source.digests[part],
+            left_out=source.left_out(part, (record for _, record in own)),
+        )
+    packing.write_checksums(to, sums)
+    return about
 
 
 def _side(config: RunConfig, size: int | None) -> int:
@@ -192,21 +197,21 @@ def _side(config: RunConfig, size: int | None) -> int:
     return size
 
 
-def _plan(rendering: Rendering, dtype: Dtype, digests: Mapping[str, str], chunk_images: int) -> dict[str, Any]:
+def _plan(rendering: Rendering, source: Source, dtype: Dtype, chunk_images: int) -> dict[str, Any]:
     """All that a store depends on, by the names of the keys and options."""
     config = rendering.config
     return {
         "--kind": "bands",
         "code_version": __version__,
         "--dtype": dtype,
-        "--size": next(iter(rendering.sides.values())),
+        "--size": rendering.sides["train"],
         "--chunk": chunk_images,
         "bands": rendering.bands,
         "data.name": config.data.name,
         "data.val_image_size": config.data.val_size,
         **{f"data.{key}": getattr(config.data, key) for key in ("resize_size", "interpolation", "mean", "std")},
         **{f"split.{key}": getattr(config.split, key) for key in ("transform", "norm", "block")},
-        **{f"images of {part}": digest for part, digest in digests.items()},
+        **source.plan(),
     }
 
 
@@ -266,15 +271,15 @@ def _by_color(values: Values) -> Floats:
     return by_color
 
 
-def _quantizers(rendering: Rendering, part: str, paths: Sequence[str], workers: int) -> dict[int, Quantizer]:
+def _quantizers(rendering: Rendering, paths: Sequence[str], workers: int) -> dict[int, Quantizer]:
     """The range of every band and color, from a sample that is the same on every run."""
     order = np.random.default_rng(seeds.derived(0, "sample of a store")).permutation(len(paths))
     sample = [paths[n] for n in sorted(order[:SAMPLE].tolist())]
-    chunks = [Chunk(part, n, n, sample[n : n + 128], []) for n in range(0, len(sample), 128)]
+    chunks = [Chunk("train", n, n, sample[n : n + 128], []) for n in range(0, len(sample), 128)]
     counted = [record["counts"] for _, record in packing.worked(partial(_count, rendering), chunks, workers)]
     counts = np.sum(counted, axis=0)
     if not counts.any():
-        raise UserError(f"{rendering.root / part}: none of {len(sample)} images can be decoded")
+        raise UserError(f"{rendering.root}: none of {len(sample)} training images can be decoded")
     low, high = rendering.limits
     ranges = np.array(
         [

@@ -23,7 +23,7 @@ from bandsplit.data.images import ImageFiles
 from bandsplit.data.store import manifest as stored
 from bandsplit.data.store import packing
 from bandsplit.data.store.manifest import ImageManifest, ImagePart
-from bandsplit.data.store.packing import Chunk, Folder, Record
+from bandsplit.data.store.packing import Chunk, Folder, Record, Source
 from bandsplit.errors import UserError
 
 Layout = Literal["folders", "tar"]
@@ -59,7 +59,7 @@ def pack(
     """Packs the images of a data set.
 
     Args:
-        parts: images by the names of their folders.
+        parts: the images of "train" and "val".
         root: folder of the data set, to which the names of images are relative.
         side: longest shorter side in pixels; None: `data.resize_size`.
         quality: of JPEG, 1 to 100.
@@ -69,12 +69,11 @@ def pack(
     Raises UserError where `to` holds something else or the disk is full.
     """
     encoding = Encoding(side or config.data.resize_size, quality, config.data.interpolation, layout, root)
-    names = {part: packing.names_of(files.paths, root) for part, files in parts.items()}
-    digests = {part: packing.source_digest(files, names[part]) for part, files in parts.items()}
-    chunks = [chunk for part, files in parts.items() for chunk in packing.chunks_of(part, files, chunk_images)]
+    source = Source(parts, root)
+    chunks = source.chunks(chunk_images)
     if layout == "folders":
         for part, files in parts.items():
-            _require_class_folders(part, files, names[part])
+            _require_class_folders(getattr(config.data, part), files, source.names[part])
     plan = {
         "--kind": "images",
         "code_version": __version__,
@@ -84,7 +83,7 @@ def pack(
         "--chunk": len(chunks[0].paths),
         "data.name": config.data.name,
         "data.interpolation": encoding.interpolation,
-        **{f"images of {part}": digest for part, digest in digests.items()},
+        **source.plan(),
     }
     folder = Folder(to)
     with folder.begun(plan) as complete:
@@ -101,9 +100,10 @@ def pack(
             own = [record for chunk, record in together if chunk.part == part]
             about[part] = ImagePart(
                 images=sum(record["images"] for record in own),
+                bytes=sum(record["bytes"] for record in own),
                 source_images=len(files),
-                source_digest=digests[part],
-                left_out=packing.left_out(files, root, own),
+                source_digest=source.digests[part],
+                left_out=source.left_out(part, own),
             )
         manifest = ImageManifest(
             format=stored.FORMAT,
@@ -114,7 +114,7 @@ def pack(
             side=encoding.side,
             quality=quality,
             interpolation=encoding.interpolation,
-            classes=tuple(next(iter(parts.values())).classes),
+            classes=source.classes,
             parts=about,
         )
         folder.finish(manifest)
@@ -123,6 +123,8 @@ def pack(
 
 def _require_class_folders(part: str, files: ImageFiles, names: Sequence[str]) -> None:
     """Raises UserError where an image is not in the folder of its class, or two would get the same name."""
+    if ".." in Path(part).parts or Path(part).is_absolute():
+        raise UserError(f"--layout folders: {part} is not below data.root; use tar")
     for name, label in zip(names, files.labels, strict=True):
         if not name.startswith(f"{part}/{files.classes[label]}/"):
             raise UserError(
@@ -138,7 +140,8 @@ def _pack_chunk(write: Write, encoding: Encoding, to: Path, chunk: Chunk) -> Rec
     """In a worker."""
     left_out: list[dict[str, str]] = []
     sums = write(_encoded(encoding, chunk, left_out), to, chunk)
-    return {"images": len(chunk.paths) - len(left_out), "left_out": left_out, "sha256": sums}
+    size = sum((to / name).stat().st_size for name in sums)
+    return {"images": len(chunk.paths) - len(left_out), "bytes": size, "left_out": left_out, "sha256": sums}
 
 
 def _encoded(encoding: Encoding, chunk: Chunk, left_out: list[dict[str, str]]) -> Encoded:

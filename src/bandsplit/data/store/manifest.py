@@ -120,6 +120,8 @@ class BandManifest(_Model):
 
 class ImagePart(_Model):
     images: int
+    bytes: int
+    """Of their files."""
     source_images: int
     source_digest: str
     left_out: tuple[LeftOut, ...]
@@ -185,7 +187,7 @@ class StoredImages:
 
     root: Path
     part: str
-    """Name of its folder."""
+    """"train" or "val"."""
     manifest: BandManifest
     class_names: tuple[str, ...]
     """Labels are indices into these."""
@@ -263,22 +265,17 @@ def header_bytes(start: bytes) -> int:
 def open_store(data: Data, parts: Sequence[str]) -> dict[str, StoredImages]:
     """Parts ("train", "val") of the band store that a data config names.
 
-    Raises UserError where there is none, it lacks a part, or what is in it was not cut as the config says.
+    Raises UserError where there is none, or what is in it was not cut as the config says.
     """
     root = expanded(data.root, "data.root")
     manifest = read_manifest(root)
     if not isinstance(manifest, BandManifest):
         raise UserError(f"data.kind: 'bands' given, but {root} holds images; data.kind = 'images' reads it")
-    for key in parts:
-        name = getattr(data, key)
-        if name not in manifest.parts:
-            has = ", ".join(manifest.parts)
-            raise UserError(f"data.{key}: {name!r} given, but the band store {root} has no such part; it has {has}")
     if data.classes is not None and len(manifest.classes) != data.classes:
         raise UserError(f"data.classes: {data.classes} given, but {root} has {len(manifest.classes)} classes")
     for key in ("resize_size", "interpolation"):
         _require_equal(f"data.{key}", getattr(data, key), getattr(manifest, key), root)
-    return {part: StoredImages(root, getattr(data, part), manifest, manifest.classes) for part in parts}
+    return {part: StoredImages(root, part, manifest, manifest.classes) for part in parts}
 
 
 def require_view(

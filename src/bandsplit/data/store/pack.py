@@ -17,12 +17,10 @@ def run(config: RunConfig, options: Namespace) -> None:
     """Packs the images of a config and prints what came of it.  Raises UserError as `bands.pack` does."""
     if config.data.kind != "images":
         raise UserError(f"data.kind: {config.data.kind!r} given; packed are images: name their data config")
-    parts = {getattr(config.data, part): files for part, files in open_here(config.data).items()}
-    root = expanded(config.data.root, "data.root")
+    parts, root = open_here(config.data), expanded(config.data.root, "data.root")
     if options.kind == "bands":
-        _show_bands(
-            bands.pack(config, parts, root, options.to, options.dtype, options.size, options.workers), options.to
-        )
+        stored = bands.pack(config, parts, root, options.to, options.dtype, options.size, options.workers)
+        _show_bands(stored, options.to)
     else:
         quality, layout = options.quality, options.layout
         packed = images.pack(config, parts, root, options.to, options.size, quality, layout, options.workers)
@@ -43,8 +41,7 @@ def _show_bands(manifest: BandManifest, to: Path) -> None:
 def _show_images(manifest: ImageManifest, to: Path) -> None:
     print(f"{to}: images of {manifest.data}, shorter side at most {manifest.side}, quality {manifest.quality}")
     for part, about in manifest.parts.items():
-        size = sum(path.stat().st_size for path in (to / part).rglob("*") if path.is_file())
-        print(f"{part:>8}  {about.images} images, {size / 1e9:,.3f} GB")
+        print(f"{part:>8}  {about.images} images, {about.bytes / 1e9:,.3f} GB")
         _show_left_out(part, about.left_out)
 
 

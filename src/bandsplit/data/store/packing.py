@@ -56,16 +56,46 @@ class Chunk:
 
     @property
     def name(self) -> str:
-        return f"{self.part.replace('/', '_')}_{self.number:05d}"
+        return f"{self.part}_{self.number:05d}"
 
 
-def chunks_of(part: str, files: ImageFiles, images: int | None = None) -> list[Chunk]:
-    """A part in chunks of so many images; None: as many as are useful."""
-    count = images or max(SMALLEST_CHUNK, -(-len(files) // CHUNKS))
-    return [
-        Chunk(part, number, first, list(files.paths[first : first + count]), list(files.labels[first : first + count]))
-        for number, first in enumerate(range(0, len(files), count))
-    ]
+class Source:
+    """The images that are to be packed.  Raises UserError where a file cannot be found.
+
+    Args:
+        parts: the images of "train" and "val".
+        root: folder of the data set, to which names are relative.
+    """
+
+    def __init__(self, parts: Mapping[str, ImageFiles], root: Path) -> None:
+        self.parts, self.root = parts, root
+        self.classes = tuple(parts["train"].classes)
+        self.names = {part: names_of(files.paths, root) for part, files in parts.items()}
+        self.digests = {part: _digest(files, self.names[part]) for part, files in parts.items()}
+
+    def chunks(self, images: int | None = None) -> list[Chunk]:
+        """All parts in chunks of so many images; None: as many as are useful."""
+        chunks = []
+        for part, files in self.parts.items():
+            count = images or max(SMALLEST_CHUNK, -(-len(files) // CHUNKS))
+            for number, first in enumerate(range(0, len(files), count)):
+                some = slice(first, first + count)
+                chunks.append(Chunk(part, number, first, list(files.paths[some]), list(files.labels[some])))
+        return chunks
+
+    def plan(self) -> dict[str, str]:
+        return {f"images of {part}": digest for part, digest in self.digests.items()}
+
+    def left_out(self, part: str, records: Iterable[Record]) -> tuple[LeftOut, ...]:
+        """Images that the index of a part has found bad, and those that could not be packed."""
+        files = self.parts[part]
+        known = files.index.bad() if files.index else []
+        above = files.paths.folder if isinstance(files.paths, Paths) else self.root
+        names = names_of((str(above / name) for name, _ in known), self.root)
+        return (
+            *(LeftOut(name=name, reason=reason) for name, (_, reason) in zip(names, known, strict=True)),
+            *(LeftOut(**each) for record in records for each in record["left_out"]),
+        )
 
 
 def names_of(paths: Iterable[str], root: Path) -> list[str]:
@@ -74,8 +104,8 @@ def names_of(paths: Iterable[str], root: Path) -> list[str]:
     return [os.path.relpath(path, start) for path in paths]
 
 
-def source_digest(files: ImageFiles, names: Sequence[str]) -> str:
-    """SHA-256 of names, sizes in bytes and classes.  Raises UserError where a file cannot be found."""
+def _digest(files: ImageFiles, names: Sequence[str]) -> str:
+    """SHA-256 of class names, and of name, size in bytes and class of every image."""
     digest = hashlib.sha256(json.dumps(files.classes).encode())
     for path, name, label in zip(files.paths, names, files.labels, strict=True):
         with reading_from(Path(path)):
@@ -311,17 +341,6 @@ def read_checksums(path: Path) -> dict[str, str]:
 def file_sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def left_out(files: ImageFiles, root: Path, records: Iterable[Record]) -> tuple[LeftOut, ...]:
-    """Images of a part that its index has found bad, and those that could not be packed."""
-    known = files.index.bad() if files.index else []
-    above = files.paths.folder if isinstance(files.paths, Paths) else root
-    named = zip(names_of((str(above / name) for name, _ in known), root), (reason for _, reason in known), strict=True)
-    return (
-        *(LeftOut(name=name, reason=reason) for name, reason in named),
-        *(LeftOut(**each) for record in records for each in record["left_out"]),
-    )
 
 
 def write_checksums(folder: Path, sums: Mapping[str, str]) -> None:
