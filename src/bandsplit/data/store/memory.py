@@ -53,10 +53,13 @@ class MappedBand:
     def take(self, places: Sequence[tuple[int, int]], corners: Sequence[tuple[int, int]] | None, out: Array) -> None:
         """Copies images, (shard, row) each, into `out` (B, h, w, 3), cut from their corners (top, left)."""
         if corners is None:
-            size, into = self._image_bytes, out.view(np.uint8).reshape(-1).data
-            for n, (shard, row) in enumerate(places):  # as bytes, which costs half of what numpy needs an image
-                start = self._starts[shard] + row * size
-                into[n * size : (n + 1) * size] = self._bytes[shard][start : start + size]
+            # as bytes, with which Python spends half as long on an image as with arrays
+            size, starts, files = self._image_bytes, self._starts, self._bytes
+            into, end = out.view(np.uint8).reshape(-1).data, 0
+            for shard, row in places:
+                begin, start = end, starts[shard] + row * size
+                end += size
+                into[begin:end] = files[shard][start : start + size]
             return
         _, height, width, _ = out.shape
         for n, ((shard, row), (top, left)) in enumerate(zip(places, corners, strict=True)):
