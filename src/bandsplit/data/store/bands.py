@@ -22,8 +22,9 @@ from bandsplit import __version__, seeds
 from bandsplit.config.schema import RunConfig
 from bandsplit.data import check
 from bandsplit.data.images import ImageFiles
-from bandsplit.data.loader import UndecodableImage, ValidationLoader
+from bandsplit.data.loader import ValidationLoader
 from bandsplit.data.pipeline import Shard
+from bandsplit.data.recovery import UndecodableImage
 from bandsplit.data.store import manifest as stored
 from bandsplit.data.store import packing, quantization
 from bandsplit.data.store.manifest import Band, BandManifest, BandPart, band_folder, shard_name
@@ -90,7 +91,8 @@ class Rendering:
         if not paths:
             return []
         side = self.sides[part]
-        data = self.config.data.model_copy(update={"image_size": side, "val_image_size": side, "prefetch": 1})
+        sizes = {"image_size": side, "val_image_size": side}
+        data = self.config.data.model_copy(update={**sizes, "prefetch": 1, "on_bad": "error"})
         split = self.config.split.model_copy(update={"branches": tuple((k,) for k in self.bands), "only": None})
         config = self.config.model_copy(update={"data": data, "split": split})
         files = ImageFiles(list(paths), [0] * len(paths), ["all"])
