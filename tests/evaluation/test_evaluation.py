@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -70,6 +71,27 @@ def test_a_missing_image_is_noticed(config_file: Path) -> None:
     batch = Batch([torch.zeros(3, 3, 16, 16)] * 4, torch.zeros(3, dtype=torch.int64))
     with pytest.raises(AssertionError, match="validated 3 images of 4"):
         evaluate(ensemble, [batch], 4, ALONE, Precision("fp32", ALONE.ranks.device))
+
+
+def test_images_that_cannot_be_decoded_do_not_count(
+    finished: Callable[..., Path], image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    """Where they were not found before: the others count once each, and the bad ones are named."""
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    bad = sorted((tmp_path / "val").rglob("*.jpg"))[7:9]
+    for path in bad:
+        path.write_bytes(b"not an image")
+    output = tmp_path / "accuracy.json"
+    sets = ("--set", f"data.root={tmp_path}", "--set", "data.check=off")
+    done = run_here("evaluate.py", finished(1), *sets, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert "48 images (2 left out, which cannot be decoded): loss " in done.stdout
+    found = json.loads(output.read_text())
+    assert (found["val_images"], found["left_out"]) == (48, 2)
+    assert all(f"{path}: not an image of a known format" in done.stderr for path in bad)
+    done = run_here("evaluate.py", finished(1), *sets, "--set", "data.max_bad=1")
+    assert done.returncode == 2
+    assert "error: 2 images cannot be read or decoded any more, and data.max_bad = 1" in done.stderr
 
 
 def test_validation_images_alone_are_enough(
