@@ -14,8 +14,26 @@ def main() -> None:
     parser.add_argument("--checkpoint", default="best", help="best, last or a step number (default: best)")
     options.add_set(parser)
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--save", type=Path, metavar="FILE.npz", help="save the logits of every branch for every image")
+    parser.add_argument(
+        "--save-sample",
+        type=options.count,
+        metavar="COUNT",
+        help="with --save: only so many images, drawn by the run's seed",
+    )
     arguments = parser.parse_args()
+    if arguments.save_sample and not arguments.save:
+        parser.error("--save-sample needs --save")
 
-    from bandsplit.evaluation import evaluate
+    from bandsplit.evaluation.runs import Request, evaluate_runs
 
-    evaluate.evaluate_runs(arguments.run, arguments.checkpoint, arguments.set, arguments.output)
+    evaluate_runs(
+        Request(
+            arguments.run,
+            arguments.checkpoint,
+            arguments.set,
+            arguments.output,
+            arguments.save,
+            arguments.save_sample,
+        )
+    )

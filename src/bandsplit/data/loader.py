@@ -18,7 +18,7 @@ from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
 from bandsplit.data import images, mixing, pipeline
 from bandsplit.data.images import ImageFiles, Place
-from bandsplit.data.order import ValidationOrder
+from bandsplit.data.order import Indices, ValidationOrder
 from bandsplit.data.pipeline import Shard
 from bandsplit.data.recovery import BadImage, Position, RecoveringPipeline
 from bandsplit.distributed.ranks import Ranks
@@ -281,6 +281,11 @@ class ValidationLoader:
     def left_out(self) -> list[BadImage]:
         """Images of this rank's share that went bad."""
         return [each for each in self._pipeline.bad if each["batch"] >= 0]
+
+    def rows(self, number: int) -> Indices:
+        """Indices (B,) of the images of this rank's batch `number`, padding included."""
+        return self._order.batch(number)
+
 
 
 def _next_batch(pipe: RecoveringPipeline, views: Sequence[View], shard: Shard) -> Batch:
