@@ -13,6 +13,18 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="+", help="run directory; several runs form one ensemble")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step number (default: best)")
     options.add_set(parser)
+    parser.add_argument(
+        "--fit-fusion",
+        action="store_true",
+        help="fit the weights of the branches on the run's held-out images (data.holdout), and keep them beside the "
+        "checkpoint",
+    )
+    parser.add_argument(
+        "--fusion",
+        choices=["mean", "rank", "learned", "temperature"],
+        default="mean",
+        help="how the ensemble's logits are fused; all but mean (the default) must have been fitted",
+    )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--save", type=Path, metavar="FILE.npz", help="save the logits of every branch for every image")
     parser.add_argument(
@@ -32,6 +44,8 @@ def main() -> None:
             arguments.run,
             arguments.checkpoint,
             arguments.set,
+            arguments.fusion,
+            arguments.fit_fusion,
             arguments.output,
             arguments.save,
             arguments.save_sample,

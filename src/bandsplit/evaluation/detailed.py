@@ -23,10 +23,8 @@ from bandsplit.evaluation.measures import (
 )
 from bandsplit.evaluation.predictions import Collector
 from bandsplit.models.ensemble import Ensemble, fuse
+from bandsplit.models.fusion import MEAN
 from bandsplit.models.precision import Precision
-
-MEAN = "mean"
-"""The fusion that is always evaluated."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bandsplit.config.schema import RunConfig
+from bandsplit.data import holdout, pinned
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import ValidationLoader, open_data, shard_of
 from bandsplit.distributed.mesh import Mesh
@@ -18,6 +19,7 @@ from bandsplit.errors import UserError
 from bandsplit.evaluation.predictions import Branch
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
+from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.restored import Restored
 
 
@@ -66,6 +68,40 @@ class Joined:
         files = open_data(self.config, self.ranks, ["val"])["val"]
         run_dir, root = str(self.first.run_dir), self.config.data.root
         return self.ranks.each(partial(files.renumbered, self.first.classes, run_dir, root))
+
+    def held_out_files(self) -> ImageFiles:
+        """The training images that no run was trained on; every rank calls it.
+
+        Raises UserError if the runs differ in these, or if the images are not those that the first run was trained on.
+        """
+        for run in self.runs[1:]:
+            self._require_same_held_out(run)
+        config, first, ranks = self.config, self.first, self.ranks
+        began = RunDirectory(first.run_dir).data
+        found = open_data(config, ranks, ["train"])
+        files = ranks.each(partial(pinned.as_began, began, found, config.data))["train"]
+        if files.digest != first.digests["train"]:
+            raise UserError(
+                f"data.root: {config.data.root}: the training images are not those that {first.run_dir} was trained "
+                f"on, and {began} does not list those, so the held-out ones are unknown"
+            )
+        return holdout.split(files, config)[1]
+
+    def _require_same_held_out(self, run: Restored) -> None:
+        facts = [
+            {
+                "seed": each.config.seed,
+                "data.holdout": each.config.data.holdout,
+                "training images": each.digests["train"],
+            }
+            for each in (self.first, run)
+        ]
+        for key, value in facts[0].items():
+            if facts[1][key] != value:
+                raise UserError(
+                    f"{run.run_dir}: {key}: {facts[1][key]!r}, but {self.first.run_dir} has {value!r}: one was trained "
+                    "on images that the other held out, and fusion is fitted on images that no branch was trained on"
+                )
 
     def loader(self, files: ImageFiles) -> ValidationLoader:
         """This rank's share of images, prepared as validation images are."""

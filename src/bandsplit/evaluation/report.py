@@ -4,36 +4,54 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from bandsplit.evaluation.detailed import MEAN, Evaluation
+from bandsplit.evaluation.detailed import Evaluation
 from bandsplit.evaluation.joined import Joined
+from bandsplit.models.fusion import MEAN
 from bandsplit.runs.files import replace_text
+from bandsplit.runs.fitted import Fitted
 
 
-def show(evaluation: Evaluation, runs: Joined, output: Path | None) -> None:
-    """Prints the results, and writes them to `output`."""
+def show(evaluation: Evaluation, runs: Joined, fusion: str, fitted: Fitted | None, output: Path | None) -> None:
+    """Prints the results, and writes them to `output`. `fusion`: whose accuracy is the ensemble's."""
     for run in runs.runs:
         print(f"{run.config.name}, step {run.step}, {run.run_dir}")
-    fused = evaluation.fused[MEAN]
-    without = f" ({evaluation.left_out} left out, which cannot be decoded)" * bool(evaluation.left_out)
-    print(f"{evaluation.images} images{without}: loss {fused.loss:.4f}, expected calibration error {fused.ece:.2f} %")
-    print(f"{'%':>24}   top-1   top-5{'   mean up to here: top-1   top-5' * (len(runs.branches) > 1)}")
-    print(_row("ensemble", fused.top1, fused.top5))
+    fused, several = evaluation.fused[fusion], len(runs.branches) > 1
+    print(f"{evaluation.images} images: loss {fused.loss:.4f}, expected calibration error {fused.ece:.2f} %")
+    print(f"{'%':>24}   top-1   top-5{'   mean up to here: top-1   top-5' * several}")
+    print(_row("ensemble" if fusion == MEAN else f"ensemble ({fusion})", fused.top1, fused.top5))
     for k, branch in enumerate(runs.branches):
         row = _row(_bands(branch.bands), evaluation.branch_top1[k], evaluation.branch_top5[k])
         up_to_here = f"{evaluation.cumulative_top1[k]:>25.2f}  {evaluation.cumulative_top5[k]:>6.2f}"
-        print(row + up_to_here * (len(runs.branches) > 1))
+        print(row + up_to_here * several)
+    if fitted is not None:
+        _show_fusions(evaluation, fitted)
     if output is not None:
-        replace_text(output, json.dumps(as_dict(evaluation, runs), indent=2) + "\n")
+        replace_text(output, json.dumps(_as_dict(evaluation, runs, fusion, fitted), indent=2) + "\n")
 
 
-def as_dict(evaluation: Evaluation, runs: Joined) -> dict[str, Any]:
-    fused = evaluation.fused[MEAN]
-    return {
+def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
+    held_out = fitted.held_out
+    sampled = f" of {held_out.of:,}" * (held_out.images < held_out.of)
+    print(f"\nfusion, fitted on {held_out.images:,}{sampled} held-out images:")
+    print(f"{'':>24}   top-1   top-5     ECE    loss   top-1 above the mean (95 %)   weights")
+    for name, each in evaluation.fused.items():
+        low, high = each.gain_interval
+        gain = "" if name == MEAN else f"{each.gain:+.2f} ({low:+.2f} to {high:+.2f})"
+        weights = fitted.fusions[name].weights
+        shown = " ".join(f"{weight:.3f}" for weight in weights[:8]) + " …" * (len(weights) > 8)
+        print(f"{_row(name, each.top1, each.top5)}  {each.ece:>6.2f}  {each.loss:>6.4f}   {gain:>27}   {shown}")
+
+
+def _as_dict(evaluation: Evaluation, runs: Joined, fusion: str, fitted: Fitted | None) -> dict[str, Any]:
+    fused = evaluation.fused[fusion]
+    table: dict[str, Any] = {
         "step": runs.first.step if len(runs.runs) == 1 else [run.step for run in runs.runs],
         "val_images": evaluation.images,
+        "fusion": fusion,
         "loss": fused.loss,
         "top1": fused.top1,
         "top5": fused.top5,
@@ -43,6 +61,11 @@ def as_dict(evaluation: Evaluation, runs: Joined) -> dict[str, Any]:
         "cumulative_top1": evaluation.cumulative_top1,
         "cumulative_top5": evaluation.cumulative_top5,
     }
+    if fitted is not None:
+        table["fusions"] = {
+            name: {**asdict(each), "weights": fitted.fusions[name].weights} for name, each in evaluation.fused.items()
+        }
+    return table
 
 
 def _row(name: str, top1: float, top5: float) -> str:

@@ -1,4 +1,4 @@
-"""The command `evaluate`: validates one or more runs as one ensemble, and saves predictions."""
+"""The command `evaluate`: validates one or more runs as one ensemble, fits fusion, and saves predictions."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ from pathlib import Path
 from bandsplit.data.images import ImageFiles
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
-from bandsplit.evaluation import predictions, report
-from bandsplit.evaluation.detailed import MEAN, Evaluation, evaluate_in_detail
+from bandsplit.evaluation import fitting, predictions, report
+from bandsplit.evaluation.detailed import Evaluation, evaluate_in_detail
 from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.predictions import Collector
+from bandsplit.models.fusion import MEAN
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.logs import logged
 
@@ -27,6 +28,9 @@ class Request:
     checkpoint: str = "best"
     """ "best", "last" or a step."""
     overrides: Sequence[str] = ()
+    fusion: str = MEAN
+    """One of `FUSIONS`: whose accuracy is the ensemble's."""
+    fit_fusion: bool = False
     output: Path | None = None
     save: Path | None = None
     save_sample: int | None = None
@@ -42,15 +46,19 @@ def evaluate_runs(request: Request) -> Evaluation:
     """Validates the branches of one or more runs as one ensemble; prints the results and writes what was asked for.
 
     The first run's config, with the overrides, names the data. Every rank must call it. Raises UserError if a run or
-    checkpoint is missing, if the runs differ in data, classes or transform, or if the loss is not finite.
+    checkpoint is missing, if the runs differ in data, classes or transform, if a fusion is asked for that was not or
+    cannot be fitted, or if the loss is not finite.
     """
     request.check()
     with logged(RunDirectory(request.run_dirs[0]).logs, rank()), joined() as ranks:
         runs = Joined.of(request.run_dirs, request.checkpoint, request.overrides, ranks)
+        needed = None if request.fusion == MEAN else request.fusion
+        fitted = fitting.fit(runs) if request.fit_fusion else fitting.find(runs, needed)
+        weights = {name: each.weights for name, each in fitted.fusions.items() if name != MEAN} if fitted else {}
         files = runs.validation_files()
         collector = _collector(request, runs, files) if request.save else None
         evaluation = evaluate_in_detail(
-            runs.ensemble, runs.loader(files), len(files), runs.mesh, runs.precision, {}, collector
+            runs.ensemble, runs.loader(files), len(files), runs.mesh, runs.precision, weights, collector
         )
         loss = evaluation.fused[MEAN].loss
         if not math.isfinite(loss):
@@ -59,7 +67,7 @@ def evaluate_runs(request: Request) -> Evaluation:
             gathered = collector.gathered(ranks)
             ranks.from_first(partial(_save, request.save, files, gathered, runs))
         if ranks.is_first:
-            report.show(evaluation, runs, request.output)
+            report.show(evaluation, runs, request.fusion, fitted, request.output)
         return evaluation
 
 
