@@ -21,12 +21,11 @@ def show(evaluation: Evaluation, runs: Joined, fusion: str, fitted: Fitted | Non
         print(f"{run.config.name}, step {run.step}, {run.run_dir}")
     fused, several = evaluation.fused[fusion], len(runs.branches) > 1
     print(f"{evaluation.images} images: loss {fused.loss:.4f}, expected calibration error {fused.ece:.2f} %")
-    print(f"{'%':>24}   top-1   top-5{'   mean up to here: top-1   top-5' * several}")
     print(_row("ensemble" if fusion == MEAN else f"ensemble ({fusion})", fused.top1, fused.top5))
     for k, branch in enumerate(runs.branches):
         row = _row(_bands(branch.bands), evaluation.branch_top1[k], evaluation.branch_top5[k])
-        up_to_here = f"{evaluation.cumulative_top1[k]:>25.2f}  {evaluation.cumulative_top5[k]:>6.2f}"
-        print(row + up_to_here * several)
+        top1, top5 = evaluation.cumulative_top1[k], evaluation.cumulative_top5[k]
+        print(row + f"   mean up to here  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %" * several)
     if fitted is not None:
         _show_fusions(evaluation, fitted)
     if output is not None:
@@ -37,7 +36,7 @@ def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
     held_out = fitted.held_out
     sampled = f" of {held_out.of:,}" * (held_out.images < held_out.of)
     print(f"\nfusion, fitted on {held_out.images:,}{sampled} held-out images:")
-    print(f"{'':>24}   top-1   top-5     ECE    loss   top-1 above the mean (95 %)   weights")
+    print(f"{'':>54}     ECE    loss   top-1 above the mean (95 %)   weights")
     for name, each in evaluation.fused.items():
         low, high = each.gain_interval
         gain = "" if name == MEAN else f"{each.gain:+.2f} ({low:+.2f} to {high:+.2f})"
@@ -69,7 +68,7 @@ def _as_dict(evaluation: Evaluation, runs: Joined, fusion: str, fitted: Fitted |
 
 
 def _row(name: str, top1: float, top5: float) -> str:
-    return f"{name:>24}  {top1:>6.2f}  {top5:>6.2f}"
+    return f"{name:>24}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %"
 
 
 def _bands(bands: Sequence[int]) -> str:

@@ -11,6 +11,9 @@
 TNNLS, 2024), but with order and p from held-out images. `temperature` is temperature scaling (Guo et al., *On
 Calibration of Modern Neural Networks*, ICML 2017), with t / branches in the place of 1 / T. `temperature` and `learned`
 minimize the mean cross-entropy, which is convex in the weights: the log-sum-exp of functions that are linear in them.
+Their labels are smoothed as if there were one image more, of any class with equal probability. Otherwise the weights
+would grow without bound where they separate all of few images, and be wrong with certainty on others (Platt,
+*Probabilistic Outputs for Support Vector Machines*, 1999, section 2.2, for two classes).
 """
 
 from __future__ import annotations
@@ -91,10 +94,10 @@ def scores(logits: Logits, labels: Labels, weights: Floats) -> tuple[Floats, Flo
 
 
 def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | None = None) -> Floats:
-    """The weights (branches,) of the least mean cross-entropy among `basis` @ t with t >= 0.
+    """The weights (branches,) of the least mean cross-entropy, with smoothed labels, among `basis` @ t with t >= 0.
 
     The loss is convex in t, so every start (parameters,) ends at the same loss. L-BFGS-B (Byrd et al., *A Limited
-    Memory Algorithm for Bound Constrained Optimization*, 1995), with its gradient: E[Σ_c softmax(fused)_c z_kc - z_ky].
+    Memory Algorithm for Bound Constrained Optimization*, 1995).
 
     Args:
         basis: (branches, parameters).
@@ -102,7 +105,7 @@ def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | No
     scale = 1 / max(1e-12, float(np.sqrt(np.mean([np.mean(z.var(-1)) for z, _ in _chunks(logits, labels)]))))
 
     def objective(t: Floats) -> tuple[float, Floats]:
-        loss, gradient = loss_and_gradient(logits, labels, scale * basis @ t)
+        loss, gradient = loss_and_gradient(logits, labels, scale * basis @ t, smoothing(len(labels)))
         return loss, scale * gradient @ basis
 
     count = basis.shape[1]
@@ -117,15 +120,28 @@ def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | No
     return np.asarray(scale * basis @ result.x)
 
 
-def loss_and_gradient(logits: Logits, labels: Labels, weights: Floats) -> tuple[float, Floats]:
-    """Mean cross-entropy of the fused logits, and its gradient with respect to the weights (branches,)."""
+def smoothing(images: int) -> float:
+    """The part of one image more in so many and one."""
+    return 1 / (images + 1)
+
+
+def loss_and_gradient(logits: Logits, labels: Labels, weights: Floats, smoothing: float = 0.0) -> tuple[float, Floats]:
+    """Mean cross-entropy of the fused logits, and its gradient with respect to the weights (branches,).
+
+    The gradient is E[Σ_c softmax(fused)_c z_kc - (1 - smoothing) z_ky] for logits z that are centered over the classes,
+    since the part of the target that is equal for all classes then multiplies their sum, which is 0.
+
+    Args:
+        smoothing: part of the target that is spread over all classes.
+    """
+    kept = 1 - smoothing
     loss, gradient = 0.0, np.zeros(len(weights))
     for z, y in _chunks(logits, labels):
         fused = weights @ z  # (n, classes)
         normalizer = _log_sum_exp(fused)
-        loss += float((normalizer - _of_labels(fused, y)).sum())
+        loss += float((normalizer - kept * _of_labels(fused, y)).sum())
         probabilities = np.exp(fused - normalizer[:, None])
-        gradient += (z @ probabilities[..., None])[..., 0].sum(0) - z[np.arange(len(y)), :, y].sum(0)
+        gradient += (z @ probabilities[..., None])[..., 0].sum(0) - kept * z[np.arange(len(y)), :, y].sum(0)
     return loss / len(labels), gradient / len(labels)
 
 
