@@ -14,11 +14,13 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError
 
 from bandsplit.config import loading
+from bandsplit.data.crops import FLIP, TEN, Crop
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
 from bandsplit.evaluation.evaluate import evaluate
+from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.measures import calibration, calibration_error, count_correct
 from bandsplit.evaluation.predictions import Predictions
 from bandsplit.models.ensemble import Ensemble
@@ -206,3 +208,40 @@ def test_files_that_hold_no_predictions_are_named(tmp_path: Path) -> None:
         Predictions.read(tmp_path / "foreign.npz")
     with pytest.raises(UserError, match="no such file"):
         Predictions.read(tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize(("option", "crops"), [("--flip", FLIP), ("--ten-crop", TEN)])
+def test_crops_are_single_evaluations_averaged_by_hand(
+    finished: Callable[..., Path], tmp_path: Path, option: str, crops: tuple[Crop, ...]
+) -> None:
+    run_dir, told = finished(1), []
+    for ranks in (1, 2):
+        done = run("evaluate.py", run_dir, option, "--output", tmp_path / "x.json", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads((tmp_path / "x.json").read_text()))
+    runs = Joined.of([run_dir], "best", [], ALONE.ranks)
+    files = runs.validation_files()
+    runs.ensemble.eval()
+    fused, alone = torch.zeros(50, 10), torch.zeros(4, 50, 10)
+    with torch.no_grad():
+        for crop in crops:
+            batches = list(runs.loader(files, [crop]))
+            logits = torch.cat([runs.ensemble(batch.inputs) for batch in batches], 1)
+            labels = torch.cat([batch.labels for batch in batches])
+            fused += logits[:, labels >= 0].mean(0).softmax(-1) / len(crops)
+            alone += logits[:, labels >= 0].softmax(-1) / len(crops)
+    labels = labels[labels >= 0]
+    for table in told:
+        assert (table["top1"], table["top5"]) == tuple(2.0 * count for count in naive_counts(fused, labels))
+        assert table["branch_top1"] == [2.0 * naive_counts(branch, labels)[0] for branch in alone]
+        assert table["loss"] == pytest.approx(float(-fused[range(50), labels].log().mean()), abs=1e-5)
+        assert table["cumulative_top1"][0] == table["branch_top1"][0]
+        assert table["cumulative_top1"][-1] == table["top1"]
+
+
+def test_predictions_of_several_crops_are_not_saved(
+    finished: Callable[..., Path], tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    done = run_here("evaluate.py", finished(1), "--ten-crop", "--save", tmp_path / "x.npz")
+    assert done.returncode == 2
+    assert "logits are saved of the center crop only" in done.stderr

@@ -25,6 +25,17 @@ def main() -> None:
         default="mean",
         help="how the ensemble's logits are fused; all but mean (the default) must have been fitted",
     )
+    crops = parser.add_mutually_exclusive_group()
+    crops.add_argument(
+        "--flip", action="store_const", dest="crops", const="flip", help="average over the image and its mirror image"
+    )
+    crops.add_argument(
+        "--ten-crop",
+        action="store_const",
+        dest="crops",
+        const="ten",
+        help="average over the center, the four corners and their mirror images",
+    )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument("--save", type=Path, metavar="FILE.npz", help="save the logits of every branch for every image")
     parser.add_argument(
@@ -46,6 +57,7 @@ def main() -> None:
             arguments.set,
             arguments.fusion,
             arguments.fit_fusion,
+            arguments.crops or "center",
             arguments.output,
             arguments.save,
             arguments.save_sample,

@@ -17,6 +17,7 @@ from torch import Tensor
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
 from bandsplit.data import images, mixing, pipeline
+from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles, Place
 from bandsplit.data.order import Indices, ValidationOrder
 from bandsplit.data.pipeline import Shard
@@ -258,11 +259,13 @@ class ValidationLoader:
     be decoded LEFT_OUT.
     """
 
-    def __init__(self, config: RunConfig, files: ImageFiles, shard: Shard) -> None:
+    def __init__(self, config: RunConfig, files: ImageFiles, shard: Shard, crops: Sequence[Crop] = CENTER) -> None:
+        """With several crops, each batch comes once for each of them, in their order."""
+        self.crops = len(crops)
         self._views, self._shard = [View.of(config)], shard
-        self._order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size)
+        self._order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size, len(crops))
         self._pipeline = RecoveringPipeline(
-            lambda files, checkpoint: pipeline.validation(config, files, shard, checkpoint),
+            lambda files, checkpoint: pipeline.validation(config, files, shard, checkpoint, crops),
             self._order.batch,
             config,
             files,

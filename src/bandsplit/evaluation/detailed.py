@@ -16,6 +16,7 @@ from bandsplit.evaluation.evaluate import count_of, outputs, seen
 from bandsplit.evaluation.measures import (
     Sums,
     are_correct,
+    averaged,
     calibration,
     calibration_error,
     count_correct,
@@ -69,25 +70,29 @@ def evaluate_in_detail(
 ) -> Evaluation:
     """Evaluates the mean and other fusions over the images of all ranks in one pass and one reduction.
 
+    With several crops, the probabilities of the fused logits, and of each branch alone, are averaged over them.
+
     Args:
         images: number of images in total.
         weights: of the branches, for each further fusion.
-        collector: takes the logits of this rank's images.
+        collector: takes the logits of this rank's images; only with a single crop.
     """
     on_device = {name: torch.tensor(given, device=mesh.ranks.device) for name, given in weights.items()}
     sums = Sums()
-    for number, (logits, labels) in enumerate(outputs(ensemble, loader, mesh, precision)):
-        fused = {MEAN: fuse(logits)}
-        fused |= {name: torch.tensordot(w, logits, dims=1) for name, w in on_device.items()}
-        cumulative = [count_correct(fuse(logits[: k + 1]), labels) for k in range(len(logits))]
+    batches = outputs(ensemble, loader, mesh, precision)
+    for number, crops in enumerate(zip(*[batches] * loader.crops, strict=True)):
+        logits, labels = torch.stack([logits for logits, _ in crops], dim=1), crops[0][1]  # (branches, crops, B, …)
+        fused = {MEAN: averaged(fuse(logits))}
+        fused |= {name: averaged(torch.tensordot(w, logits, dims=1)) for name, w in on_device.items()}
+        cumulative = [count_correct(averaged(fuse(logits[: k + 1])), labels) for k in range(len(logits))]
         sums.add(
             **seen(labels),
-            branches=count_correct(logits, labels),
+            branches=count_correct(averaged(logits), labels),
             cumulative=torch.stack(cumulative),
             **_of_fusions(fused, labels),
         )
         if collector is not None:
-            collector.add(loader.rows(number), logits, labels)
+            collector.add(loader.rows(number), logits[:, 0], labels)
     total = sums.over(mesh.ranks)
     counted = count_of(total, images)
     (branch_top1, branch_top5), (cumulative_top1, cumulative_top5) = (

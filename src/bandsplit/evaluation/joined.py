@@ -11,6 +11,7 @@ import torch
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.data import holdout, pinned
+from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import ValidationLoader, open_data, shard_of
 from bandsplit.distributed.mesh import Mesh
@@ -103,12 +104,13 @@ class Joined:
                     "on images that the other held out, and fusion is fitted on images that no branch was trained on"
                 )
 
-    def loader(self, files: ImageFiles) -> ValidationLoader:
+    def loader(self, files: ImageFiles, crops: Sequence[Crop] = CENTER) -> ValidationLoader:
         """This rank's share of images, prepared as validation images are."""
         config = self.config
         parts = self.ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
         batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
-        return ValidationLoader(config, files, shard_of(config, self.ranks, batch_size, self.precision.half_bands))
+        shard = shard_of(config, self.ranks, batch_size, self.precision.half_bands)
+        return ValidationLoader(config, files, shard, crops)
 
 
 def _require_same_data(one: Restored, other: Restored) -> None:

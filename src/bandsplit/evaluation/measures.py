@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -32,6 +33,17 @@ class Sums:
         return {
             name: part.view_as(value).tolist() for (name, value), part in zip(self._sums.items(), parts, strict=True)
         }
+
+
+def averaged(logits: Tensor) -> Tensor:
+    """Logits of several crops (..., crops, B, classes) -> log of their mean probabilities (..., B, classes).
+
+    Of a single crop, its logits.
+    """
+    crops = logits.shape[-3]
+    if crops == 1:
+        return logits.squeeze(-3)
+    return logits.log_softmax(-1).logsumexp(-3) - math.log(crops)
 
 
 def are_correct(logits: Tensor, labels: Tensor) -> Tensor:

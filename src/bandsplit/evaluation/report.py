@@ -14,13 +14,22 @@ from bandsplit.models.fusion import MEAN
 from bandsplit.runs.files import replace_text
 from bandsplit.runs.fitted import Fitted
 
+_CROPS = {"center": "", "flip": ", with their mirror images", "ten": ", ten crops each"}
 
-def show(evaluation: Evaluation, runs: Joined, fusion: str, fitted: Fitted | None, output: Path | None) -> None:
-    """Prints the results, and writes them to `output`. `fusion`: whose accuracy is the ensemble's."""
+
+def show(
+    evaluation: Evaluation, runs: Joined, crops: str, fusion: str, fitted: Fitted | None, output: Path | None
+) -> None:
+    """Prints the results, and writes them to `output`.
+
+    Args:
+        crops: those that were averaged.
+        fusion: whose accuracy is the ensemble's.
+    """
     for run in runs.runs:
         print(f"{run.config.name}, step {run.step}, {run.run_dir}")
     fused, several = evaluation.fused[fusion], len(runs.branches) > 1
-    print(f"{evaluation.images} images: loss {fused.loss:.4f}, expected calibration error {fused.ece:.2f} %")
+    print(f"{evaluation.images} images{_CROPS[crops]}: loss {fused.loss:.4f}, calibration error {fused.ece:.2f} %")
     print(_row("ensemble" if fusion == MEAN else f"ensemble ({fusion})", fused.top1, fused.top5))
     for k, branch in enumerate(runs.branches):
         row = _row(_bands(branch.bands), evaluation.branch_top1[k], evaluation.branch_top5[k])
@@ -29,7 +38,7 @@ def show(evaluation: Evaluation, runs: Joined, fusion: str, fitted: Fitted | Non
     if fitted is not None:
         _show_fusions(evaluation, fitted)
     if output is not None:
-        replace_text(output, json.dumps(_as_dict(evaluation, runs, fusion, fitted), indent=2) + "\n")
+        replace_text(output, json.dumps(_as_dict(evaluation, runs, crops, fusion, fitted), indent=2) + "\n")
 
 
 def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
@@ -45,11 +54,12 @@ def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
         print(f"{_row(name, each.top1, each.top5)}  {each.ece:>6.2f}  {each.loss:>6.4f}   {gain:>27}   {shown}")
 
 
-def _as_dict(evaluation: Evaluation, runs: Joined, fusion: str, fitted: Fitted | None) -> dict[str, Any]:
+def _as_dict(evaluation: Evaluation, runs: Joined, crops: str, fusion: str, fitted: Fitted | None) -> dict[str, Any]:
     fused = evaluation.fused[fusion]
     table: dict[str, Any] = {
         "step": runs.first.step if len(runs.runs) == 1 else [run.step for run in runs.runs],
         "val_images": evaluation.images,
+        "crops": crops,
         "fusion": fusion,
         "loss": fused.loss,
         "top1": fused.top1,

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from bandsplit.data.crops import CROPS
 from bandsplit.data.images import ImageFiles
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
@@ -31,6 +32,8 @@ class Request:
     fusion: str = MEAN
     """One of `FUSIONS`: whose accuracy is the ensemble's."""
     fit_fusion: bool = False
+    crops: str = "center"
+    """A key of `CROPS`."""
     output: Path | None = None
     save: Path | None = None
     save_sample: int | None = None
@@ -40,6 +43,10 @@ class Request:
         for option, path in (("--output", self.output), ("--save", self.save)):
             if path is not None and not path.parent.is_dir():
                 raise UserError(f"{option} {path}: there is no folder {path.parent}")
+        if self.save is not None and self.crops != "center":
+            raise UserError(
+                f"--save {self.save}: logits are saved of the center crop only, not with --flip or --ten-crop"
+            )
 
 
 def evaluate_runs(request: Request) -> Evaluation:
@@ -52,13 +59,14 @@ def evaluate_runs(request: Request) -> Evaluation:
     request.check()
     with logged(RunDirectory(request.run_dirs[0]).logs, rank()), joined() as ranks:
         runs = Joined.of(request.run_dirs, request.checkpoint, request.overrides, ranks)
+        files = runs.validation_files()
+        collector = _collector(request, runs, files) if request.save else None
         needed = None if request.fusion == MEAN else request.fusion
         fitted = fitting.fit(runs) if request.fit_fusion else fitting.find(runs, needed)
         weights = {name: each.weights for name, each in fitted.fusions.items() if name != MEAN} if fitted else {}
-        files = runs.validation_files()
-        collector = _collector(request, runs, files) if request.save else None
+        loader = runs.loader(files, CROPS[request.crops])
         evaluation = evaluate_in_detail(
-            runs.ensemble, runs.loader(files), len(files), runs.mesh, runs.precision, weights, collector
+            runs.ensemble, loader, len(files), runs.mesh, runs.precision, weights, collector
         )
         loss = evaluation.fused[MEAN].loss
         if not math.isfinite(loss):
@@ -67,7 +75,7 @@ def evaluate_runs(request: Request) -> Evaluation:
             gathered = collector.gathered(ranks)
             ranks.from_first(partial(_save, request.save, files, gathered, runs))
         if ranks.is_first:
-            report.show(evaluation, runs, request.fusion, fitted, request.output)
+            report.show(evaluation, runs, request.crops, request.fusion, fitted, request.output)
         return evaluation
 
 
