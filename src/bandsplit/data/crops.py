@@ -21,8 +21,10 @@ CENTER = (Crop(),)
 
 FLIP = (Crop(), Crop(mirror=True))
 
-TEN = tuple(Crop(x, y, mirror) for mirror in (False, True) for x, y in ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5)))
-"""Corners and center, and their mirror images, in the order of torchvision's `ten_crop` (Krizhevsky et al., *ImageNet
-Classification with Deep Convolutional Neural Networks*, 2012, section 4.1)."""
+_FIVE = ((0, 0), (1, 0), (0, 1), (1, 1), (0.5, 0.5))
+
+TEN = (*(Crop(x, y) for x, y in _FIVE), *(Crop(1 - x, y, mirror=True) for x, y in _FIVE))
+"""Corners and center of the image and of its mirror image, in the order of torchvision's `ten_crop` (Krizhevsky et al.,
+*ImageNet Classification with Deep Convolutional Neural Networks*, 2012, section 4.1)."""
 
 CROPS = {"center": CENTER, "flip": FLIP, "ten": TEN}
