@@ -196,6 +196,18 @@ def test_a_sample_is_fitted_where_not_all_logits_fit(
     assert "fitted on 30 of 40 held-out images" in done.stdout
 
 
+def test_a_held_out_image_that_went_bad_is_left_out(trained: Path, image_root: Path, tmp_path: Path) -> None:
+    config = loading.load(trained / "config.toml")
+    out = holdout.split(open_data(config, ALONE)["train"], config)[1]
+    root = Path(shutil.copytree(image_root, tmp_path / "damaged"))
+    (root / "train" / out.name(5)).write_bytes(b"no image")
+    done = run("evaluate.py", trained, "--fit-fusion", "--set", f"data.root={root}", ranks=2)
+    assert done.returncode == 0, done.stderr
+    assert "1 held-out images cannot be decoded and do not count" in done.stderr
+    assert out.name(5) in done.stderr
+    assert "fitted on 39 of 40 held-out images" in done.stdout
+
+
 def test_the_paired_interval_is_that_of_the_bootstrap() -> None:
     rng = np.random.default_rng(0)
     difference = rng.choice([-1, 0, 1], 2000, p=[0.04, 0.89, 0.07])

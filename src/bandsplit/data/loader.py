@@ -290,7 +290,6 @@ class ValidationLoader:
         return self._order.batch(number)
 
 
-
 def _next_batch(pipe: RecoveringPipeline, views: Sequence[View], shard: Shard) -> Batch:
     outputs = pipe.run(torch.cuda.current_stream() if shard.device == "gpu" else None)
     *outputs, labels = [torch.from_dlpack(output.as_tensor()) for output in outputs]

@@ -81,7 +81,8 @@ def evaluate_in_detail(
     sums = Sums()
     batches = outputs(ensemble, loader, mesh, precision)
     for number, crops in enumerate(zip(*[batches] * loader.crops, strict=True)):
-        logits, labels = torch.stack([logits for logits, _ in crops], dim=1), crops[0][1]  # (branches, crops, B, …)
+        logits = torch.stack([logits for logits, _ in crops], dim=1)  # (branches, crops, B, classes)
+        labels = torch.stack([labels for _, labels in crops]).amin(0)  # an image may have gone bad between two crops
         fused = {MEAN: averaged(fuse(logits))}
         fused |= {name: averaged(torch.tensordot(w, logits, dims=1)) for name, w in on_device.items()}
         cumulative = [count_correct(averaged(fuse(logits[: k + 1])), labels) for k in range(len(logits))]

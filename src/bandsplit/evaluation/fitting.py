@@ -12,7 +12,7 @@ import numpy as np
 
 from bandsplit.errors import UserError
 from bandsplit.evaluation import predictions
-from bandsplit.evaluation.evaluate import outputs
+from bandsplit.evaluation.evaluate import outputs, report_left_out
 from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.predictions import Collector, Gathered
 from bandsplit.models import fusion
@@ -79,6 +79,7 @@ def fit(runs: Joined) -> Fitted:
     collector, loader = Collector(predictions.sample(len(files), count, config.seed)), runs.loader(files)
     for number, (logits, labels) in enumerate(outputs(runs.ensemble, loader, runs.mesh, runs.precision)):
         collector.add(loader.rows(number), logits, labels)
+    report_left_out(ranks.largest([len(loader.left_out)])[0], loader, config, ranks, "held-out")
     gathered = collector.gathered(ranks)
     own = partial(_fit, gathered, np.asarray(files.labels), runs)
     fusions = ranks.finish(_in_thread(own) if ranks.is_first else None)

@@ -29,7 +29,9 @@ def show(
     for run in runs.runs:
         print(f"{run.config.name}, step {run.step}, {run.run_dir}")
     fused, several = evaluation.fused[fusion], len(runs.branches) > 1
-    print(f"{evaluation.images} images{_CROPS[crops]}: loss {fused.loss:.4f}, calibration error {fused.ece:.2f} %")
+    left_out = f" ({evaluation.left_out} left out, which cannot be decoded)" * bool(evaluation.left_out)
+    of = f"{evaluation.images} images{left_out}{_CROPS[crops]}"
+    print(f"{of}: loss {fused.loss:.4f}, calibration error {fused.ece:.2f} %")
     print(_row("ensemble" if fusion == MEAN else f"ensemble ({fusion})", fused.top1, fused.top5))
     for k, branch in enumerate(runs.branches):
         row = _row(_bands(branch.bands), evaluation.branch_top1[k], evaluation.branch_top5[k])
@@ -59,6 +61,7 @@ def _as_dict(evaluation: Evaluation, runs: Joined, crops: str, fusion: str, fitt
     table: dict[str, Any] = {
         "step": runs.first.step if len(runs.runs) == 1 else [run.step for run in runs.runs],
         "val_images": evaluation.images,
+        **({"left_out": evaluation.left_out} if evaluation.left_out else {}),
         "crops": crops,
         "fusion": fusion,
         "loss": fused.loss,

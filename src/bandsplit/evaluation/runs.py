@@ -14,6 +14,7 @@ from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
 from bandsplit.evaluation import fitting, predictions, report
 from bandsplit.evaluation.detailed import Evaluation, evaluate_in_detail
+from bandsplit.evaluation.evaluate import report_left_out
 from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.predictions import Collector
 from bandsplit.models.fusion import MEAN
@@ -68,6 +69,7 @@ def evaluate_runs(request: Request) -> Evaluation:
         evaluation = evaluate_in_detail(
             runs.ensemble, loader, len(files), runs.mesh, runs.precision, weights, collector
         )
+        report_left_out(evaluation.left_out, loader, runs.config, ranks)
         loss = evaluation.fused[MEAN].loss
         if not math.isfinite(loss):
             raise UserError(f"the loss of {runs.first.run_dir} is {loss}; try --set train.precision=fp32")
