@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import images
+from bandsplit.data import holdout, images
 from bandsplit.data.folders import Found
 from bandsplit.distributed import ranks
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
@@ -207,8 +207,13 @@ def _show_steps(config: RunConfig, found: dict[str, Found] | UserError) -> None:
         print(f"steps     unknown: {found}")
         return
     train, val = (len(found[part].names) for part in ("train", "val"))
+    held_out = ""
+    if config.data.holdout is not None:
+        images = found["train"]
+        count = int(holdout.held_out(images.labels, images.classes, config.data.holdout, config.seed).sum())
+        train, held_out = train - count, f" ({count} more are held out)"
     steps = config.steps_per_epoch(train)
-    print(f"data      {train} training and {val} validation images, before they are checked")
+    print(f"data      {train} training{held_out} and {val} validation images, before they are checked")
     for part, files in found.items():
         if files.passed_over:
             print(f"          {getattr(config.data, part)}: passed over {'; '.join(files.passed_over)}")

@@ -12,7 +12,7 @@ from torch import nn
 
 from bandsplit import seeds
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import pinned
+from bandsplit.data import holdout, pinned
 from bandsplit.data.feed import BatchFeed
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import Streams, StreamState, ValidationLoader, open_data, shard_of
@@ -33,6 +33,9 @@ class Plan:
     config: RunConfig
     ranks: Ranks
     train_files: ImageFiles
+    """Without those that are held out."""
+    held_out: int
+    """Number of training images that are held out."""
     val_files: ImageFiles
     precision: Precision
     teacher: Teacher | None
@@ -56,8 +59,8 @@ class Plan:
         files = open_data(config, ranks, signal=signal)
         if began is not None:
             files = ranks.each(partial(pinned.as_began, began, files, config.data))
-        train_files, val_files = files["train"], files["val"]
-        config = config.with_classes(len(train_files.classes))
+        config = config.with_classes(len(files["train"].classes))
+        train_files, held_out = holdout.split(files["train"], config)
         config.steps_per_epoch(len(train_files))
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
@@ -65,7 +68,7 @@ class Plan:
         parameters = parameters_of_branches(config)
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
-        return cls(config, ranks, train_files, val_files, precision, teacher, parameters, mesh)
+        return cls(config, ranks, train_files, len(held_out), files["val"], precision, teacher, parameters, mesh)
 
     @property
     def files(self) -> dict[str, ImageFiles]:
