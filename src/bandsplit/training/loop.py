@@ -38,6 +38,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         ExitStack() as stack,
     ):
         # ------------------------------------------------------------------ run directory, networks, data
+        ranks.from_first(partial(directory.check, config, resume))  # before images are examined, which may take hours
         plan = Plan.of(config, ranks, directory.data if resume else None, lambda: interrupted.signal)
         config = plan.config
         point = ranks.from_first(partial(state.open_run, directory, plan, resume, stack))
