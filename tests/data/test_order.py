@@ -72,3 +72,13 @@ def test_copies_are_neighbors_only_where_it_cannot_be_avoided() -> None:
             pairs = sum(a == b for a, b in zip(places, places[-1:] + places, strict=False))
             unavoidable = batch_size if files == 1 else batch_size % 2 if files == 2 else 0
             assert pairs == unavoidable, (batch_size, repeats)
+
+
+def test_repeated_batches_of_validation_come_in_a_row() -> None:
+    for rank in range(3):
+        once, thrice = (ValidationOrder(23, 4, rank, 3, repeats) for repeats in (1, 3))
+        assert thrice.batches == 3 * once.batches
+        for n in range(2 * thrice.batches):
+            assert np.array_equal(thrice.batch(n), once.batch(n // 3))
+        for n in range(thrice.batches):
+            assert thrice.own(n) == once.own(n // 3)

@@ -16,6 +16,7 @@ from torchvision.transforms import v2
 
 from bandsplit.config import loading, schema
 from bandsplit.data import loader, pipeline
+from bandsplit.data.crops import CENTER, FLIP, TEN, Crop
 from bandsplit.data.folders import SUFFIXES
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import TrainingLoader, ValidationLoader
@@ -376,3 +377,28 @@ def test_threads_are_shared_among_the_ranks_of_a_machine(
     assert loader.shard_of(config, ranks, 2, False).threads == 1  # the config says so
     free = config.model_copy(update={"data": config.data.model_copy(update={"threads": None})})
     assert loader.shard_of(free, ranks, 2, False) == Shard(5, 8, 2, 4, None, False)
+
+
+@pytest.mark.parametrize("crops", [CENTER, FLIP, TEN], ids=len)
+def test_crops_are_torchvisions(config_file: Path, tmp_path: Path, crops: tuple[Crop, ...]) -> None:
+    """Two batches of images that need no resizing, so that every pixel is compared.
+
+    Margins are even: torchvision rounds half a pixel to even, DALI up.
+    """
+    rng, paths = np.random.default_rng(0), []
+    for i, size in enumerate([(40, 56), (60, 40), (40, 40), (40, 48), (50, 40)]):
+        paths.append(str(tmp_path / f"{i}.png"))
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(paths[-1])
+    config = loading.load(config_file, ["split.block=1"])
+    loader = ValidationLoader(config, ImageFiles(paths, list(range(5)), ["all"]), share(batch_size=3), crops)
+    batches = list(loader)
+    assert len(batches) == 2 * len(crops)
+    mean, std = (torch.tensor(each)[:, None, None] for each in (config.data.mean, config.data.std))
+    for n, batch in enumerate(batches):
+        first = n // len(crops) * 3
+        assert batch.labels.tolist() == [i if i < 5 else -1 for i in range(first, first + 3)]
+        for place, path in enumerate(paths[first : first + 3]):
+            image = torch.from_numpy(np.array(Image.open(path))).permute(2, 0, 1)
+            ten = v2.functional.ten_crop(image, [32, 32])
+            expected = {CENTER: ten[4:5], FLIP: (ten[4], ten[9]), TEN: ten}[crops][n % len(crops)]
+            assert torch.allclose(batch.inputs[0][place], (expected - mean) / std, atol=1e-5)

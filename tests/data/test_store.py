@@ -19,7 +19,8 @@ from einops import rearrange
 from scipy.fft import dctn
 
 from bandsplit.config import loading, schema
-from bandsplit.data import source
+from bandsplit.data import holdout, source
+from bandsplit.data.crops import CENTER, FLIP, TEN
 from bandsplit.data.images import ImageFiles, open_here
 from bandsplit.data.loader import TrainingLoader, ValidationLoader
 from bandsplit.data.pipeline import Shard
@@ -108,7 +109,8 @@ def test_what_the_manifest_says(config_file: Path, packed: Packed, image_root: P
         assert part.labels.tolist() == list(images.labels)
         assert part.classes == images.classes
         names = json.loads((root / f"names/{part.part}.json").read_text())
-        assert [str(image_root / name) for name in names] == list(images.paths)
+        assert [str(image_root / part.part / name) for name in names] == list(images.paths)
+        assert part.name(7) == images.name(7)
     assert str(image_root) not in (root / "manifest.json").read_text() + (root / "plan.json").read_text()
 
 
@@ -697,3 +699,27 @@ def test_labels_are_those_of_the_runs_classes(config_file: Path, packed: Packed)
     assert [order[label] for label in other.labels] == [val.classes[label] for label in val.labels]
     with pytest.raises(UserError):
         val.renumbered(order[1:], "the run", "the store")
+
+
+def test_held_out_images_are_those_of_training_on_images(config_file: Path, packed: Packed) -> None:
+    """And are prepared as validation images are: the center of what is stored."""
+    jpegs = loading.load(config_file, ["data.holdout=3"])
+    config = from_store(config_file, packed(), "data.holdout=3")
+    theirs, ours = holdout.split(files_in(jpegs, "train"), jpegs), holdout.split(parts_of(config)[0], config)
+    assert [len(part) for part in ours] == [TRAIN - 30, 30]
+    for other, part in zip(theirs, ours, strict=True):
+        assert [part.name(i) for i in range(len(part))] == [other.name(i) for i in range(len(other))]
+        assert part.labels.tolist() == list(other.labels)
+    for crops in (CENTER, FLIP):
+        expected = list(ValidationLoader(jpegs, theirs[1], share(), crops))
+        batches = list(source.validation_loader(config, ours[1], share(), crops))
+        assert len(batches) == len(expected)
+        for batch, other_batch in zip(batches, expected, strict=True):
+            assert batch.labels.tolist() == other_batch.labels.tolist()
+            for x, y in zip(batch.inputs, other_batch.inputs, strict=True):
+                assert (x - y)[batch.labels >= 0].square().mean().sqrt() < 2e-3
+    with pytest.raises(UserError, match="--ten-crop: a band store holds the center alone"):
+        source.validation_loader(config, ours[1], share(), TEN)
+    train = BandLoader(config, ours[0], [share()])
+    seen = [label for _ in range(30) for label in next(train).labels.tolist()]
+    assert [seen[: TRAIN - 30].count(label) for label in range(10)] == [13] * 10

@@ -64,6 +64,8 @@ RULES: dict[str, Rule] = {
     r"torchrun src/train\.py --branches [\d,]+ --run-dir runs/demo-\w+": as_it_is,
     r"torchrun src/train\.py --resume --run-dir runs/demo-seed0": as_it_is,
     r"torchrun src/evaluate\.py( runs/demo-\w+)+": as_it_is,
+    r"torchrun src/train\.py --set data\.holdout=\S+ --run-dir runs/demo-\w+": as_it_is,
+    r"torchrun src/evaluate\.py runs/demo-\w+ --(save|fit-fusion|fusion).*": as_it_is,
     r"python src/report\.py( runs/demo-\w+)+ --output runs/plots": as_it_is,
     r"python src/find_lr\.py": as_it_is,
     r"python src/train\.py config/train/\w+\.toml .*--dry-run.*": as_it_is,

@@ -1,23 +1,31 @@
-"""Counts of correct images against a naive computation, for any batch size."""
+"""Evaluation against naive computations, for any batch size and any number of ranks; its files and its messages."""
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torchmetrics.classification import MulticlassCalibrationError
 
 from bandsplit.config import loading
+from bandsplit.data.crops import FLIP, TEN, Crop
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
-from bandsplit.evaluation.evaluate import count_correct, evaluate
+from bandsplit.errors import UserError
+from bandsplit.evaluation.evaluate import evaluate
+from bandsplit.evaluation.joined import Joined
+from bandsplit.evaluation.measures import calibration, calibration_error, count_correct
+from bandsplit.evaluation.predictions import Predictions
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
-from tests.conftest import Done
+from tests.conftest import VAL_PER_CLASS, Done, run
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 4)
 
@@ -72,6 +80,27 @@ def test_a_missing_image_is_noticed(config_file: Path) -> None:
         evaluate(ensemble, [batch], 4, ALONE, Precision("fp32", ALONE.ranks.device))
 
 
+def test_images_that_cannot_be_decoded_do_not_count(
+    finished: Callable[..., Path], image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    """Where they were not found before: the others count once each, and the bad ones are named."""
+    shutil.copytree(image_root / "val", tmp_path / "val")
+    bad = sorted((tmp_path / "val").rglob("*.jpg"))[7:9]
+    for path in bad:
+        path.write_bytes(b"not an image")
+    output = tmp_path / "accuracy.json"
+    sets = ("--set", f"data.root={tmp_path}", "--set", "data.check=off")
+    done = run_here("evaluate.py", finished(1), *sets, "--output", output)
+    assert done.returncode == 0, done.stderr
+    assert "48 images (2 left out, which cannot be decoded): loss " in done.stdout
+    found = json.loads(output.read_text())
+    assert (found["val_images"], found["left_out"]) == (48, 2)
+    assert all(f"{path}: not an image of a known format" in done.stderr for path in bad)
+    done = run_here("evaluate.py", finished(1), *sets, "--set", "data.max_bad=1")
+    assert done.returncode == 2
+    assert "error: 2 images cannot be read or decoded any more, and data.max_bad = 1" in done.stderr
+
+
 def test_validation_images_alone_are_enough(
     finished: Callable[..., Path], image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:
@@ -80,3 +109,160 @@ def test_validation_images_alone_are_enough(
         done = run_here("evaluate.py", finished(1), "--set", f"data.root={root}", "--output", tmp_path / output)
         assert done.returncode == 0, done.stderr
     assert (tmp_path / "alone.json").read_text() == (tmp_path / "whole.json").read_text()
+
+
+@pytest.mark.parametrize("classes", [2, 10, 1000])
+def test_the_calibration_error_is_that_of_torchmetrics_and_of_numpy(classes: int) -> None:
+    generator = torch.Generator().manual_seed(classes)
+    logits = 3 * torch.randn(400, classes, generator=generator)
+    labels = torch.where(
+        torch.rand(400, generator=generator) < 0.6, logits.argmax(-1), torch.randint(0, classes, (400,))
+    )
+    bins = sum(calibration(x, y) for x, y in zip(logits.split(70), labels.split(70), strict=True))
+    assert isinstance(bins, Tensor)
+    ours = calibration_error(bins.tolist())
+
+    theirs = MulticlassCalibrationError(classes, n_bins=15, norm="l1")(logits.double().softmax(-1), labels)
+    assert ours == pytest.approx(100 * float(theirs), abs=1e-4)
+
+    odds = np.exp(logits.double().numpy())
+    probabilities = odds / odds.sum(1, keepdims=True)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == labels.numpy()
+    naive = 0.0
+    for i in range(15):
+        inside = (confidence > i / 15) & (confidence <= (i + 1) / 15)
+        if inside.any():
+            naive += inside.mean() * abs(right[inside].mean() - confidence[inside].mean())
+    assert ours == pytest.approx(100 * naive, abs=1e-9)
+
+
+def test_padding_is_not_calibrated() -> None:
+    logits, labels = torch.randn(8, 5), torch.arange(8) % 5
+    padded = calibration(torch.cat([logits, logits[:3]]), torch.cat([labels, -torch.ones(3, dtype=torch.int64)]))
+    assert torch.equal(padded, calibration(logits, labels))
+    assert padded[:, 0].sum() == 8
+
+
+def test_predictions_are_the_same_on_any_number_of_ranks(
+    finished: Callable[..., Path], image_root: Path, tmp_path: Path
+) -> None:
+    """Accuracies, loss, calibration and cumulative accuracy follow from the saved logits."""
+    saved, told = [], []
+    for ranks in (1, 2, 3):
+        path, output = tmp_path / f"{ranks}.npz", tmp_path / f"{ranks}.json"
+        done = run("evaluate.py", finished(1), "--save", path, "--output", output, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        saved.append(Predictions.read(path))
+        told.append(json.loads(output.read_text()))
+    one = saved[0]
+    assert one.names == [str(p.relative_to(image_root / "val")) for p in sorted((image_root / "val").rglob("*.jpg"))]
+    assert [one.classes[label] for label in one.labels] == [Path(name).parts[0] for name in one.names]
+    assert one.logits.shape == (10 * VAL_PER_CLASS, 4, 10)
+    assert [branch.bands for branch in one.branches] == [(0,), (1,), (2,), (3,)]
+    assert {(branch.run, branch.step) for branch in one.branches} == {(str(finished(1)), told[0]["step"])}
+    for other in saved[1:]:
+        assert other.names == one.names
+        assert np.array_equal(other.labels, one.labels)
+        assert np.allclose(other.logits, one.logits, atol=0.01)
+    for other in told[1:]:
+        assert other.keys() == told[0].keys()
+        for key, value in other.items():
+            assert value == pytest.approx(told[0][key], abs=1e-6), key
+
+    logits, labels = torch.from_numpy(one.logits).float().transpose(0, 1), torch.from_numpy(one.labels).long()
+    right = [naive_counts(branch, labels) for branch in logits]
+    assert told[0]["branch_top1"] == [2.0 * top1 for top1, _ in right]
+    fused = logits.mean(0)
+    assert told[0]["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(fused, labels)), abs=1e-3)
+    assert told[0]["ece"] == pytest.approx(calibration_error(calibration(fused, labels).tolist()), abs=0.5)
+    so_far = [naive_counts(logits[: k + 1].mean(0), labels) for k in range(4)]
+    assert told[0]["cumulative_top1"] == [2.0 * top1 for top1, _ in so_far]
+    assert told[0]["cumulative_top5"] == [2.0 * top5 for _, top5 in so_far]
+    assert told[0]["cumulative_top1"][-1] == told[0]["top1"]
+
+
+def test_a_sample_of_predictions(finished: Callable[..., Path], tmp_path: Path) -> None:
+    whole, some, few = (tmp_path / name for name in ("whole.npz", "some.npz", "few.npz"))
+    for path, ranks, options in ((whole, 1, ()), (some, 2, ("--save-sample", 13)), (few, 3, ("--save-sample", 1))):
+        done = run("evaluate.py", finished(1), "--save", path, *options, ranks=ranks)
+        assert done.returncode == 0, done.stderr
+    everything, thirteen, one = (Predictions.read(path) for path in (whole, some, few))
+    rows = [everything.names.index(name) for name in thirteen.names]
+    assert rows == sorted(rows)
+    assert len(set(rows)) == 13
+    assert len(set(everything.labels[rows].tolist())) > 3
+    assert np.array_equal(thirteen.labels, everything.labels[rows])
+    assert np.allclose(thirteen.logits, everything.logits[rows], atol=0.01)
+    assert set(one.names) <= set(thirteen.names)
+
+
+def test_predictions_that_do_not_fit_are_refused(
+    finished: Callable[..., Path], tmp_path: Path, run_here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("bandsplit.evaluation.predictions.LIMIT", 2 * 20 * 4 * 10)
+    done = run_here("evaluate.py", finished(1), "--save", tmp_path / "x.npz")
+    assert done.returncode == 2
+    assert "50 images, 4 branches and 10 classes" in done.stderr
+    assert "--save-sample 20" in done.stderr
+    done = run_here("evaluate.py", finished(1), "--save", tmp_path / "x.npz", "--save-sample", 20)
+    assert done.returncode == 0, done.stderr
+    assert len(Predictions.read(tmp_path / "x.npz").names) == 20
+
+
+def test_files_that_hold_no_predictions_are_named(tmp_path: Path) -> None:
+    logits = np.zeros((2, 1, 3), dtype=np.float16)
+    whole = tmp_path / "whole.npz"
+    Predictions(["a", "ü \udcff"], np.zeros(2, dtype=np.int32), logits, ["x", "y", "z"], []).write(whole)
+    content = whole.read_bytes()
+    for name, wrong in (
+        ("empty", b""),
+        ("text", b"hello"),
+        ("cut", content[: len(content) // 2]),
+        ("flipped", content.replace(b"\xfc", b"\xfd").replace(b"\xc3", b"\xc4")),
+        ("shapes", content),  # logits of one branch, and no branch
+    ):
+        (tmp_path / name).write_bytes(wrong)
+        with pytest.raises(UserError, match=f"{name}: not the predictions"):
+            Predictions.read(tmp_path / name)
+    np.savez(tmp_path / "foreign.npz", logits=logits)
+    with pytest.raises(UserError, match=r"foreign\.npz: not the predictions"):
+        Predictions.read(tmp_path / "foreign.npz")
+    with pytest.raises(UserError, match="no such file"):
+        Predictions.read(tmp_path / "nowhere.npz")
+
+
+@pytest.mark.parametrize(("option", "crops"), [("--flip", FLIP), ("--ten-crop", TEN)])
+def test_crops_are_single_evaluations_averaged_by_hand(
+    finished: Callable[..., Path], tmp_path: Path, option: str, crops: tuple[Crop, ...]
+) -> None:
+    run_dir, told = finished(1), []
+    for ranks in (1, 2):
+        done = run("evaluate.py", run_dir, option, "--output", tmp_path / "x.json", ranks=ranks)
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads((tmp_path / "x.json").read_text()))
+    runs = Joined.of([run_dir], "best", [], ALONE.ranks)
+    files = runs.validation_files()
+    runs.ensemble.eval()
+    fused, alone = torch.zeros(50, 10), torch.zeros(4, 50, 10)
+    with torch.no_grad():
+        for crop in crops:
+            batches = list(runs.loader(files, [crop]))
+            logits = torch.cat([runs.ensemble(batch.inputs) for batch in batches], 1)
+            labels = torch.cat([batch.labels for batch in batches])
+            fused += logits[:, labels >= 0].mean(0).softmax(-1) / len(crops)
+            alone += logits[:, labels >= 0].softmax(-1) / len(crops)
+    labels = labels[labels >= 0]
+    for table in told:
+        assert (table["top1"], table["top5"]) == tuple(2.0 * count for count in naive_counts(fused, labels))
+        assert table["branch_top1"] == [2.0 * naive_counts(branch, labels)[0] for branch in alone]
+        assert table["loss"] == pytest.approx(float(-fused[range(50), labels].log().mean()), abs=1e-5)
+        assert table["cumulative_top1"][0] == table["branch_top1"][0]
+        assert table["cumulative_top1"][-1] == table["top1"]
+
+
+def test_predictions_of_several_crops_are_not_saved(
+    finished: Callable[..., Path], tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    done = run_here("evaluate.py", finished(1), "--ten-crop", "--save", tmp_path / "x.npz")
+    assert done.returncode == 2
+    assert "logits are saved of the center crop only" in done.stderr

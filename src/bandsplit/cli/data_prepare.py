@@ -7,6 +7,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from bandsplit.cli import options
 from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
 
@@ -50,9 +51,11 @@ def _imagenet21k(whats: Any) -> None:
     _add_threads(parser)
     parser.add_argument("--release", choices=["winter21", "fall11"], help="default: by the name of the archive")
     parser.add_argument(
-        "--min-images", type=_count, default=500, help="leave classes with fewer images out (default: 500)"
+        "--min-images", type=options.count, default=500, help="leave classes with fewer images out (default: 500)"
     )
-    parser.add_argument("--val-images", type=_count, default=50, help="images of each class for val/ (default: 50)")
+    parser.add_argument(
+        "--val-images", type=options.count, default=50, help="images of each class for val/ (default: 50)"
+    )
     _add_seed(parser)
 
 
@@ -109,7 +112,7 @@ def _split(whats: Any) -> None:
     _add_from(parser, "folder with one folder per class, or with train/")
     share = parser.add_mutually_exclusive_group(required=True)
     share.add_argument("--fraction", type=_fraction, help="share of each class for val/, such as 0.1")
-    share.add_argument("--count", type=_count, help="images of each class for val/")
+    share.add_argument("--count", type=options.count, help="images of each class for val/")
     _add_seed(parser)
 
 
@@ -140,7 +143,7 @@ def _add_archives(parser: argparse.ArgumentParser, about: str) -> None:
 def _add_threads(parser: argparse.ArgumentParser) -> None:
     cpus = min(8, available_cpus())
     parser.add_argument(
-        "--threads", type=_count, default=cpus, help=f"classes that are unpacked at a time (default: {cpus})"
+        "--threads", type=options.count, default=cpus, help=f"classes that are unpacked at a time (default: {cpus})"
     )
 
 
@@ -157,12 +160,6 @@ def _add_from(parser: argparse.ArgumentParser, about: str) -> None:
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="chooses the images for val/ (default: 0)")
-
-
-def _count(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} given, expected a positive integer")
-    return int(text)
 
 
 def _fraction(text: str) -> Fraction:

@@ -13,9 +13,53 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="+", help="run directory; several runs form one ensemble")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step number (default: best)")
     options.add_set(parser)
+    parser.add_argument(
+        "--fit-fusion",
+        action="store_true",
+        help="fit the weights of the branches on the run's held-out images (data.holdout), and keep them beside the "
+        "checkpoint",
+    )
+    parser.add_argument(
+        "--fusion",
+        choices=["mean", "rank", "learned", "temperature"],
+        default="mean",
+        help="how the ensemble's logits are fused; all but mean (the default) must have been fitted",
+    )
+    crops = parser.add_mutually_exclusive_group()
+    crops.add_argument(
+        "--flip", action="store_const", dest="crops", const="flip", help="average over the image and its mirror image"
+    )
+    crops.add_argument(
+        "--ten-crop",
+        action="store_const",
+        dest="crops",
+        const="ten",
+        help="average over the center, the four corners and their mirror images",
+    )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
+    parser.add_argument("--save", type=Path, metavar="FILE.npz", help="save the logits of every branch for every image")
+    parser.add_argument(
+        "--save-sample",
+        type=options.count,
+        metavar="COUNT",
+        help="with --save: only so many images, drawn by the run's seed",
+    )
     arguments = parser.parse_args()
+    if arguments.save_sample and not arguments.save:
+        parser.error("--save-sample needs --save")
 
-    from bandsplit.evaluation import evaluate
+    from bandsplit.evaluation.runs import Request, evaluate_runs
 
-    evaluate.evaluate_runs(arguments.run, arguments.checkpoint, arguments.set, arguments.output)
+    evaluate_runs(
+        Request(
+            arguments.run,
+            arguments.checkpoint,
+            arguments.set,
+            arguments.fusion,
+            arguments.fit_fusion,
+            arguments.crops or "center",
+            arguments.output,
+            arguments.save,
+            arguments.save_sample,
+        )
+    )

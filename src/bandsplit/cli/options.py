@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import ArgumentParser
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 DEMO = Path(__file__).resolve().parents[3] / "config/train/demo.toml"
@@ -23,3 +23,10 @@ def add_set(parser: ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="override a config key, for example optim.lr=0.02; may be repeated",
     )
+
+
+def count(text: str) -> int:
+    """The type of an option that takes a positive integer."""
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise ArgumentTypeError(f"{text!r} given, expected a positive integer")
+    return int(text)

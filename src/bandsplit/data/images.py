@@ -42,8 +42,16 @@ class Paths(Sequence[str]):
     def __getitem__(self, i: int | slice) -> str | list[str]:
         if isinstance(i, slice):
             return [self[j] for j in range(*i.indices(len(self)))]
-        row = i if self._rows is None else int(self._rows[i])
-        return os.path.join(self.folder, os.fsdecode(self._names[row].as_py()))  # noqa: PTH118
+        return os.path.join(self.folder, self.name(i))  # noqa: PTH118
+
+    def taken(self, rows: NDArray[np.int64]) -> Paths:
+        """Some of the paths, by their places."""
+        chosen = rows if self._rows is None else self._rows[rows]
+        return Paths(self.folder, self._names, chosen.astype(np.int32))
+
+    def name(self, i: int) -> str:
+        """A path relative to `folder`."""
+        return os.fsdecode(self._names[i if self._rows is None else int(self._rows[i])].as_py())
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,6 +80,15 @@ class ImageFiles:
     @property
     def digest(self) -> str:
         return self.index.digest if self.index else ""
+
+    def taken(self, rows: NDArray[np.int64]) -> ImageFiles:
+        """Some of the images, by their places; the index stays that of all."""
+        paths = self.paths.taken(rows) if isinstance(self.paths, Paths) else [self.paths[i] for i in rows.tolist()]
+        return replace(self, paths=paths, labels=np.asarray(self.labels)[rows])
+
+    def name(self, i: int) -> str:
+        """The path of an image, relative to the folder of its part or, with lists, of the data set."""
+        return self.paths.name(i) if isinstance(self.paths, Paths) else self.paths[i]
 
     def renumbered(self, classes: Sequence[str], by: str, where: str) -> ImageFiles:
         """The same images, labeled with indices into the class names that the run `by` was trained on.

@@ -17,8 +17,9 @@ from torch import Tensor
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
 from bandsplit.data import images, mixing, pipeline
+from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles, Place
-from bandsplit.data.order import ValidationOrder
+from bandsplit.data.order import Indices, ValidationOrder
 from bandsplit.data.pipeline import Shard
 from bandsplit.data.recovery import BadImage, Position, RecoveringPipeline
 from bandsplit.distributed.ranks import Ranks
@@ -261,11 +262,13 @@ class ValidationLoader:
     be decoded LEFT_OUT.
     """
 
-    def __init__(self, config: RunConfig, files: ImageFiles, shard: Shard) -> None:
+    def __init__(self, config: RunConfig, files: ImageFiles, shard: Shard, crops: Sequence[Crop] = CENTER) -> None:
+        """With several crops, each batch comes once for each of them, in their order."""
+        self.crops = len(crops)
         self._views, self._shard = [View.of(config)], shard
-        self._order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size)
+        self._order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size, len(crops))
         self._pipeline = RecoveringPipeline(
-            lambda files, checkpoint: pipeline.validation(config, files, shard, checkpoint),
+            lambda files, checkpoint: pipeline.validation(config, files, shard, checkpoint, crops),
             self._order.batch,
             config,
             files,
@@ -284,6 +287,10 @@ class ValidationLoader:
     def left_out(self) -> list[BadImage]:
         """Images of this rank's share that went bad."""
         return [each for each in self._pipeline.bad if each["batch"] >= 0]
+
+    def rows(self, number: int) -> Indices:
+        """Indices (B,) of the images of this rank's batch `number`, padding included."""
+        return self._order.batch(number)
 
 
 def _next_batch(pipe: RecoveringPipeline, views: Sequence[View], shard: Shard) -> Batch:

@@ -46,23 +46,24 @@ class TrainingOrder:
 class ValidationOrder:
     """The images in their order, every n-th to each of n ranks, with equally many batches on every rank.
 
-    What is missing in the last batches is filled up by repeating this rank's last image.
+    What is missing in the last batches is filled up by repeating this rank's last image. Each batch comes `repeats`
+    times in a row.
     """
 
-    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1):
+    def __init__(self, count: int, batch_size: int, rank: int = 0, world_size: int = 1, repeats: int = 1):
         self._own = np.arange(rank, count, world_size)
         self._padded = self._own if len(self._own) else np.zeros(1, dtype=np.int64)
-        self._batch_size = batch_size
-        self.batches = math.ceil(count / world_size / batch_size)
+        self._batch_size, self._repeats = batch_size, repeats
+        self.batches = math.ceil(count / world_size / batch_size) * repeats
 
     def batch(self, number: int) -> Indices:
         """Indices (B,) of the images of a batch, padding included; beyond the last batch it begins again."""
-        first = number % self.batches * self._batch_size
+        first = number % self.batches // self._repeats * self._batch_size
         return self._padded[np.minimum(np.arange(first, first + self._batch_size), len(self._padded) - 1)]
 
     def own(self, number: int) -> int:
         """How many images of a batch are no padding."""
-        return min(max(0, len(self._own) - number * self._batch_size), self._batch_size)
+        return min(max(0, len(self._own) - number // self._repeats * self._batch_size), self._batch_size)
 
 
 def repeated_indices(batch_size: int, repeats: int) -> list[int]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ from nvidia.dali.types import BatchInfo
 from bandsplit import seeds
 from bandsplit.config.schema import Decoder, RunConfig
 from bandsplit.data import augmentation
+from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.order import TrainingOrder, ValidationOrder
 from bandsplit.spectral import native, transforms
@@ -83,9 +84,18 @@ def training_order(config: RunConfig, files: ImageFiles, shard: Shard) -> Traini
     return TrainingOrder(len(files), shard.batch_size, config.seed, shard.rank, shard.world_size, repeats)
 
 
-def validation(config: RunConfig, files: ImageFiles, shard: Shard, checkpoint: bytes | None = None) -> Pipeline:
-    """The images in their order, this rank's share of them again and again; see `ValidationOrder`."""
-    return _build(_validation_graph, shard, config, files, checkpoint=checkpoint)
+def validation(
+    config: RunConfig,
+    files: ImageFiles,
+    shard: Shard,
+    checkpoint: bytes | None = None,
+    crops: Sequence[Crop] = CENTER,
+) -> Pipeline:
+    """The images in their order, this rank's share of them again and again; see `ValidationOrder`.
+
+    Each batch comes once for each of the crops, in turn.
+    """
+    return _build(partial(_validation_graph, crops=crops), shard, config, files, checkpoint=checkpoint)
 
 
 def _build(
@@ -176,14 +186,29 @@ def _decoding(decoder: Decoder, shard: Shard) -> dict[str, Any]:
     }
 
 
-def _validation_graph(shard: Shard, config: RunConfig, files: ImageFiles, views: Sequence[View]) -> Any:
+def _validation_graph(
+    shard: Shard, config: RunConfig, files: ImageFiles, views: Sequence[View], crops: Sequence[Crop]
+) -> Any:
     data = config.data
-    order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size)
+    order = ValidationOrder(len(files), shard.batch_size, shard.rank, shard.world_size, len(crops))
     encoded, labels = _read(files, order)
     images = fn.decoders.image(encoded, **_decoding(data.decoder, shard))
     images = fn.resize(images, resize_shorter=data.resize_size, interp_type=_INTERPOLATION[data.interpolation])
-    images = fn.crop(images, crop=(data.val_size, data.val_size))
-    return _finish(images, fn.zeros(shape=[], dtype=types.INT32), labels, shard, views)
+    x, y, mirror = _turns(crops, shard.batch_size)
+    images = fn.crop(images, crop=(data.val_size, data.val_size), crop_pos_x=x, crop_pos_y=y)
+    return _finish(images, mirror, labels, shard, views)
+
+
+def _turns(crops: Sequence[Crop], batch_size: int) -> Any:
+    """Position and mirroring of the images of a batch: the crops take turns, batch by batch."""
+
+    def of_batch(about: BatchInfo) -> Any:
+        crop = crops[about.iteration % len(crops)]
+        mirror = np.full(batch_size, crop.mirror, dtype=np.int32)
+        return np.full(batch_size, crop.x, dtype=np.float32), np.full(batch_size, crop.y, dtype=np.float32), mirror
+
+    numbers = [types.FLOAT, types.FLOAT, types.INT32]
+    return fn.external_source(source=of_batch, num_outputs=3, batch_info=True, dtype=numbers, ndim=[0, 0, 0])
 
 
 def _finish(images: Any, mirror: Any, labels: Any, shard: Shard, views: Sequence[View]) -> Any:

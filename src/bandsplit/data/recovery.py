@@ -25,6 +25,7 @@ from bandsplit.data import check
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.order import Indices
 from bandsplit.errors import UserError
+from bandsplit.paths import writing_to
 
 
 class BadImage(TypedDict):
@@ -64,7 +65,7 @@ class TooManyBadImages(UserError):
 def too_many(bad: Sequence[tuple[str, str]], allowed: int) -> TooManyBadImages:
     return TooManyBadImages.of(
         f"{len(bad)} images cannot be read or decoded any more, and data.max_bad = {allowed}; repair them, or allow "
-        f"more with --set data.max_bad={len(bad)}, and --resume from the last checkpoint",
+        f"more with --set data.max_bad={len(bad)}. Training can be resumed from its last checkpoint",
         bad,
     )
 
@@ -133,8 +134,8 @@ class RecoveringPipeline:
 
     @property
     def bad(self) -> list[BadImage]:
-        """In the order of the list of images."""
-        return [self._bad[i] for i in sorted(self._bad)]
+        """Copies, in the order of the list of images."""
+        return [self._bad[i].copy() for i in sorted(self._bad)]
 
     def run(self, stream: Any = None) -> Any:
         """Outputs of the next batch."""
@@ -246,9 +247,11 @@ class Position:
     """
 
     def __init__(self, path: Path) -> None:
+        """Raises UserError where the file cannot be written."""
         self._path = path
-        self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        content = os.pread(self._file, 32, 0)
+        with writing_to(path):
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+            content = os.pread(self._file, 32, 0)
         self.left_at = int(content) if content.strip().isdigit() else None
         """Where a process that crashed was; None: none did."""
 

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 from loguru import logger
+from numpy.typing import NDArray
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.data import images, loader, pinned
+from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import Streams, StreamState, Teacher, TrainingLoader, ValidationLoader
 from bandsplit.data.pipeline import Shard
@@ -30,7 +33,8 @@ AnyValidationLoader = ValidationLoader | BandValidationLoader
 class Listed:
     """What is known of a part before its images are examined."""
 
-    images: int
+    labels: NDArray[np.int32]
+    """(N,), indices into `classes`."""
     classes: list[str]
     passed_over: tuple[str, ...]
 
@@ -39,8 +43,10 @@ def listed(config: RunConfig) -> dict[str, Listed]:
     """Both parts, on this rank, where nothing is to be generated or written.  Raises UserError as `open_data` does."""
     if config.data.kind == "images":
         found = images.find(config.data, ("train", "val"), generate=False)
-        return {part: Listed(len(each.names), each.classes, each.passed_over) for part, each in found.items()}
-    return {part: Listed(len(s), s.classes, s.passed_over) for part, s in open_store(config, ("train", "val")).items()}
+        return {part: Listed(each.labels, each.classes, each.passed_over) for part, each in found.items()}
+    return {
+        part: Listed(s.labels, s.classes, s.passed_over) for part, s in open_store(config, ("train", "val")).items()
+    }
 
 
 def open_data(
@@ -137,8 +143,13 @@ def training_loader(
     return streams.loader(train, half, states, teacher, positions)
 
 
-def validation_loader(config: RunConfig, val: Images, shard: Shard) -> AnyValidationLoader:
-    """This rank's share of the validation images."""
-    if isinstance(val, StoredImages):
-        return BandValidationLoader(config, val, shard)
-    return ValidationLoader(config, val, shard)
+def validation_loader(
+    config: RunConfig, files: Images, shard: Shard, crops: Sequence[Crop] = CENTER
+) -> AnyValidationLoader:
+    """This rank's share of images, prepared as validation images are.
+
+    Raises UserError where a band store lacks what the crops show.
+    """
+    if isinstance(files, StoredImages):
+        return BandValidationLoader(config, files, shard, crops)
+    return ValidationLoader(config, files, shard, crops)

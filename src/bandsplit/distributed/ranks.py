@@ -84,6 +84,26 @@ class Ranks:
         value: T = told[0]
         return value
 
+    def at_first(self, own: Tensor) -> list[Tensor]:
+        """The contiguous host tensors of all ranks, on rank 0, in their order; nothing on the others.
+
+        Their first dimensions may differ.
+        """
+        if self.world_size == 1:
+            return [own]
+        sizes = torch.zeros(self.world_size, dtype=torch.int64)
+        sizes[self.rank] = len(own)
+        dist.all_reduce(sizes, group=self.hosts)
+        if not self.is_first:
+            if len(own):
+                dist.send(own.view(torch.uint8), 0, group=self.hosts)
+            return []
+        parts = [own, *(own.new_empty(size, *own.shape[1:]) for size in sizes[1:].tolist())]
+        for sender, part in enumerate(parts[1:], 1):
+            if len(part):
+                dist.recv(part.view(torch.uint8), sender, group=self.hosts)
+        return parts
+
     def each(self, make: Callable[[], T]) -> T:
         """Runs `make` on every rank and returns this rank's result.
 

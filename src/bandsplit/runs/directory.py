@@ -68,6 +68,8 @@ class RunDirectory:
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
         # keys added since the run began load as their defaults, which match what the run was computed with
         before, now = (flatten(resolved(each)) for each in (loading.load(self.config), config))
+        if config.data.classes is None:  # counted in the data, which are compared by name
+            before.pop("data.classes", None)
         changed = [
             f"{key} was {before.get(key, 'unset')!r}, now {now.get(key, 'unset')!r}"
             for key in sorted({*before, *now})

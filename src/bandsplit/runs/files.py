@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
+from typing import IO
 
 from bandsplit.paths import reading_from, writing_to
 
@@ -13,16 +15,23 @@ SET_ASIDE = "set_aside"
 """Name of the folder for files that are no longer used."""
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Writes a file atomically. Raises UserError if it cannot be written."""
+@contextmanager
+def replace_bytes(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes its name at the end. Raises UserError if it cannot be written."""
     temporary = path.with_name(f".{path.name}.tmp")
     with writing_to(path):
-        with temporary.open("w", encoding="utf-8", errors="surrogateescape") as file:
-            file.write(text)
+        with temporary.open("wb") as file:
+            yield file
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
         sync_folder(path.parent)
+
+
+def replace_text(path: Path, text: str) -> None:
+    """Writes a file atomically. Raises UserError if it cannot be written."""
+    with replace_bytes(path) as file:
+        file.write(text.encode("utf-8", errors="surrogateescape"))
 
 
 def read_text(path: Path) -> str | None:

@@ -20,8 +20,9 @@ from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory, flatten, resolved
 from bandsplit.spectral.view import View
 
-TRAINED = ("model.", "branch", "split.", "data.classes", "data.mean", "data.std")
-"""Prefixes of config keys that the weights of a run depend on."""
+TRAINED = ("model.", "branch", "split.", "data.classes", "data.mean", "data.std", "data.holdout", "seed")
+"""Prefixes of config keys that the weights of a run depend on, or the choice of the images that it was not trained on.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,16 +32,19 @@ class Restored:
     run_dir: Path
     config: RunConfig
     ensemble: Ensemble
+    checkpoint: Path
     step: int
     classes: list[str]
     """Class names in the order of the logits."""
+    digests: dict[str, str]
+    """Of the images of each part ("train", "val") that it was trained and validated on."""
 
     @classmethod
     def of(cls, run_dir: Path, which: str, overrides: Sequence[str] = ()) -> Restored:
         """Loads a run at a checkpoint ("best", "last" or a step), with EMA weights if there are any.
 
         Raises UserError if the run or checkpoint does not exist, if the checkpoint is damaged, and if `overrides`
-        change a key that the weights depend on.
+        change a key of TRAINED.
         """
         directory = RunDirectory(run_dir)
         if not directory.holds_run:
@@ -56,7 +60,7 @@ class Restored:
         except RuntimeError as error:  # one line per tensor
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{folder}: these weights do not fit the networks of the config: {reason}") from error
-        return cls(run_dir, config, ensemble, run["progress"]["step"], run["classes"])
+        return cls(run_dir, config, ensemble, folder, run["progress"]["step"], run["classes"], run["data"])
 
     def require_classes(self, found: Sequence[str], where: str) -> None:
         """Raises UserError if its class names differ from those `found` in `where`."""

@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import source
+from bandsplit.data import holdout, source
 from bandsplit.data.source import Listed
 from bandsplit.distributed import ranks
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
@@ -206,10 +206,15 @@ def _show_steps(config: RunConfig, found: dict[str, Listed] | UserError) -> None
     if isinstance(found, UserError):
         print(f"steps     unknown: {found}")
         return
-    train, val = (found[part].images for part in ("train", "val"))
+    train, val = (len(found[part].labels) for part in ("train", "val"))
+    held_out = ""
+    if config.data.holdout is not None:
+        images = found["train"]
+        count = int(holdout.held_out(images.labels, images.classes, config.data.holdout, config.seed).sum())
+        train, held_out = train - count, f" ({count} more are held out)"
     steps = config.steps_per_epoch(train)
-    unchecked = ", before they are checked" if config.data.kind == "images" else ""
-    print(f"data      {train} training and {val} validation images{unchecked}")
+    unchecked = ", before they are checked" * (config.data.kind == "images")
+    print(f"data      {train} training{held_out} and {val} validation images{unchecked}")
     for part, files in found.items():
         if files.passed_over:
             print(f"          {getattr(config.data, part)}: passed over {'; '.join(files.passed_over)}")

@@ -38,6 +38,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         ExitStack() as stack,
     ):
         # ------------------------------------------------------------------ run directory, networks, data
+        ranks.from_first(partial(directory.check, config, resume))  # before images are examined, which may take hours
         plan = Plan.of(config, ranks, directory.data if resume else None, lambda: interrupted.signal)
         config = plan.config
         point = ranks.from_first(partial(state.open_run, directory, plan, resume, stack))
@@ -98,7 +99,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                     began = time.perf_counter()
                     accuracy = evaluate(validated, validation_loader, len(plan.val_files), session.mesh, plan.precision)
                     session.ensemble.train()
-                report_left_out(accuracy, validation_loader, config, ranks)
+                report_left_out(accuracy.left_out, validation_loader, config, ranks)
                 progress.note_validation(accuracy.as_dict(), watch.seconds)
                 spent = time.perf_counter() - began
                 events.emit("validation", **progress.validation, validation_seconds=round(spent, 3))

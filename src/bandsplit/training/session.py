@@ -12,7 +12,7 @@ from torch import nn
 
 from bandsplit import seeds
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import source
+from bandsplit.data import holdout, source
 from bandsplit.data.feed import BatchFeed
 from bandsplit.data.loader import Streams, StreamState, shard_of
 from bandsplit.data.source import AnyValidationLoader, Images
@@ -33,6 +33,9 @@ class Plan:
     config: RunConfig
     ranks: Ranks
     train_files: Images
+    """Without those that are held out."""
+    held_out: int
+    """Number of training images that are held out."""
     val_files: Images
     precision: Precision
     teacher: Teacher | None
@@ -54,8 +57,8 @@ class Plan:
         images are examined.
         """
         files = source.open_data(config, ranks, began=began, signal=signal)
-        train_files, val_files = files["train"], files["val"]
-        config = config.with_classes(len(train_files.classes))
+        config = config.with_classes(len(files["train"].classes))
+        train_files, held_out = holdout.split(files["train"], config)
         config.steps_per_epoch(len(train_files))
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
@@ -64,7 +67,7 @@ class Plan:
         parameters = parameters_of_branches(config)
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
-        return cls(config, ranks, train_files, val_files, precision, teacher, parameters, mesh)
+        return cls(config, ranks, train_files, len(held_out), files["val"], precision, teacher, parameters, mesh)
 
     @property
     def files(self) -> dict[str, Images]:

@@ -49,7 +49,6 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
     Leaves the run's files unchanged if it raises UserError or if the run is finished.
     """
     config, classes = plan.config, plan.train_files.classes
-    directory.check(config, resume)
     directory.check_classes(classes, config.data.root)
     if not directory.holds_run:  # before a new run writes anything
         plan.bn_batch_size(plan.streams())

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
     model_validator,
 )
 
 from bandsplit.config.schema.base import Channels3, Fraction, Range, Table, mistake
+
+
+def _holdout(value: object) -> object:
+    """Accepts a count or a fraction, with one message for everything else."""
+    if value is None or (type(value) is int and value >= 1) or (type(value) is float and 0 < value < 1):
+        return value
+    raise mistake("data.holdout", value, "a number of images per class, at least 1, or a fraction between 0 and 1")
 
 
 class Generate(Table):
@@ -59,6 +67,8 @@ class Data(Table):
     where training has begun; or the run ends."""
     max_bad: int = Field(100, ge=0)
     """More bad images than these end the run."""
+    holdout: Annotated[int | float | None, BeforeValidator(_holdout)] = None
+    """Training images that are not trained on, to fit fusion: a number per class, or a fraction of each class."""
     image_size: int = Field(224, ge=1)
     """Side in pixels of the square images before the split."""
     val_image_size: int | None = Field(None, ge=1)

@@ -171,7 +171,7 @@ def _write_lists(
         own = [(chunk, record) for chunk, record in together if chunk.part == part]
         kept = [chunk.first + place for chunk, record in own for place in record["kept"]]
         labels = packing.npy(np.array(files.labels, dtype=np.int32)[kept])
-        names = json.dumps([source.names[part][n] for n in kept], indent=0) + "\n"
+        names = json.dumps([files.name(n) for n in kept], indent=0) + "\n"
         sums[f"labels/{part}.npy"] = packing.replace(to / f"labels/{part}.npy", labels)
         sums[f"names/{part}.json"] = packing.replace(to / f"names/{part}.json", names.encode())
         about[part] = BandPart(

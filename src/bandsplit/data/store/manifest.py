@@ -4,7 +4,7 @@ A band store:
 
     manifest.json                     what is in it, below as `BandManifest`
     labels/train.npy                  class index of every image, int32
-    names/train.json                  path of every image below the data set it was packed from
+    names/train.json                  name of every image, as its index has it
     band_00/train/shard_00000.npy     (images, h, w, 3), float16 or uint8: coefficient 0 of every block
     band_00/sha256.txt                checksums of this folder, as `sha256sum -c` reads them
     sha256.txt                        checksums of labels and names
@@ -15,6 +15,7 @@ A node needs the manifest, the labels and the folders of the bands that its bran
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -181,7 +182,7 @@ def shard_name(number: int) -> str:
     return f"shard_{number:05d}.npy"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class StoredImages:
     """The images of one part of a band store, as a training counts and labels them."""
 
@@ -191,9 +192,11 @@ class StoredImages:
     manifest: BandManifest
     class_names: tuple[str, ...]
     """Labels are indices into these."""
+    rows: npt.NDArray[np.int64] | None = None
+    """Which of the stored images; None: all."""
 
     def __len__(self) -> int:
-        return self.about.images
+        return self.about.images if self.rows is None else len(self.rows)
 
     @property
     def about(self) -> BandPart:
@@ -222,8 +225,9 @@ class StoredImages:
                 labels: npt.NDArray[np.int32] = np.load(path)
             except ValueError as error:
                 raise UserError(f"{path}: damaged: {error}") from None
-        if labels.shape != (len(self),):
-            raise UserError(f"{path}: {len(labels)} labels for {len(self)} images; copy this file again")
+        if labels.shape != (self.about.images,):
+            raise UserError(f"{path}: {len(labels)} labels for {self.about.images} images; copy this file again")
+        labels = labels if self.rows is None else labels[self.rows]
         stored = ImageFiles([], labels, list(self.manifest.classes))
         return np.asarray(stored.renumbered(self.class_names, "this run", str(self.root)).labels, dtype=np.int32)
 
@@ -231,6 +235,25 @@ class StoredImages:
         """As `ImageFiles.renumbered`."""
         ImageFiles([], np.zeros(0, dtype=np.int32), self.classes).renumbered(classes, by, where)
         return replace(self, class_names=tuple(classes))
+
+    def taken(self, rows: npt.NDArray[np.int64]) -> StoredImages:
+        """Some of the images, by their places."""
+        return replace(self, rows=rows if self.rows is None else self.rows[rows])
+
+    def stored(self, indices: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """Places of images in the store."""
+        return indices if self.rows is None else self.rows[indices]
+
+    @cached_property
+    def _names(self) -> list[str]:
+        path = self.root / "names" / f"{self.part}.json"
+        with reading_from(path):
+            names: list[str] = json.loads(path.read_text(encoding="utf-8"))
+        return names
+
+    def name(self, i: int) -> str:
+        """As `ImageFiles.name`, of the image that was packed."""
+        return self._names[i if self.rows is None else int(self.rows[i])]
 
     def shards(self, band: int) -> list[Path]:
         """Files of a band."""

@@ -22,13 +22,15 @@ from torch import Tensor
 from bandsplit import seeds
 from bandsplit.config.schema import RunConfig
 from bandsplit.data import mixing
+from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.loader import PADDING, Batch, StreamState, Teacher
 from bandsplit.data.order import TrainingOrder, ValidationOrder
 from bandsplit.data.pipeline import Shard
 from bandsplit.data.recovery import BadImage
 from bandsplit.data.store import memory
-from bandsplit.data.store.manifest import StoredImages, bands_to_read
+from bandsplit.data.store.manifest import StoredImages, bands_to_read, require_view
 from bandsplit.data.store.memory import MappedBand
+from bandsplit.errors import UserError
 from bandsplit.spectral import transforms
 from bandsplit.spectral.view import View
 
@@ -86,7 +88,7 @@ class BandReader:
         self, indices: npt.NDArray[np.int64], side: int, corners: npt.NDArray[np.int64] | None = None
     ) -> dict[int, Tensor]:
         """Stored values of every band, (B, side, side, 3), on the host; pinned where they go to a GPU."""
-        starts = self._images.about.starts
+        starts, indices = self._images.about.starts, self._images.stored(indices)
         shards = np.searchsorted(starts, indices, side="right") - 1
         places = list(zip(shards.tolist(), (indices - starts[shards]).tolist(), strict=True))
         where = None if corners is None else [(top, left) for top, left in corners.tolist()]
@@ -279,22 +281,44 @@ class BandLoader:
 class BandValidationLoader:
     """This rank's share of the stored validation images, each exactly once per iteration; as `ValidationLoader`."""
 
-    def __init__(self, config: RunConfig, images: StoredImages, shard: Shard) -> None:
-        self._reader = BandReader(images, [View.of(config)], shard, in_memory=config.data.in_memory)
-        self._order = ValidationOrder(len(images), shard.batch_size, shard.rank, shard.world_size)
-        self._side, self._depth = config.data.val_size // config.split.block, config.data.prefetch
+    def __init__(self, config: RunConfig, images: StoredImages, shard: Shard, crops: Sequence[Crop] = CENTER) -> None:
+        """With two crops, each batch comes as it is and mirrored.
 
+        Raises UserError where the center of the stored images is not that of the config's size, and for other crops.
+        """
+        self.crops, self._mirrored = len(crops), [crop.mirror for crop in crops]
+        if any((crop.x, crop.y) != (0.5, 0.5) for crop in crops):
+            raise UserError("--ten-crop: a band store holds the center alone; evaluate with --set data.kind=images")
+        view, hflip = View.of(config), float(any(self._mirrored))
+        require_view(images, view.split, view.mean, view.std, hflip)
+        self._reader = BandReader(images, [view], shard, hflip, config.data.in_memory)
+        self._order = ValidationOrder(len(images), shard.batch_size, shard.rank, shard.world_size, len(crops))
+        self._side, self._depth = config.data.val_size // config.split.block, config.data.prefetch
+        margin = images.about.side // config.split.block - self._side
+        if margin < 0 or margin % 2:
+            raise UserError(
+                f"data.image_size: {config.data.val_size} given, which has no center of whole blocks in the stored "
+                f"{images.part} images of {images.about.side} x {images.about.side}"
+            )
+        self._corner = margin // 2
         self.left_out: list[BadImage] = []
         """None: what cannot be decoded was not packed."""
 
     def __iter__(self) -> Iterator[Batch]:
-        batches = range(self._order.batches)
-        for n, read in enumerate(
-            ahead(lambda n: self._reader.read(self._order.batch(n), self._side), batches, self._depth)
-        ):
+        for n, read in enumerate(ahead(self._prepare, range(self._order.batches), self._depth)):
             inputs, labels = read.taken()
             labels[self._order.own(n) :] = PADDING
             yield Batch(inputs, labels)
+
+    def _prepare(self, number: int) -> Ahead:
+        indices = self.rows(number)
+        corners = np.full((len(indices), 2), self._corner) if self._corner else None
+        mirror = np.full(len(indices), self._mirrored[number % self.crops])
+        return self._reader.read(indices, self._side, corners, mirror)
+
+    def rows(self, number: int) -> npt.NDArray[np.int64]:
+        """Indices (B,) of the images of this rank's batch `number`, padding included."""
+        return self._order.batch(number)
 
 
 def bytes_read(images: StoredImages, views: Sequence[View], hflip: float) -> int:

@@ -1,0 +1,114 @@
+"""Fusion fitted on the held-out images of a run, and found again beside its checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator
+from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from functools import partial
+from pathlib import Path
+from typing import TypeVar, cast
+
+import numpy as np
+
+from bandsplit.errors import UserError
+from bandsplit.evaluation import predictions
+from bandsplit.evaluation.evaluate import outputs, report_left_out
+from bandsplit.evaluation.joined import Joined
+from bandsplit.evaluation.predictions import Collector, Gathered
+from bandsplit.models import fusion
+from bandsplit.models.fusion import Fusion
+from bandsplit.runs.fitted import FILE, Fitted, FittedBranch, HeldOut
+
+T = TypeVar("T")
+
+
+def path_of(runs: Joined) -> Path:
+    """Beside the checkpoint of the first run."""
+    return runs.first.checkpoint / FILE
+
+
+def find(runs: Joined, needed: str | None) -> Fitted | None:
+    """The fusions that were fitted for these branches, None where there are none; every rank calls it.
+
+    Raises UserError if the file cannot be read, and if there are none but the fusion `needed` is asked for.
+    """
+    return runs.ranks.from_first(partial(_find, runs, needed))
+
+
+def _find(runs: Joined, needed: str | None) -> Fitted | None:
+    path = path_of(runs)
+    fitted = Fitted.read(path)
+    if fitted is not None and fitted.branches == _branches(runs):
+        return fitted
+    if needed is None:
+        return None
+    dirs = " ".join(str(run.run_dir) for run in runs.runs)
+    wrong = "no such file" if fitted is None else "it was fitted for other branches"
+    how = f"fit it with python src/evaluate.py {dirs} --fit-fusion"
+    raise UserError(f"--fusion {needed}: {path}: {wrong}; {how if _has_holdout(runs) else _NO_HOLDOUT}")
+
+
+_NO_HOLDOUT = (
+    "fusion is fitted on training images that the run was not trained on, and this run held none out: train one with "
+    "--set data.holdout=COUNT (per class) or a fraction"
+)
+
+
+def _has_holdout(runs: Joined) -> bool:
+    return runs.config.data.holdout is not None
+
+
+def _branches(runs: Joined) -> list[FittedBranch]:
+    return [
+        FittedBranch(run.config.name, run.config.seed, run.step, list(bands))
+        for run in runs.runs
+        for bands in run.config.split.groups
+    ]
+
+
+def fit(runs: Joined) -> Fitted:
+    """Fits all fusions on the held-out images and writes them beside the checkpoint; every rank calls it.
+
+    Where the logits of all held-out images do not fit into memory, on a sample of these.
+    Raises UserError if the runs have no held-out images in common.
+    """
+    if not _has_holdout(runs):
+        raise UserError(f"--fit-fusion: {runs.first.run_dir}: {_NO_HOLDOUT}")
+    files, ranks, config = runs.held_out_files(), runs.ranks, runs.config
+    count = predictions.fitting(len(files), len(runs.branches), len(runs.first.classes))
+    collector, loader = Collector(predictions.sample(len(files), count, config.seed)), runs.loader(files)
+    for number, (logits, labels) in enumerate(outputs(runs.ensemble, loader, runs.mesh, runs.precision)):
+        collector.add(loader.rows(number), logits, labels)
+    report_left_out(ranks.largest([len(loader.left_out)])[0], loader, config, ranks, "held-out")
+    gathered = collector.gathered(ranks)
+    own = partial(_fit, gathered, np.asarray(files.labels), runs)
+    fusions = ranks.finish(_in_thread(own) if ranks.is_first else None)
+    assert config.data.holdout is not None
+    used = 0 if gathered is None else len(gathered[0])
+    held_out = HeldOut(used, len(files), config.data.holdout, config.seed, runs.first.digests["train"])
+
+    def written() -> Fitted:
+        fitted = Fitted(_branches(runs), held_out, cast(dict[str, Fusion], fusions))
+        fitted.write(path_of(runs))
+        return fitted
+
+    return ranks.from_first(written)
+
+
+def _fit(gathered: Gathered, labels: np.typing.NDArray[np.int32], runs: Joined) -> dict[str, Fusion]:
+    assert gathered is not None
+    rows, logits = gathered
+    if not np.isfinite(logits).all():
+        raise UserError(f"logits of {runs.first.run_dir} are not finite; try --set train.precision=fp32")
+    return fusion.fit(logits, labels[rows])
+
+
+def _in_thread(work: Callable[[], T]) -> Generator[None, None, T]:
+    """Yields every second until `work` is done, so that other ranks are told that this one is still working."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while True:
+            try:
+                return future.result(timeout=1)
+            except TimeoutError:
+                yield

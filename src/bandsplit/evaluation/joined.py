@@ -1,0 +1,127 @@
+"""One or more restored runs as one ensemble."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from bandsplit.config.schema import RunConfig
+from bandsplit.data import holdout, source
+from bandsplit.data.crops import CENTER, Crop
+from bandsplit.data.loader import shard_of
+from bandsplit.data.source import AnyValidationLoader, Images
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks
+from bandsplit.errors import UserError
+from bandsplit.evaluation.predictions import Branch
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.precision import Precision
+from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.restored import Restored
+
+
+@dataclass(frozen=True)
+class Joined:
+    """The branches of one or more runs, on this rank's device."""
+
+    runs: list[Restored]
+    config: RunConfig
+    """The first run's, with the branches of all runs."""
+    ensemble: Ensemble
+    precision: Precision
+    ranks: Ranks
+    mesh: Mesh
+
+    @classmethod
+    def of(cls, run_dirs: Sequence[Path], which: str, overrides: Sequence[str], ranks: Ranks) -> Joined:
+        """Every rank must call it.
+
+        Raises UserError if a run or checkpoint is missing, and if the runs differ in data, classes or transform.
+        """
+        runs = ranks.each(lambda: [Restored.of(run_dir, which, overrides) for run_dir in run_dirs])
+        for run in runs[1:]:
+            _require_same_data(runs[0], run)
+            run.require_classes(runs[0].classes, str(runs[0].run_dir))
+        config = runs[0].config
+        groups = tuple(group for run in runs for group in run.config.split.groups)
+        whole = config.split.model_copy(update={"branches": groups, "only": None})
+        config = config.model_copy(update={"split": whole})
+        precision = Precision(config.train.precision, ranks.device)
+        precision.apply()
+        ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
+        ensemble = ensemble.to(ranks.device).to(memory_format=torch.channels_last)
+        return cls(runs, config, ensemble, precision, ranks, Mesh(ranks, len(groups)))
+
+    @property
+    def first(self) -> Restored:
+        return self.runs[0]
+
+    @property
+    def branches(self) -> list[Branch]:
+        return [Branch(str(run.run_dir), run.step, bands) for run in self.runs for bands in run.config.split.groups]
+
+    def validation_files(self) -> Images:
+        """The validation images, with labels that are indices into the classes of the runs; every rank calls it."""
+        files = source.open_data(self.config, self.ranks, ["val"])["val"]
+        run_dir, root = str(self.first.run_dir), self.config.data.root
+        return self.ranks.each(partial(source.renumbered, files, self.first.classes, run_dir, root))
+
+    def held_out_files(self) -> Images:
+        """The training images that no run was trained on; every rank calls it.
+
+        Raises UserError if the runs differ in these, or if the images are not those that the first run was trained on.
+        """
+        for run in self.runs[1:]:
+            self._require_same_held_out(run)
+        config, first, ranks = self.config, self.first, self.ranks
+        began = RunDirectory(first.run_dir).data
+        files = source.open_data(config, ranks, ["train"], began=began)["train"]
+        if files.digest != first.digests["train"]:
+            raise UserError(
+                f"data.root: {config.data.root}: the training images are not those that {first.run_dir} was trained "
+                f"on, and {began} does not list those, so the held-out ones are unknown"
+            )
+        return holdout.split(files, config)[1]
+
+    def _require_same_held_out(self, run: Restored) -> None:
+        facts = [
+            {
+                "seed": each.config.seed,
+                "data.holdout": each.config.data.holdout,
+                "training images": each.digests["train"],
+            }
+            for each in (self.first, run)
+        ]
+        for key, value in facts[0].items():
+            if facts[1][key] != value:
+                raise UserError(
+                    f"{run.run_dir}: {key}: {facts[1][key]!r}, but {self.first.run_dir} has {value!r}: one was trained "
+                    "on images that the other held out, and fusion is fitted on images that no branch was trained on"
+                )
+
+    def loader(self, files: Images, crops: Sequence[Crop] = CENTER) -> AnyValidationLoader:
+        """This rank's share of images, prepared as validation images are."""
+        config = self.config
+        parts = self.ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
+        batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
+        shard = shard_of(config, self.ranks, batch_size, self.precision.half_bands)
+        return self.ranks.each(partial(source.validation_loader, config, files, shard, crops))
+
+
+def _require_same_data(one: Restored, other: Restored) -> None:
+    """Raises UserError if two runs read different data or preprocess, normalize or transform images differently."""
+    for table, keys in (
+        ("data", ("name", "classes", "image_size", "val_image_size", "resize_size", "interpolation", "mean", "std")),
+        ("split", ("block", "transform", "norm")),
+    ):
+        for key in keys:
+            a, b = (getattr(getattr(run.config, table), key) for run in (one, other))
+            if a != b:
+                raise UserError(
+                    f"{other.run_dir}: {table}.{key}: {b!r}, but {one.run_dir} has {a!r}; runs are joined into one "
+                    "ensemble only where they agree"
+                )

@@ -1,0 +1,75 @@
+"""fusion.json beside a checkpoint: fitted weights of the branches, and what they were fitted on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bandsplit.errors import UserError
+from bandsplit.models.fusion import Fusion
+from bandsplit.runs.files import read_text, replace_text
+
+FILE = "fusion.json"
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class FittedBranch:
+    """A branch by the run and step that it comes from, wherever the run directory is now."""
+
+    run: str
+    """Name of the run."""
+    seed: int
+    step: int
+    bands: list[int]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """The images that fusion was fitted on."""
+
+    images: int
+    """How many of the held-out images."""
+    of: int
+    """All held-out images."""
+    holdout: int | float
+    """`data.holdout`."""
+    seed: int
+    digest: str
+    """Of all training images, held out or not."""
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """Fitted fusions of the branches of a run, or of several joined runs."""
+
+    branches: list[FittedBranch]
+    held_out: HeldOut
+    fusions: dict[str, Fusion]
+
+    def write(self, path: Path) -> None:
+        """Raises UserError if it cannot be written."""
+        replace_text(path, json.dumps({"format": FORMAT, **asdict(self)}, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, path: Path) -> Fitted | None:
+        """None if there is no such file. Raises UserError if it cannot be read or understood."""
+        text = read_text(path)
+        if text is None:
+            return None
+        try:
+            table = json.loads(text)
+            if table.pop("format") != FORMAT:
+                raise ValueError("it has another format")
+            fitted = cls(
+                [FittedBranch(**branch) for branch in table["branches"]],
+                HeldOut(**table["held_out"]),
+                {name: Fusion(**each) for name, each in table["fusions"].items()},
+            )
+            if any(len(each.weights) != len(fitted.branches) for each in fitted.fusions.values()):
+                raise ValueError("weights and branches differ in number")
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{path}: cannot be understood: {error}; write it anew with --fit-fusion") from error
+        return fitted
