@@ -288,23 +288,25 @@ def _judge_together(chosen: Sequence[int], batch: Sequence[Any], verdicts: list[
 
 def header(content: bytes) -> Verdict:
     """What the header of a file tells; a reason only where that alone shows that DALI does not decode it."""
-    known = Verdict(format=_format_by_beginning(content), checksum=_checksum(content))
+    checksum = _checksum(content)
     if not content:
-        return replace(known, reason="empty file")
+        return Verdict(checksum=checksum, reason="empty file")
     try:
         image = Image.open(io.BytesIO(content), formats=_FORMATS)
     except Exception:  # Pillow raises anything on damaged headers
-        return replace(known, reason="header not understood" if known.format else "not an image of a known format")
+        kind = _format_by_beginning(content)
+        reason = "header not understood" if kind else "not an image of a known format"
+        return Verdict(format=kind, checksum=checksum, reason=reason)
     kind = (image.format or "").lower()
     kind = _FORMAT_NAMES.get(kind, kind)
-    known = replace(known, format=kind, color=_color(image, content), orientation=_orientation(image))
-    return _sized(known, *image.size, f"DALI does not decode {kind}" if kind in _REFUSED else "")
+    reason = _too_large(*image.size) or (f"DALI does not decode {kind}" if kind in _REFUSED else "")
+    return Verdict(*image.size, kind, _color(image, content), _orientation(image), checksum, reason)
 
 
-def _sized(known: Verdict, width: int, height: int, reason: str = "") -> Verdict:
+def _too_large(width: int, height: int) -> str:
     if width * height > MAX_PIXELS:
-        reason = f"{width} x {height} pixels by its header, more than {MAX_PIXELS:,}"
-    return replace(known, width=width, height=height, reason=reason)
+        return f"{width} x {height} pixels by its header, more than {MAX_PIXELS:,}"
+    return ""
 
 
 def _checksum(content: bytes) -> int:
@@ -350,6 +352,8 @@ def _has_end_marker(content: bytes) -> bool:
 
     Cameras append whole videos to it.
     """
+    if content.endswith(b"\xff\xd9"):
+        return True
     i = 2
     while i + 4 <= len(content) and content[i] == 0xFF:
         marker = content[i + 1]
@@ -392,7 +396,7 @@ class _Decoder:
         try:
             if not known.width:  # Pillow does not know it
                 height, width = (int(n) for n in np.asarray(self._run("shape", [content]).at(0))[:2])
-                known = _sized(known, width, height, known.reason)
+                known = replace(known, width=width, height=height, reason=_too_large(width, height) or known.reason)
                 if width * height > MAX_PIXELS:
                     return known
             image = np.asarray(self._run("decoded", [content]).at(0))
