@@ -21,7 +21,7 @@ from PIL import Image
 
 from bandsplit.config import loading, schema
 from bandsplit.data import augmentation, pipeline
-from bandsplit.data.images import ImageFiles, open_data
+from bandsplit.data.images import ImageFiles, open_here
 from bandsplit.data.loader import TrainingLoader
 from bandsplit.data.pipeline import Shard
 
@@ -68,7 +68,7 @@ def operator() -> None:
 @pytest.fixture
 def jpegs(config_file: Path) -> ImageFiles:
     """23 files: a pass is not a whole number of batches."""
-    train, _ = open_data(loading.load(config_file).data)
+    train = open_here(loading.load(config_file).data)["train"]
     return replace(train, files=train.files[::7], labels=train.labels[::7])
 
 
