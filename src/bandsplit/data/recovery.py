@@ -27,6 +27,9 @@ from bandsplit.data.order import Indices
 from bandsplit.errors import UserError
 from bandsplit.paths import writing_to
 
+_SAMPLE = 16
+"""Images that are looked up to tell a lost disk from bad images."""
+
 
 class BadImage(TypedDict):
     """An image that went bad, as checkpoints have it."""
@@ -183,6 +186,8 @@ class RecoveringPipeline:
         used = {self._instead.get(i, i): None for number in numbers for i in self._indices(number).tolist()}
         verdicts = check.examine([self._originals[i] for i in used], self._threads)
         found = {i: verdict.reason for i, verdict in zip(used, verdicts, strict=True) if verdict.reason}
+        if found:
+            self._require_data()
         if found and self._config.data.on_bad == "error":
             i, reason = next(iter(found.items()))
             raise UndecodableImage(
@@ -200,6 +205,18 @@ class RecoveringPipeline:
             if self._instead.get(i, i) in found:
                 self._instead[i] = self._replacement(i)
         return bool(found)
+
+    def _require_data(self) -> None:
+        """Raises UserError if the data set is gone, such as a disk that is no longer mounted: no image is to blame."""
+        some = np.linspace(0, len(self._originals) - 1, _SAMPLE, dtype=int).tolist()
+        if not any(os.path.exists(self._originals[i]) for i in some):  # noqa: PTH110  # False without permission, too
+            error = UserError(
+                f"data.root: {self._config.data.root}: cannot be read any more: none of {_SAMPLE} images that were "
+                f"looked at exists, such as {self._originals[0]}. Nothing was changed; once it can be read, resume "
+                "from the last checkpoint"
+            )
+            error.one_rank = True
+            raise error
 
     def _replacement(self, index: int) -> int:
         """The image for the place of a bad one: of the same class, drawn from the run's seed, and not known to be bad.
