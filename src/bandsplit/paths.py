@@ -30,7 +30,7 @@ def expanded(path: str, key: str) -> Path:
 def cache_folder() -> Path:
     """Where files are kept that can be made again: $BANDSPLIT_CACHE, else bandsplit in $XDG_CACHE_HOME or ~/.cache.
 
-    Without a home folder, a folder for this user among the temporary files.  Raises OSError where that is impossible or
+    Without a home folder, a folder for this user among the temporary files.  Raises OSError if that is impossible or
     others may write to it, since whoever can write there can run code as this user.
     """
     if folder := os.environ.get("BANDSPLIT_CACHE"):

@@ -85,7 +85,7 @@ def examine(paths: Iterable[str], processes: int, decode: bool = True) -> Genera
     A file that crashes the decoder, or on which it hangs, costs that file: its process is started again. Without
     `decode`, only headers are read, and files that end too early are found where their format marks the end.
 
-    Raises RuntimeError where a process cannot start.
+    Raises RuntimeError if a process cannot start.
     """
     workers = [_Worker(decode) for _ in range(processes)]
     remaining, numbers = iter(paths), count()
@@ -406,7 +406,7 @@ class _Decoder:
         return replace(known, width=image.shape[1], height=image.shape[0], reason="", note=note)
 
     def _run(self, graph: str, contents: Sequence[bytes]) -> Any:
-        """Raises RuntimeError where DALI does; the pipeline, which is then of no more use, is dropped."""
+        """Raises RuntimeError if DALI does; the pipeline, which is then of no more use, is dropped."""
         pipe = self._pipes.pop(graph, None)
         if pipe is None:
             pipe = self._graphs[graph](batch_size=_CHUNK, num_threads=1, device_id=None, prefetch_queue_depth=1)

@@ -73,7 +73,7 @@ class Found:
 def walk(folder: Path) -> Found:
     """Finds the images in ``folder/<class>``, at any depth and in sorted order, as torchvision's ImageFolder does.
 
-    Hidden entries are no data: `NO_DATA` and what begins with a dot.  Links are followed.  Raises UserError where the
+    Hidden entries are no data: `NO_DATA` and what begins with a dot.  Links are followed.  Raises UserError if the
     folder is missing, has no class folders, a class folder has no images, or one of them cannot be read.
     """
     folder = folder.absolute()

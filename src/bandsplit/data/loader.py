@@ -63,13 +63,13 @@ class Teacher(Protocol):
 def open_data(
     config: RunConfig, ranks: Ranks, parts: Sequence[str] = ("train", "val"), signal: Callable[[], int] = lambda: 0
 ) -> dict[str, ImageFiles]:
-    """The images of each part of the data set, the same on every rank; every rank calls it.
+    """The images of each part of the data set, the same on every rank; every rank must call it.
 
-    Rank 0 looks at the files and examines those that are new or have changed; the other ranks read its index.  Where
-    they cannot, because their node has a copy of the data, they do as rank 0 does.
+    Rank 0 examines files that are new or have changed, and the other ranks read its index. A rank that does not find
+    the index, because its node has its own copy of the data, examines that copy.
 
-    Raises UserError as `images.find` does, where too many images cannot be decoded, and where a rank has other images
-    than rank 0; Interrupted where a signal has stopped a rank meanwhile.
+    Raises UserError as `images.find` does, if too many images cannot be decoded, and if a rank has other images than
+    rank 0. Raises Interrupted if a rank receives a signal meanwhile.
     """
     data = config.data
     places = ranks.finish(images.examine(data, parts) if ranks.is_first else None, signal)
@@ -98,7 +98,7 @@ def _require_same(config: RunConfig, files: Mapping[str, ImageFiles], firsts: Ma
 
 
 def shard_of(config: RunConfig, ranks: Ranks, batch_size: int, half: bool) -> Shard:
-    """What this rank reads, and with how many DALI threads: `data.threads` or its share of the CPUs."""
+    """What this rank reads, with `data.threads` DALI threads, or its share of the node's CPUs."""
     threads = config.data.threads or max(1, available_cpus() // ranks.local_world_size)
     return Shard(ranks.rank, ranks.world_size, batch_size, threads, ranks.device.index, half)
 
@@ -111,16 +111,16 @@ class StreamState(TypedDict):
     batches: int
     """Batches delivered so far."""
     pipeline: bytes | None
-    """DALI's checkpoint; None: the beginning."""
+    """DALI's checkpoint; None at the beginning."""
     bad: list[BadImage]
-    """Images of this stream that went bad; other streams find by themselves what is bad among theirs."""
+    """Images of this stream that went bad; each stream has its own list."""
 
 
 class TrainingLoader:
     """Endless training batches from one or more streams, with mixing and teacher logits; `states` resume them.
 
-    A run keeps the number of streams it started with, one per rank. A stream is a fixed shard of every epoch with its
-    own random numbers, so fewer ranks with several streams each see the same images in the same steps.
+    A run keeps the number of streams it started with, one per rank. A stream is a fixed slice of every global batch
+    with its own random numbers, so fewer ranks with several streams each see the same images in the same steps.
     """
 
     def __init__(
@@ -132,7 +132,7 @@ class TrainingLoader:
         teacher: Teacher | None = None,
         positions: Path | None = None,
     ) -> None:
-        """`positions`: folder in which the position of every stream is noted, for a restart after a crash."""
+        """`positions`: folder for a file with the position of each stream, for a restart after a crash."""
         self._config, self._files, self._shards, self._teacher = config, files, shards, teacher
         self._views = [View.of(config), *([teacher.view] if teacher else [])]
         start: StreamState = {"size": config.image_size_at(0), "batches": 0, "pipeline": None, "bad": []}
@@ -171,9 +171,9 @@ class TrainingLoader:
         )
 
     def resize(self, size: int) -> None:
-        """Changes the image side in pixels from the next step on; order, crops and augmentation stay the same.
+        """Changes the image side in pixels from the next step on. Order, crops and augmentation do not change.
 
-        Call it only between steps, when every stream has delivered equally many batches.
+        Call it only between steps, when every stream has delivered the same number of batches.
         """
         if size != self.size:
             self._build([{**state, "size": size} for state in self.states()])
@@ -219,7 +219,7 @@ class TrainingLoader:
 class Streams:
     """The streams of a run, one per rank that it started with, divided evenly among its ranks now.
 
-    Raises UserError where they cannot be divided evenly.
+    Raises UserError if they cannot be divided evenly.
     """
 
     def __init__(self, config: RunConfig, count: int, ranks: Ranks) -> None:

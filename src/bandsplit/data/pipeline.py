@@ -36,7 +36,7 @@ _INTERPOLATION = {"bilinear": types.INTERP_LINEAR, "bicubic": types.INTERP_CUBIC
 
 @dataclass(frozen=True)
 class Shard:
-    """What one rank takes of a data set."""
+    """What one rank, or one stream of a rank, reads of a data set."""
 
     rank: int
     world_size: int
@@ -54,7 +54,7 @@ class Shard:
 
 @cache
 def has_operator(device: str) -> bool:
-    """Whether `fn.spectral_split` is there for "cpu" or "gpu", built if need be; says so once where it is not."""
+    """Whether `fn.spectral_split` is there for "cpu" or "gpu", built if need be; warns once if it is not."""
     try:
         native.load()
         if device == "gpu" and not native.has_gpu_kernel():
@@ -91,7 +91,7 @@ def validation(
     checkpoint: bytes | None = None,
     crops: Sequence[Crop] = CENTER,
 ) -> Pipeline:
-    """The images in their order, this rank's share of them again and again; see `ValidationOrder`.
+    """This rank's images in the order of `ValidationOrder`, repeated endlessly.
 
     Each batch comes once for each of the crops, in turn.
     """
@@ -212,7 +212,7 @@ def _turns(crops: Sequence[Crop], batch_size: int) -> Any:
 
 
 def _finish(images: Any, mirror: Any, labels: Any, shard: Shard, views: Sequence[View]) -> Any:
-    """The split into one (h, w, 3·bands) output a branch, or the image and its flip where there is no operator."""
+    """One output (h, w, 3·bands) per branch, or image, flip and labels if the operator is not available."""
     if shard.device == "gpu":
         labels = labels.gpu()
     if not has_operator(shard.device):

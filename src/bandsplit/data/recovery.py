@@ -99,7 +99,7 @@ class RecoveringPipeline:
     Which image takes the place of a bad one follows from the seed and from what is known to be bad when its batch is
     handed out, not from when it was found. So a run that was killed and repeats some batches uses the same ones.
 
-    Raises UndecodableImage where `data.on_bad` is "error", and TooManyBadImages.
+    Raises UndecodableImage if `data.on_bad` is "error", and TooManyBadImages.
     """
 
     def __init__(
@@ -264,7 +264,7 @@ class Position:
     """
 
     def __init__(self, path: Path) -> None:
-        """Raises UserError where the file cannot be written."""
+        """Raises UserError if the file cannot be written."""
         self._path = path
         with writing_to(path):
             self._file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)

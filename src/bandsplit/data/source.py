@@ -89,7 +89,7 @@ def keep(folder: Path, parts: Mapping[str, Images]) -> None:
 
 
 def open_store(config: RunConfig, parts: Sequence[str]) -> dict[str, StoredImages]:
-    """Parts of the band store of a config.  Raises UserError where it is not there, or not as the config says."""
+    """Parts of the band store of a config.  Raises UserError if it is not there, or not as the config says."""
     view, needed = View.of(config), 0
     stored = manifest.open_store(config.data, parts)
     for part, each in stored.items():
@@ -122,7 +122,7 @@ def _require_same_store(parts: Mapping[str, StoredImages], ranks: Ranks) -> None
 
 
 def require_teacher(train: Images, config: RunConfig, teacher: Teacher | None) -> None:
-    """Raises UserError where a teacher needs other bands than those of the store that its student reads."""
+    """Raises UserError if a teacher needs other bands than those of the store that its student reads."""
     if teacher is not None and isinstance(train, StoredImages):
         view = teacher.view
         manifest.require_view(train, view.split, view.mean, view.std, config.data.hflip, of="the teacher's ")
@@ -148,7 +148,7 @@ def validation_loader(
 ) -> AnyValidationLoader:
     """This rank's share of images, prepared as validation images are.
 
-    Raises UserError where a band store lacks what the crops show.
+    Raises UserError if a band store lacks what the crops show.
     """
     if isinstance(files, StoredImages):
         return BandValidationLoader(config, files, shard, crops)

@@ -28,7 +28,7 @@ def path_of(runs: Joined) -> Path:
 
 
 def find(runs: Joined, needed: str | None) -> Fitted | None:
-    """The fusions that were fitted for these branches, None where there are none; every rank calls it.
+    """The fusions that were fitted for these branches, None if there are none; every rank calls it.
 
     Raises UserError if the file cannot be read, and if there are none but the fusion `needed` is asked for.
     """

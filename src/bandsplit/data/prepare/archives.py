@@ -183,7 +183,7 @@ def member_of(path: Path, member: tarfile.TarInfo) -> Iterator[IO[bytes]]:
 def is_file(member: tarfile.TarInfo, path: Path, inside: str = "") -> bool:
     """Whether a member is a file, not a folder.
 
-    Raises UserError where its name climbs out of the folder, or it is a link or a device.
+    Raises UserError if its name climbs out of the folder, or it is a link or a device.
     """
     archive = f"{path}: {inside}" if inside else str(path)
     require_safe(member.name, archive)
@@ -199,7 +199,7 @@ def is_file(member: tarfile.TarInfo, path: Path, inside: str = "") -> bool:
 
 
 def require_safe(name: str, archive: str) -> None:
-    """Raises UserError where the name of a file in an archive or list points outside of the folder."""
+    """Raises UserError if the name of a file in an archive or list points outside of the folder."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\0" in name:
         raise UserError(f"{archive}: {name!r} in it is refused: it points outside of the folder")
@@ -215,7 +215,7 @@ def is_hidden(name: str) -> bool:
 
 
 def image_name(name: str, archive: str) -> str:
-    """The last part of an image's name.  Raises UserError where it is no image."""
+    """The last part of an image's name.  Raises UserError if it is no image."""
     if not is_image(name):
         raise UserError(f"{archive}: {name!r} in it is refused: not an image ({' '.join(SUFFIXES)})")
     return PurePosixPath(name).name

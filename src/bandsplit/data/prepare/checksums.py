@@ -27,7 +27,7 @@ def require_published(path: Path, name: str, target: Destination) -> None:
 
     An interrupted run has to read hundreds of gigabytes only once: `target` remembers what has been compared.
 
-    Raises UserError where they differ.
+    Raises UserError if they differ.
     """
     if name not in MD5:
         return

@@ -139,7 +139,7 @@ class Destination:
     # Space ------------------------------------------------------------------------------------------------------------
 
     def require_space(self, archives: int) -> None:
-        """Raises UserError where less is free than what is left of so many bytes of archives or images needs."""
+        """Raises UserError if less is free than what is left of so many bytes of archives or images needs."""
         with reading_from(self.root):
             unfinished = sum(path.lstat().st_size for path in (self._state / "work").rglob("*"))
             free = shutil.disk_usage(self.root).free
@@ -160,7 +160,7 @@ def opened(root: Path, job: Job, beside: Collection[Path] = ()) -> Iterator[Dest
         job: what is prepared.
         beside: files that may lie in the destination: the archives.
 
-    Raises UserError where the folder holds anything else, or another process works in it; nothing is changed then.
+    Raises UserError if the folder holds anything else, or another process works in it; nothing is changed then.
     """
     root = root.absolute()
     destination = Destination(root, job)
@@ -211,7 +211,7 @@ def _is_untouched(state: Path) -> bool:
 
 
 def _read(path: Path) -> dict[str, Any] | None:
-    """None where there is none, or a process was killed while it wrote it."""
+    """None if there is none, or a process was killed while it wrote it."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError, ValueError):

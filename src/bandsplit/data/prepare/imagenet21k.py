@@ -41,7 +41,7 @@ def prepare(
     """Unpacks the archive `source`, or the one in the folder `source`, to `to`/train and `to`/val; returns a summary.
 
     Args:
-        release: None where the file's name tells it.
+        release: None if the file's name tells it.
         min_images: classes with fewer images are left out.
         val_images: images of each class that are held out, which is fewer.
         seed: chooses them.

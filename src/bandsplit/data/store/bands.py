@@ -120,7 +120,7 @@ def pack(
         workers: processes; 1: this one.
         chunk_images: images of a shard; None: as many as are useful.
 
-    Raises UserError where `to` holds something else, the disk is full, or the size does not fit.
+    Raises UserError if `to` holds something else, the disk is full, or the size does not fit.
     """
     bands = tuple(stored.bands_to_read(config.split, config.data.hflip))
     rendering = Rendering(config, bands, {"train": _side(config, size), "val": config.data.val_size}, root)

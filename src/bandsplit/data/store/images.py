@@ -66,7 +66,7 @@ def pack(
         workers: processes.
         chunk_images: images of a tar shard; None: as many as are useful.
 
-    Raises UserError where `to` holds something else or the disk is full.
+    Raises UserError if `to` holds something else or the disk is full.
     """
     encoding = Encoding(side or config.data.resize_size, quality, config.data.interpolation, layout, root)
     source = Source(parts, root)
@@ -122,7 +122,7 @@ def pack(
 
 
 def _require_class_folders(part: str, files: ImageFiles, names: Sequence[str]) -> None:
-    """Raises UserError where an image is not in the folder of its class, or two would get the same name."""
+    """Raises UserError if an image is not in the folder of its class, or two would get the same name."""
     if ".." in Path(part).parts or Path(part).is_absolute():
         raise UserError(f"--layout folders: {part} is not below data.root; use tar")
     for name, label in zip(names, files.labels, strict=True):

@@ -148,7 +148,7 @@ Manifest = BandManifest | ImageManifest
 
 
 def read_manifest(root: Path) -> Manifest:
-    """The manifest of packed data.  Raises UserError where there is none, or not one of this format."""
+    """The manifest of packed data.  Raises UserError if there is none, or not one of this format."""
     path = root / MANIFEST
     with reading_from(path):
         if not path.is_file():
@@ -261,7 +261,7 @@ class StoredImages:
         return [folder / shard_name(number) for number in range(len(self.about.shards))]
 
     def require(self, bands: Sequence[int], why: str = "") -> None:
-        """Raises UserError where a band is not in the store, or a file of it is missing or has another size."""
+        """Raises UserError if a band is not in the store, or a file of it is missing or has another size."""
         for band in bands:
             if band not in self.manifest.bands:
                 held = ", ".join(map(str, sorted(self.manifest.bands)))
@@ -288,7 +288,7 @@ def header_bytes(start: bytes) -> int:
 def open_store(data: Data, parts: Sequence[str]) -> dict[str, StoredImages]:
     """Parts ("train", "val") of the band store that a data config names.
 
-    Raises UserError where there is none, or what is in it was not cut as the config says.
+    Raises UserError if there is none, or what is in it was not cut as the config says.
     """
     root = expanded(data.root, "data.root")
     manifest = read_manifest(root)
@@ -304,7 +304,7 @@ def open_store(data: Data, parts: Sequence[str]) -> dict[str, StoredImages]:
 def require_view(
     stored: StoredImages, split: Split, mean: Sequence[float], std: Sequence[float], hflip: float = 0.0, of: str = ""
 ) -> None:
-    """Raises UserError where the store's bands are not those of a split and normalization, or some are not there."""
+    """Raises UserError if the store's bands are not those of a split and normalization, or some are not there."""
     manifest = stored.manifest
     for key, given in (("split.transform", split.transform), ("split.block", split.block), ("split.norm", split.norm)):
         _require_equal(f"{of}{key}", given, getattr(manifest, key.removeprefix("split.")), stored.root)
@@ -318,7 +318,7 @@ def require_view(
 
 
 def require_side(config: RunConfig, part: str, stored: StoredImages) -> None:
-    """Raises UserError where images of the config's size cannot be cut out of the stored ones of "train" or "val"."""
+    """Raises UserError if images of the config's size cannot be cut out of the stored ones of "train" or "val"."""
     side, data = stored.about.side, config.data
     if part == "val":
         key = "data.image_size" if data.val_image_size is None else "data.val_image_size"

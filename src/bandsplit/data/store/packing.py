@@ -60,7 +60,7 @@ class Chunk:
 
 
 class Source:
-    """The images that are to be packed.  Raises UserError where a file cannot be found.
+    """The images that are to be packed.  Raises UserError if a file cannot be found.
 
     Args:
         parts: the images of "train" and "val".
@@ -125,7 +125,7 @@ class Folder:
     def begun(self, plan: Mapping[str, Any]) -> Iterator[bool]:
         """Inside, no other process packs into it.  Yields whether it is complete already.
 
-        Raises UserError where it holds something else: what was to be packed there differed, or it is no pack.
+        Raises UserError if it holds something else: what was to be packed there differed, or it is no pack.
         """
         with writing_to(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -162,7 +162,7 @@ class Folder:
         return (self.path / MANIFEST).exists()
 
     def require_space(self, needed: int) -> None:
-        """Raises UserError where the disk has less free than `needed` bytes with what is there already."""
+        """Raises UserError if the disk has less free than `needed` bytes with what is there already."""
         free = shutil.disk_usage(self.path).free
         there = sum(file.stat().st_size for file in self.path.rglob("*") if file.is_file())
         if needed > free + there:
@@ -323,7 +323,7 @@ def _checksum_line(name: str, value: str) -> bytes:
 
 
 def read_checksums(path: Path) -> dict[str, str]:
-    """Name -> SHA-256.  Raises UserError where the file cannot be read or understood."""
+    """Name -> SHA-256.  Raises UserError if the file cannot be read or understood."""
     sums = {}
     with reading_from(path):
         lines = path.read_bytes().splitlines()

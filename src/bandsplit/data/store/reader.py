@@ -284,7 +284,7 @@ class BandValidationLoader:
     def __init__(self, config: RunConfig, images: StoredImages, shard: Shard, crops: Sequence[Crop] = CENTER) -> None:
         """With two crops, each batch comes as it is and mirrored.
 
-        Raises UserError where the center of the stored images is not that of the config's size, and for other crops.
+        Raises UserError if the center of the stored images is not that of the config's size, and for other crops.
         """
         self.crops, self._mirrored = len(crops), [crop.mirror for crop in crops]
         if any((crop.x, crop.y) != (0.5, 0.5) for crop in crops):
