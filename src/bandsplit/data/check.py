@@ -80,7 +80,7 @@ class Verdict:
 
 
 def examine(paths: Iterable[str], processes: int, decode: bool = True) -> Generator[Verdict, None, None]:
-    """Examines files in so many processes; exactly one verdict for each path, in their order, as they become known.
+    """Examines files in worker processes; yields exactly one verdict per path, in order, as they become known.
 
     A file that crashes the decoder, or on which it hangs, costs that file: its process is started again. Without
     `decode`, only headers are read, and files that end too early are found where their format marks the end.
@@ -167,7 +167,7 @@ class _Worker:
     def _take(self, message: int | list[Verdict] | None) -> None:
         if message is None:
             self._ready = True
-        elif isinstance(message, int):  # so many bytes have been read and are now examined
+        elif isinstance(message, int):  # bytes that were read and are now examined
             self._limit = _TIME_LIMIT + message / _SLOWEST
             self._deadline = time.monotonic() + self._limit
         else:

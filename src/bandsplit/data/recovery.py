@@ -159,7 +159,7 @@ class RecoveringPipeline:
         return outputs
 
     def examine(self, first: int, count: int) -> None:
-        """Finds what is bad in so many batches from the one with number `first` on, before they are decoded."""
+        """Finds bad images in `count` batches from number `first` on, before they are decoded."""
         if self._find_bad(range(first, first + count)):
             self._pipe = None
             self._pipe = self._build(self._files, self.checkpoint)

@@ -121,7 +121,7 @@ def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | No
 
 
 def smoothing(images: int) -> float:
-    """The part of one image more in so many and one."""
+    """Weight of one additional image: 1 / (images + 1)."""
     return 1 / (images + 1)
 
 

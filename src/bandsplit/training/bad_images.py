@@ -16,7 +16,7 @@ from bandsplit.training.session import Session
 
 
 class BadImages:
-    """As a context it writes the list of bad images also where they are so many that they end the run."""
+    """Used as a context manager, it also writes the list if the number of bad images ends the run."""
 
     def __init__(self, path: Path, session: Session, emit: Callable[..., None], step: int) -> None:
         """Every rank calls it.

@@ -159,7 +159,7 @@ class RunConfig(Table):
         return self.data.classes
 
     def with_classes(self, count: int) -> RunConfig:
-        """The same config for data of so many classes."""
+        """The same config with `data.classes = count`."""
         return self.model_copy(update={"data": self.data.model_copy(update={"classes": count})})
 
     @property

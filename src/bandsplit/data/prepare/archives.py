@@ -126,7 +126,7 @@ def _cut(path: Path, inside: str) -> str:
 
 
 def files(source: IO[bytes], path: Path, inside: str = "") -> Iterator[tuple[tarfile.TarInfo, IO[bytes]]]:
-    """The files of a tar archive in its order, each with its content, which has to be read before the next one.
+    """The files of a tar archive in its order, each with its content, which must be read before the next one.
 
     Call it within `reporting_damage`.
 
@@ -145,7 +145,7 @@ def files(source: IO[bytes], path: Path, inside: str = "") -> Iterator[tuple[tar
 
 
 def index(path: Path) -> list[tarfile.TarInfo]:
-    """Headers of all files of an archive, which has to be whole.
+    """Headers of all files of an archive, which must be complete.
 
     Seeks from header to header; a gzip file is read to its end.  Raises UserError as `reporting_damage`.
     """

@@ -1,4 +1,4 @@
-"""The folder that a data set is prepared in: unit by unit, so that a run that was killed goes on where it stopped.
+"""The folder that a data set is prepared in: unit by unit, so that a run that was killed continues where it stopped.
 
 What is unfinished lies in a hidden folder of the destination, and is moved to its place with one rename.
 """
@@ -139,7 +139,7 @@ class Destination:
     # Space ------------------------------------------------------------------------------------------------------------
 
     def require_space(self, archives: int) -> None:
-        """Raises UserError if less is free than what is left of so many bytes of archives or images needs."""
+        """Raises UserError if the disk has less space than the unfinished part of `archives` bytes needs."""
         with reading_from(self.root):
             unfinished = sum(path.lstat().st_size for path in (self._state / "work").rglob("*"))
             free = shutil.disk_usage(self.root).free

@@ -93,7 +93,7 @@ def hold(bands: Sequence[MappedBand]) -> None:
 
 
 def require_memory(needed: int, root: Path = Path("/")) -> None:
-    """Raises UserError if so many bytes do not fit into the memory that this node has left."""
+    """Raises UserError if `needed` bytes do not fit into the memory that this node has left."""
     available = available_bytes(root)
     if needed > available:
         raise UserError(

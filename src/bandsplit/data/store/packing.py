@@ -74,7 +74,7 @@ class Source:
         self.digests = {part: _digest(files, self.names[part]) for part, files in parts.items()}
 
     def chunks(self, images: int | None = None) -> list[Chunk]:
-        """All parts in chunks of so many images; None: as many as are useful."""
+        """All parts in chunks of this number of images; None: a suitable number."""
         chunks = []
         for part, files in self.parts.items():
             count = images or max(SMALLEST_CHUNK, -(-len(files) // CHUNKS))
@@ -171,7 +171,7 @@ class Folder:
             )
 
     def packed(self, pack: Callable[[Chunk], Record], chunks: Sequence[Chunk], workers: int) -> list[Record]:
-        """The record of every chunk, in their order; those that have none are packed, on so many processes."""
+        """The record of every chunk, in order; chunks without a record are packed, in worker processes."""
         records: dict[str, Record] = {}
         for chunk in chunks:
             path = self._record(chunk)
@@ -202,7 +202,7 @@ def _short(value: object) -> str:
 
 
 def worked(work: Callable[[Chunk], Record], chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, Record]]:
-    """Results of chunks as they are finished, on so many processes; with one, in this process.
+    """Results of chunks as they are finished by the worker processes; with one worker, in this process.
 
     Raises the UserError of a worker, and one where a worker is killed.
     """

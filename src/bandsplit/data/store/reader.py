@@ -103,7 +103,7 @@ class BandReader:
         return gathered
 
     def _inputs(self, stored: Mapping[int, Tensor], flipped: npt.NDArray[np.bool_]) -> list[Tensor]:
-        """One (B, 3·bands, h, w) a branch, in channels_last memory format."""
+        """One (B, 3·bands, h, w) per branch, in channels_last memory format."""
         images, height, width, _ = next(iter(stored.values())).shape
         at_once = images if self._stream is not None else IN_CACHE
         slices = [slice(first, first + at_once) for first in range(0, images, at_once)]
@@ -197,7 +197,7 @@ class Ahead:
 
 
 def ahead(prepare: Callable[[J], R], jobs: Iterable[J], depth: int) -> Iterator[R]:
-    """Results in the order of the jobs, so many of which are prepared ahead by a thread."""
+    """Results in the order of the jobs; a thread prepares `depth` of them ahead."""
     pool, waiting = ThreadPoolExecutor(1), iter(jobs)
     try:
         under_way: deque[Future[R]] = deque(pool.submit(prepare, job) for job in islice(waiting, depth))
