@@ -88,7 +88,7 @@ def test_a_stream_goes_on_exactly_from_its_state(config: schema.RunConfig, numbe
         assert all(torch.equal(a, b) for a, b in zip(batch.inputs, expected.inputs, strict=True))
 
 
-def test_repeated_augmentation_shows_a_image_several_times_and_keeps_the_epoch(
+def test_repeated_augmentation_shows_an_image_several_times_and_keeps_the_epoch(
     config_file: Path, numbered: ImageFiles
 ) -> None:
     """In batches of six, two images three times each, cropped anew, and a pass has as many steps as without."""

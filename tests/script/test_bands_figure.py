@@ -26,7 +26,7 @@ def image(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("block", [2, 4])
-def test_figure_of_a_image(image: Path, tmp_path: Path, block: int) -> None:
+def test_figure_of_an_image(image: Path, tmp_path: Path, block: int) -> None:
     matrix = bands_figure.transform_matrix("dct2d", block)
     square = bands_figure.read_square(image, block)
     assert square.shape == (83 // block * block,) * 2 + (3,)

@@ -391,7 +391,7 @@ def test_another_number_of_ranks_has_to_divide(
     assert done.stderr.count("error: ") == 1
 
 
-def test_a_image_that_cannot_be_decoded_is_named(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_named(config_file: Path, image_root: Path, tmp_path: Path) -> None:
     root = Path(shutil.copytree(image_root, tmp_path / "copy"))
     bad = sorted((root / "train").rglob("*.jpg"))[40]
     bad.write_bytes(bad.read_bytes()[:400])
