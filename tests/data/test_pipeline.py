@@ -1,4 +1,4 @@
-"""From JPEG files to batches: order, shares, flips, crops, and the same numbers with and without the operator."""
+"""From JPEG files to batches: order, shards, flips, crops, and equal results with and without the operator."""
 
 from __future__ import annotations
 
@@ -123,7 +123,7 @@ def test_validation_at_another_size(config_file: Path, numbered: ImageFiles) -> 
 
 
 def test_images_of_another_size_are_the_same_images(config_file: Path, numbered: ImageFiles) -> None:
-    """Resized between two batches: the order, the crops and the flips stay, and going back is as if never gone."""
+    """Resizing between batches keeps order, crops and flips; the first size, restored, gives its own batches again."""
     config = loading.load(config_file, ["split.block=1"])
     steady, resized = (TrainingLoader(config, numbered, [share()]) for _ in range(2))
     for size in (32, 32, 16, 16, 16, 8, 32, 32):
@@ -192,7 +192,7 @@ _FILTERS = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.Interpolati
 
 @pytest.mark.parametrize("interpolation", _FILTERS)
 def test_validation_images_are_torchvisions(config_file: Path, numbered: ImageFiles, interpolation: str) -> None:
-    """Where no side has to be rounded: there torchvision truncates and DALI rounds, which shifts by half a pixel."""
+    """For sides that need no rounding: otherwise torchvision truncates and DALI rounds, a shift of half a pixel."""
     config = loading.load(config_file, ["split.block=1", f"data.interpolation={interpolation}"])
     ours = torch.cat([batch.inputs[0] for batch in ValidationLoader(config, numbered, share())])[: len(numbered)]
     transform = v2.Compose([v2.Resize(40, _FILTERS[interpolation]), v2.CenterCrop(32), v2.PILToTensor()])
@@ -228,7 +228,7 @@ def test_training_images_are_resized_like_pillows(
 def test_bilinear_is_what_dali_does_by_default(
     config_file: Path, numbered: ImageFiles, monkeypatch: pytest.MonkeyPatch, crop_only: bool
 ) -> None:
-    """Bit for bit: images of runs from before `data.interpolation` was a key."""
+    """Bit-equal to runs from before the key `data.interpolation`."""
     config = loading.load(config_file, [f"data.decoder.crop_only={crop_only}".lower()])
 
     def images() -> list[torch.Tensor]:
