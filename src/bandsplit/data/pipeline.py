@@ -165,10 +165,12 @@ def _read(files: ImageFiles, order: TrainingOrder | ValidationOrder) -> tuple[An
 
 @do_not_convert  # type: ignore[untyped-decorator]  # DALI would rewrite it where a graph has conditionals
 def _source(files: ImageFiles, order: TrainingOrder | ValidationOrder) -> Callable[[BatchInfo], Any]:
+    labels = np.asarray(files.labels)
+
     def names_and_labels(about: BatchInfo) -> tuple[list[NDArray[np.uint8]], NDArray[np.int64]]:
         indices = order.batch(about.iteration)
         names = [np.frombuffer(os.fsencode(files.paths[i]), dtype=np.uint8) for i in indices.tolist()]
-        return names, np.array([files.labels[i] for i in indices.tolist()], dtype=np.int64)
+        return names, labels[indices].astype(np.int64)
 
     return names_and_labels
 

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypedDict, overload
+from typing import Any, TypedDict
 
 import numpy as np
 from loguru import logger
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from bandsplit import seeds
 from bandsplit.config.schema import RunConfig
 from bandsplit.data import check
-from bandsplit.data.images import ImageFiles
+from bandsplit.data.images import ImageFiles, LazyPaths
 from bandsplit.data.order import Indices
 from bandsplit.errors import UserError
 from bandsplit.paths import writing_to
@@ -73,7 +73,7 @@ def too_many(bad: Sequence[tuple[str, str]], allowed: int) -> TooManyBadImages:
     )
 
 
-class Substituted(Sequence[str]):
+class Substituted(LazyPaths):
     """Paths of which some stand for others."""
 
     def __init__(self, paths: Sequence[str], instead: Mapping[int, int]) -> None:
@@ -83,13 +83,7 @@ class Substituted(Sequence[str]):
     def __len__(self) -> int:
         return len(self._paths)
 
-    @overload
-    def __getitem__(self, i: int) -> str: ...
-    @overload
-    def __getitem__(self, i: slice) -> list[str]: ...
-    def __getitem__(self, i: int | slice) -> str | list[str]:
-        if isinstance(i, slice):
-            return [self[j] for j in range(*i.indices(len(self)))]
+    def at(self, i: int) -> str:
         return self._paths[self._instead.get(i, i)]
 
 

@@ -60,7 +60,7 @@ class Chunk:
 
 
 class Source:
-    """The images that are to be packed.  Raises UserError if a file cannot be found.
+    """The images that are to be packed.
 
     Args:
         parts: the images of "train" and "val".
@@ -71,7 +71,7 @@ class Source:
         self.parts, self.root = parts, root
         self.classes = tuple(parts["train"].classes)
         self.names = {part: names_of(files.paths, root) for part, files in parts.items()}
-        self.digests = {part: _digest(files, self.names[part]) for part, files in parts.items()}
+        self.digests = {part: files.digest for part, files in parts.items()}
 
     def chunks(self, images: int | None = None) -> list[Chunk]:
         """All parts in chunks of this number of images; None: a suitable number."""
@@ -102,16 +102,6 @@ def names_of(paths: Iterable[str], root: Path) -> list[str]:
     """Paths below the root of the data set."""
     start = str(root.absolute())
     return [os.path.relpath(path, start) for path in paths]
-
-
-def _digest(files: ImageFiles, names: Sequence[str]) -> str:
-    """SHA-256 of class names, and of name, size in bytes and class of every image."""
-    digest = hashlib.sha256(json.dumps(files.classes).encode())
-    for path, name, label in zip(files.paths, names, files.labels, strict=True):
-        with reading_from(Path(path)):
-            size = Path(path).stat().st_size
-        digest.update(f"{json.dumps(name)} {size} {label}\n".encode())
-    return digest.hexdigest()
 
 
 class Folder:

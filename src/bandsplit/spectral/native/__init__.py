@@ -15,13 +15,14 @@ import os
 import platform
 import shlex
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from filelock import FileLock
+
+from bandsplit import paths
 
 HERE = Path(__file__).parent
 CPU_SOURCES = ("spectral_split.cc", "host_memory.cc")
@@ -160,28 +161,10 @@ def _output(command: list[str]) -> str:
 
 
 def _cache_folder() -> Path:
-    if folder := os.environ.get("BANDSPLIT_CACHE"):
-        return Path(folder)
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "bandsplit"
-    except RuntimeError:  # no home folder: a container's user without an entry in /etc/passwd
-        return _temporary_cache()
-
-
-def _temporary_cache() -> Path:
-    """A cache folder in the shared folder for temporary files.
-
-    It must be this user's, and nobody else may write to it: whoever can write there can run code as this user.
-    """
-    try:
-        folder = Path(tempfile.gettempdir(), f"bandsplit-{os.getuid()}")
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
+        return paths.cache_folder()
     except OSError as error:
-        raise BuildError(f"cannot create a cache folder ({error}): set BANDSPLIT_CACHE to a writable folder") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o022:
-        raise BuildError(f"{folder} is not a folder that only this user can write to: set BANDSPLIT_CACHE to another")
-    return folder
+        raise BuildError(str(error)) from error
 
 
 def _stem(cuda: bool) -> str:
