@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from bandsplit.errors import UserError
 
@@ -77,3 +79,33 @@ def writing_to(path: Path) -> Iterator[None]:
         told = UserError(f"{path}: cannot be written: {error}")
         told.one_rank = True
         raise told from error
+
+
+@contextmanager
+def replace_bytes(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
+    """A file to write to, which takes its name at the end. Raises UserError if it cannot be written.
+
+    If it is not `durable`, a machine that loses power may leave it empty.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    with writing_to(path):
+        with temporary.open("wb") as file:
+            yield file
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
+        temporary.replace(path)
+        if durable:
+            sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Makes renames in a folder durable, if the file system supports it."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and some FUSE file systems cannot sync folders
+            raise
+    finally:
+        os.close(descriptor)

@@ -138,7 +138,7 @@ class Index:
 
 
 def write(index: Index, path: Path, compressed: bool = False) -> None:
-    """Writes the file whole or not at all. Raises OSError."""
+    """Writes the file whole or not at all. Raises UserError if it cannot be written."""
     metadata = {
         "version": VERSION,
         "classes": index.classes,
@@ -147,14 +147,9 @@ def write(index: Index, path: Path, compressed: bool = False) -> None:
         "digest": index.digest,
     }
     table = index.table.replace_schema_metadata({"bandsplit": json.dumps(metadata)})
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     options = pa.ipc.IpcWriteOptions(compression="zstd" if compressed else None)
-    with temporary.open("wb") as file:
-        with pa.ipc.new_file(file, table.schema, options=options) as writer:
-            writer.write_table(table.combine_chunks())
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with paths.replace_bytes(path) as file, pa.ipc.new_file(file, table.schema, options=options) as writer:
+        writer.write_table(table.combine_chunks())
 
 
 def read(path: Path) -> Index | None:
@@ -227,11 +222,11 @@ def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None,
         try:
             for _ in facts.examine(wanted, title):
                 if time.monotonic() - unwritten > _SECONDS_BETWEEN_WRITES:
-                    _write(facts.index(), path)
+                    write(facts.index(), path)
                     unwritten = time.monotonic()
                 yield
         finally:
-            _write(facts.index(), path)
+            write(facts.index(), path)
         return read(path) or facts.index()
     finally:
         lock.release()
@@ -248,11 +243,6 @@ def _acquired(lock: FileLock, path: Path) -> Generator[None, None, None]:
             logger.info("waiting for another process, which checks the same images ({})", path)
         waited = True
         yield
-
-
-def _write(index: Index, path: Path) -> None:
-    with paths.writing_to(path):
-        write(index, path)
 
 
 def unchanged(folder: Path, root: Path, part: str, level: str) -> Index | None:

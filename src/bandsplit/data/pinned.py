@@ -67,7 +67,7 @@ def keep(folder: Path, parts: Mapping[str, ImageFiles]) -> None:
         if files.index is not None:
             with writing_to(folder):
                 folder.mkdir(exist_ok=True)
-                index.write(files.index, folder / f"{part}.arrow", compressed=True)
+            index.write(files.index, folder / f"{part}.arrow", compressed=True)
 
 
 def as_began(folder: Path, now: Mapping[str, ImageFiles], data: Data) -> dict[str, ImageFiles]:

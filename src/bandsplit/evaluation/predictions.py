@@ -19,7 +19,8 @@ from bandsplit import seeds
 from bandsplit.data.source import Images
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
-from bandsplit.runs.files import reading, replace_bytes
+from bandsplit.paths import replace_bytes
+from bandsplit.runs.files import reading
 
 FORMAT = 1
 

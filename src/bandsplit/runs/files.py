@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import IO
 
-from bandsplit.paths import reading_from, writing_to
+from bandsplit.paths import reading_from, replace_bytes, writing_to
 
 SET_ASIDE = "set_aside"
 """Name of the folder for files that are no longer used."""
-
-
-@contextmanager
-def replace_bytes(path: Path) -> Iterator[IO[bytes]]:
-    """A file to write to, which takes its name at the end. Raises UserError if it cannot be written."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with writing_to(path):
-        with temporary.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-        sync_folder(path.parent)
 
 
 def replace_text(path: Path, text: str) -> None:
@@ -63,18 +47,6 @@ def set_aside(path: Path) -> Path:
             name = f"{path.name.lstrip('.')}.{number}"
         path.rename(folder / name)
         return folder / name
-
-
-def sync_folder(folder: Path) -> None:
-    """Makes renames in a folder durable, if the file system supports it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    except OSError as error:
-        if error.errno not in (errno.EINVAL, errno.ENOTSUP):  # CIFS and some FUSE file systems cannot sync folders
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def reading(path: Path) -> AbstractContextManager[None]:

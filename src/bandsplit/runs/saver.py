@@ -16,9 +16,9 @@ from loguru import logger
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import ReportedElsewhere, UserError
+from bandsplit.paths import sync_folder
 from bandsplit.runs import checkpoint
 from bandsplit.runs.checkpoint import State, damage_of_file, files_of
-from bandsplit.runs.files import sync_folder
 
 
 class Writer:

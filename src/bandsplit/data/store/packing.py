@@ -33,7 +33,7 @@ from tqdm import tqdm
 from bandsplit.data.images import ImageFiles, Paths
 from bandsplit.data.store.manifest import CHECKSUMS, MANIFEST, PLAN, LeftOut
 from bandsplit.errors import UserError
-from bandsplit.paths import reading_from, writing_to
+from bandsplit.paths import reading_from, replace_bytes, writing_to
 
 WORK = ".packing"
 """Folder of the records of a pack that is not finished."""
@@ -232,15 +232,10 @@ def replace(path: Path, content: bytes, durable: bool = True) -> str:
 
     Where it is not `durable`, a machine that loses power may leave it empty: `verify` finds that.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
     with writing_to(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(content)
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
+    with replace_bytes(path, durable) as file:
+        file.write(content)
     return hashlib.sha256(content).hexdigest()
 
 
