@@ -84,6 +84,7 @@ RULES: dict[str, Rule] = {
     r"torchrun src/train\.py --set data\.kind=bands .* --run-dir runs/demo-bands": in_two_epochs,
     r"sbatch .*": no_more,  # tests/slurm
     r"python src/data\.py prepare .*": no_more,  # tests/data/test_prepare.py
+    r"python script/independent\.py .*": as_it_is,
     r"python script/ablation\.py .*": no_more,  # tests/script/test_ablation.py
     r"python bench/\w+\.py": its_help,
 }
