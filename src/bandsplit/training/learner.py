@@ -44,7 +44,9 @@ class Learner:
         """`optimizers.make_ema` of the branch, or None."""
         self.lr_factor = 1.0
         """Below 1 where `train.on_nonfinite = "lower_lr"` has lowered the learning rate."""
-        self._module, self._branch = branch, mesh.replicate(branch)
+        self.network: nn.Module = mesh.replicate(branch)
+        """The branch as it is trained: with gradients averaged over its replicas."""
+        self._module = branch
         self._precision = precision
         self._scaler = precision.scaler()
         self._config, self._on_nonfinite = config, config.train.on_nonfinite
@@ -99,7 +101,7 @@ class Learner:
         for i, (x, y, t) in enumerate(zip(inputs, labels, teacher_logits, strict=True)):
             with self._reducing_gradients(i == len(inputs) - 1):
                 with self._precision.autocast():
-                    logits = self._branch(x)
+                    logits = self.network(x)
                     loss = losses.loss(logits, y, self._config.loss)
                     if t is not None and self._config.distillation is not None:
                         loss = losses.distilled(logits, t, loss, self._config.distillation)
@@ -125,8 +127,8 @@ class Learner:
 
     def _reducing_gradients(self, last: bool) -> AbstractContextManager[None]:
         """Context that all-reduces gradients only in the backward pass of the last micro-batch."""
-        branch = self._branch
-        return nullcontext() if last or not isinstance(branch, DistributedDataParallel) else branch.no_sync()
+        network = self.network
+        return nullcontext() if last or not isinstance(network, DistributedDataParallel) else network.no_sync()
 
     def state_dict(self) -> dict[str, Any]:
         """State for a checkpoint; tensors are references, not copies."""

@@ -1,0 +1,335 @@
+"""Time, throughput and memory of a training step: branches beside the baseline and beside plain training scripts.
+
+    python bench/step.py [CONFIG …] [--set KEY=VALUE …] [--batch 32] [--rounds 5] [--images DATA]
+
+By default the ResNet-34 rows: baseline, one band per branch (sub4, sub16, sub36) and bands as channels. The first
+CONFIG is what the others are compared with. Each round times every subject once, in a new random order, so that the
+ratios hold on a noisy machine. Inputs are random, already on the device. With --images, a data config, JPEG files come
+through DALI, for the peers through torchvision's ImageFolder and DataLoader, and the time that a step waits for them is
+shown.
+
+forward, backward and optimizer are the differences between three measurements: the forward pass and loss alone, with
+the backward pass, and the whole step. GEMM is the time of matrix products with the sizes of all convolutions and linear
+layers, three times (forward, and gradients of inputs and weights), as a part of the step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import random
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain, repeat
+from pathlib import Path
+from typing import Any
+
+import common
+import numpy as np
+import timm
+import timm.optim
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from bandsplit.cli import entry
+from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
+from bandsplit.cpus import available_cpus
+from bandsplit.data.loader import Batch
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks, joined
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.precision import Precision
+from bandsplit.paths import expanded
+from bandsplit.training.learner import learners_of
+from bandsplit.training.session import Plan, Session
+
+ROWS = ("baseline", "sub4", "sub16", "sub36", "sub4_channels", "sub16_channels")
+CONFIGS = [Path(f"config/train/resnet34_{row}.toml") for row in ROWS]
+
+Product = tuple[int, int, int]
+"""m, k and n of (m, k) @ (k, n)."""
+
+PARTS = ("forward", "forward and backward", "step")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is timed: a function for each of PARTS, which needs no arguments."""
+
+    name: str
+    parts: dict[str, Callable[[], None]]
+    products: Counter[Product]
+    """How often a forward pass of a batch takes each matrix product."""
+    waited: list[float]
+    """Seconds that each whole step waited for its images."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="*", type=Path, default=CONFIGS)
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="steps per measurement (default: 1; on a GPU use more)")
+    parser.add_argument(
+        "--images", type=Path, metavar="DATA", help="data config of JPEG files, instead of random inputs"
+    )
+    parser.add_argument("--no-peers", action="store_true", help="leave out torchvision's and timm's step")
+    parser.add_argument("--output", type=Path, default=Path("bench/results/step.json"))
+    arguments = parser.parse_args()
+    entry.run(lambda: bench(arguments))
+
+
+def bench(arguments: argparse.Namespace) -> None:
+    count, sets = arguments.batch, [*arguments.set, f"train.batch_size={arguments.batch}"]
+    with joined() as ranks:
+        subjects = [of_config(path, sets, ranks, arguments.images) for path in arguments.config]
+        if not arguments.no_peers:
+            subjects += peers(arguments.config[0], sets, ranks.device, arguments.images)
+        seconds, peaks = timed(subjects, arguments.rounds, arguments.steps, ranks.device)
+        precision = Precision(loading.load(arguments.config[0], sets).train.precision, ranks.device)
+        gemm = {subject.name: 3 * seconds_of(subject.products, precision) for subject in subjects}
+    show(subjects, seconds, gemm, peaks, count)
+    waits = {subject.name: subject.waited for subject in subjects}
+    results = {"seconds": seconds, "waits": waits, "peak_bytes": peaks, "gemm_seconds": gemm}
+    common.write(arguments.output, {key: str(value) for key, value in vars(arguments).items()}, results)
+
+
+# ---------------------------------------------------------------------------------------------------- subjects
+
+
+def of_config(path: Path, overrides: Sequence[str], ranks: Ranks, images: Path | None) -> Subject:
+    """The branches of a config, trained one after the other as the training loop does."""
+    config = loading.load(path, overrides, images)
+    waited: list[float] = []
+    if images is None:
+        precision = Precision(config.train.precision, ranks.device)
+        precision.apply()
+        _, learners = learners_of(config, config.train.batch_size, precision, Mesh(ranks, len(config.split.groups)))
+        batches: Iterator[Batch] = repeat(random_batch(config, precision, ranks.device))
+    else:
+        session = Session(Plan.of(config, ranks))
+        config, precision, learners = session.config, session.plan.precision, session.learners
+        batches = (batch for _ in repeat(None) for batch in session.feed.take(1, ahead=True))
+    first = next(batches)
+    inputs, labels = first.inputs, first.labels
+
+    def losses() -> Iterator[Tensor]:
+        for learner, x in zip(learners, inputs, strict=True):
+            with precision.autocast():
+                yield cross_entropy(learner.network(x), labels)
+
+    def forward() -> None:
+        for _ in losses():
+            pass
+
+    def forward_and_backward() -> None:
+        for loss, learner in zip(losses(), learners, strict=True):
+            loss.backward()  # type: ignore[no-untyped-call]
+            learner.optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        began = time.perf_counter()
+        batch = next(batches)
+        waited.append(time.perf_counter() - began)
+        for learner, x in zip(learners, batch.inputs, strict=True):
+            learner.step([x], [batch.labels], lr=1e-3)
+
+    with torch.device("meta"):
+        branches = Ensemble.of(config).branches
+    products: Counter[Product] = sum(
+        (products_of(branch, x.shape) for branch, x in zip(branches, inputs, strict=True)), Counter()
+    )
+    parts = dict(zip(PARTS, (forward, forward_and_backward, step), strict=True))
+    return Subject(config.name, parts, products, waited)
+
+
+def random_batch(config: RunConfig, precision: Precision, device: torch.device) -> Batch:
+    """A batch of normally distributed bands, as the loader would hand it over."""
+    size, count = config.data.image_size // config.split.block, config.train.batch_size
+    shapes = [(count, 3 * len(group), size, size) for group in config.split.groups]
+    dtype = torch.float16 if precision.half_bands else torch.float32
+    inputs = [torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last) for shape in shapes]
+    return Batch(inputs, torch.randint(config.classes, (count,), device=device))
+
+
+def peers(path: Path, overrides: Sequence[str], device: torch.device, images: Path | None) -> list[Subject]:
+    """The network of a config on whole images, trained with the means of torchvision and of timm alone."""
+    config = loading.load(path, overrides, images)
+    precision = Precision(config.train.precision, device)
+    torchvisions = torchvision.models.get_model(config.model.arch, num_classes=config.classes)
+    timms = timm.create_model(config.model.arch, num_classes=config.classes)
+    sgd = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
+    return [
+        plain(
+            "torchvision", torchvisions, torch.optim.SGD(torchvisions.parameters(), **sgd), config, precision, images
+        ),
+        plain("timm", timms, timm.optim.create_optimizer_v2(timms, opt="sgd", **sgd), config, precision, images),
+    ]
+
+
+def plain(
+    name: str, net: nn.Module, optimizer: Any, config: RunConfig, precision: Precision, images: Path | None
+) -> Subject:
+    net.to(precision.device).train()
+    side, count, device = config.data.image_size, config.train.batch_size, precision.device
+    batches: Iterator[Any] = (
+        repeat(
+            (torch.randn(count, 3, side, side, device=device), torch.randint(config.classes, (count,), device=device))
+        )
+        if images is None
+        else image_folder(config)
+    )
+    waited: list[float] = []
+
+    def loss_of(x: Tensor, labels: Tensor) -> Tensor:
+        with precision.autocast():
+            return cross_entropy(net(x), labels)
+
+    x, labels = (tensor.to(device) for tensor in next(batches))
+
+    def forward() -> None:
+        loss_of(x, labels)
+
+    def forward_and_backward() -> None:
+        loss_of(x, labels).backward()  # type: ignore[no-untyped-call]
+        optimizer.zero_grad(set_to_none=True)
+
+    def step() -> None:
+        began = time.perf_counter()
+        taken = [tensor.to(device, non_blocking=True) for tensor in next(batches)]
+        waited.append(time.perf_counter() - began)
+        loss_of(*taken).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    parts = dict(zip(PARTS, (forward, forward_and_backward, step), strict=True))
+    return Subject(f"{name}'s step", parts, products_of(net, x.shape), waited)
+
+
+def image_folder(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Batches of torchvision's ImageFolder in a DataLoader, with the usual training transforms."""
+    data = config.data
+    transform = v2.Compose(
+        [
+            v2.RandomResizedCrop(data.image_size, tuple(data.scale)),
+            v2.RandomHorizontalFlip(),
+            v2.PILToTensor(),
+            v2.ToDtype(torch.float32),
+            v2.Normalize(list(data.mean), list(data.std)),
+        ]
+    )
+    folder = ImageFolder(expanded(data.root, "data.root") / data.train, transform)
+    workers = available_cpus()
+    loader = DataLoader(
+        folder, config.train.batch_size, shuffle=True, drop_last=True, num_workers=workers, persistent_workers=True
+    )
+    return chain.from_iterable(repeat(loader))
+
+
+# ---------------------------------------------------------------------------------------------------- arithmetic
+
+
+def products_of(net: nn.Module, shape: Sequence[int]) -> Counter[Product]:
+    """The matrix products of a forward pass of inputs of this shape, batch first: one for each convolution (as im2col
+    has it) and linear layer."""
+    found: Counter[Product] = Counter()
+
+    def note(module: Any, inputs: tuple[Tensor], output: Tensor) -> None:
+        n, k = module.weight.shape[0], module.weight[0].numel()
+        found[output.numel() // n, k, n] += 1
+
+    net = copy.deepcopy(net).to("meta")
+    hooks = [m.register_forward_hook(note) for m in net.modules() if isinstance(m, nn.Conv2d | nn.Linear)]
+    net(torch.empty(*shape, device="meta"))
+    for hook in hooks:
+        hook.remove()
+    return found
+
+
+def seconds_of(products: Counter[Product], precision: Precision) -> float:
+    """Time of matrix products of random numbers: the shortest of three for each shape."""
+    total, device = 0.0, precision.device
+    for (m, k, n), times in products.items():
+        a, b = (torch.randn(shape, device=device, dtype=precision.dtype) for shape in ((m, k), (k, n)))
+        total += times * min(measured(lambda a=a, b=b: a @ b, 1, device) for _ in range(3))
+    return total
+
+
+# ---------------------------------------------------------------------------------------------------- measurement
+
+
+def measured(work: Callable[[], Any], times: int, device: torch.device) -> float:
+    """Seconds of one call, mean of several in a row."""
+    synchronize(device)
+    began = time.perf_counter()
+    for _ in range(times):
+        work()
+    synchronize(device)
+    return (time.perf_counter() - began) / times
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def timed(
+    subjects: Sequence[Subject], rounds: int, steps: int, device: torch.device
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
+    """Seconds of every part of every subject in every round, and the peak of allocated GPU memory in a step."""
+    peaks = {}
+    for subject in subjects:  # warm-up: memory, cuDNN's choice of algorithms, compilation
+        for _ in range(2):
+            for part in subject.parts.values():
+                part()
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+            subject.parts["step"]()
+            peaks[subject.name] = torch.cuda.max_memory_allocated(device) - before
+        subject.waited.clear()
+    seconds = {subject.name: {part: [] for part in PARTS} for subject in subjects}
+    order = [(subject, part) for subject in subjects for part in PARTS]
+    for n in tqdm(range(rounds), unit="round", disable=None):
+        random.Random(n).shuffle(order)
+        for subject, part in order:
+            seconds[subject.name][part].append(measured(subject.parts[part], steps, device))
+    return seconds, peaks
+
+
+def show(subjects: Sequence[Subject], seconds: Any, gemm: dict[str, float], peaks: dict[str, int], count: int) -> None:
+    first = subjects[0].name
+    print(f"\nbatch {count}; medians of the rounds; in brackets their range\n")
+    print(
+        f"| {'':<32} | GMACs | step ms | step / {first} | forward | backward | optimizer | waiting | images/s "
+        f"| GFLOP/s | GEMM |" + " peak MiB |" * bool(peaks)
+    )
+    print(f"|{'-' * 34}|" + f"{'-' * 6}:|" * (10 + bool(peaks)))
+    for subject in subjects:
+        forward, both, step = (np.array(seconds[subject.name][part]) for part in PARTS)
+        ratios = step / np.array(seconds[first]["step"])
+        mid = float(np.median(step))
+        parts = [np.median(each) / mid for each in (forward, both - forward, step - both)]
+        waiting = np.median(subject.waited) / mid
+        macs = sum(m * k * n * times for (m, k, n), times in subject.products.items())
+        print(
+            f"| {subject.name:<32} | {macs / count / 1e9:.3f} | {1e3 * mid:,.0f} "
+            f"| {np.median(ratios):.2f} ({ratios.min():.2f} .. {ratios.max():.2f}) | "
+            + " | ".join(f"{100 * part:.0f} %" for part in (*parts, waiting))
+            + f" | {count / mid:,.1f} | {6 * macs / mid / 1e9:,.0f} | {100 * gemm[subject.name] / mid:.0f} % |"
+            + (f" {peaks[subject.name] / 2**20:,.0f} |" if peaks else "")
+        )
+
+
+if __name__ == "__main__":
+    main()
