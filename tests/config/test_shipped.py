@@ -20,7 +20,7 @@ from bandsplit.errors import UserError
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import resolved
-from bandsplit.training import optimizers, schedules
+from bandsplit.training import dry_run, optimizers, schedules
 from tests.conftest import DATA_TOML, REPOSITORY, run
 
 SHIPPED = sorted((REPOSITORY / "config/train").glob("*.toml"))
@@ -84,6 +84,29 @@ def test_its_header_names_its_own_command(path: Path) -> None:
     launched = f"config/train/{path.name}" if path.stem != "demo" else "torchrun src/train.py"
     assert head.startswith("# ")
     assert launched in head
+
+
+@pytest.mark.parametrize("path", [p for p in CONFIGS if "_channels_" in p.stem], ids=lambda path: path.stem)
+def test_its_header_states_its_cost_beside_the_baselines(path: Path) -> None:
+    """Multiplications by torch's counter; activations by what autograd keeps, to a tenth of the baseline's."""
+    own, base = (
+        _cost(loading.load(each)) for each in (path, path.with_name(path.stem.split("_")[0] + "_baseline.toml"))
+    )
+    (said,) = re.findall(r"([\d.]+) GMACs per image forward \(baseline: ([\d.]+)\), and (.+?) activations", _head(path))
+    assert said[:2] == (f"{own.macs / 1e9:.2f}", f"{base.macs / 1e9:.2f}")
+    share = {"as many": 1, "three quarters of the": 0.75, "a quarter of the": 0.25, "a fifth of the": 0.2}[said[2]]
+    assert own.activation_bytes / base.activation_bytes == pytest.approx(share, abs=0.04)
+
+
+def _cost(config: schema.RunConfig) -> dry_run.BranchCost:
+    (group,), size = config.split.groups, config.data.image_size // config.split.block
+    with torch.device("meta"):
+        (branch,) = Ensemble.of(config).branches
+    return dry_run.branch_cost(branch, 3 * len(group), size, 2)
+
+
+def _head(path: Path) -> str:
+    return path.read_text().split("\n\n")[0].replace("\n# ", " ")
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -172,8 +195,9 @@ RESNET18 = ("model.arch=resnet18", *SMALL)
 FAMILIES: dict[str, tuple[str, ...]] = {
     "resnet34_baseline": RESNET18,
     "resnet34_sub4": RESNET18,
-    "resnet34_sub4_channels": RESNET18,
-    "resnet34_sub16_channels": RESNET18,
+    "resnet34_sub4_channels_coarse": RESNET18,
+    "resnet34_sub16_channels_fine": RESNET18,
+    "resnet34_sub64_channels_coarse": RESNET18,
     "resnet34_21k_baseline": RESNET18,
     "resnet50_adam_a40": SMALL,
     "resnet50_one_cycle": (*RESNET18, "optim.lr=0.05"),
@@ -197,7 +221,7 @@ ARCHITECTURES = {
 CASES = [
     *(pytest.param(f"{name}.toml", keys, id=name) for name, keys in FAMILIES.items()),
     *(
-        pytest.param("resnet34_sub4_channels.toml", (f"model.arch={arch}", "model.stem=standard", *keys), id=arch)
+        pytest.param("resnet34_sub4_channels_coarse.toml", (f"model.arch={arch}", *keys), id=arch)
         for arch, keys in ARCHITECTURES.items()
     ),
 ]
