@@ -19,7 +19,7 @@ from einops import rearrange
 from scipy.fft import dctn
 
 from bandsplit.config import loading, schema
-from bandsplit.data import holdout, source
+from bandsplit.data import deviations, holdout, source
 from bandsplit.data.crops import CENTER, FLIP, TEN
 from bandsplit.data.images import ImageFiles, open_here
 from bandsplit.data.loader import TrainingLoader, ValidationLoader
@@ -390,6 +390,35 @@ def test_flips_and_crops_are_those_of_the_image(
     for a, b in zip(half.read(indices, side, corners, mirror).inputs, apart, strict=True):
         assert a.dtype == torch.float16
         torch.testing.assert_close(a.float(), b, rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.parametrize("keys", [(), ("split.transform=dct1d",)], ids=["dct2d", "dct1d"])
+def test_the_deviations_divide_what_is_read_and_not_what_is_packed(
+    config_file: Path, packed: Packed, tmp_path: Path, keys: tuple[str, ...]
+) -> None:
+    """Flipped bands of dct1d are sums of several, each in its own unit."""
+    root, sigma = packed("uint8", *keys), (4.0, 0.5, 0.25, 2.0)
+    train, scaled = parts_of(from_store(config_file, root, *keys))[0], ["split.scale=0.5", f"split.sigma={list(sigma)}"]
+    indices, mirror = np.arange(20), np.arange(20) % 2 == 0
+    plain, divided = (
+        BandReader(train, [View.of(loading.load(config_file, [*keys, *more]))], share(), hflip=0.5).read(
+            indices, 20, None, mirror
+        )
+        for more in ([], scaled)
+    )
+    for x, y, deviation in zip(plain.inputs, divided.inputs, sigma, strict=True):
+        torch.testing.assert_close(y, x / deviation**0.5, rtol=1e-5, atol=1e-5)
+    if not keys:
+        pack(loading.load(config_file, scaled), tmp_path / "scaled", "uint8")
+        assert files_of(tmp_path / "scaled") == files_of(root)
+        measured = deviations.measured(from_store(config_file, root), train)
+        np.testing.assert_allclose(
+            measured,
+            deviations.measured(
+                loading.load(config_file, ["data.scale=1,1"]), files_in(loading.load(config_file), "train")
+            ),
+            rtol=0.1,
+        )
 
 
 @pytest.mark.parametrize(("kind", "block"), [("dct2d", 6), ("hadamard", 8), ("identity", 3), ("dct1d", 3)])

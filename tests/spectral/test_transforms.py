@@ -1,13 +1,20 @@
 """The reference against scipy, against a loop in float64, and against properties of any transform."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import scipy.fft
 import scipy.linalg
 import torch
+from einops import rearrange
 from torch import Tensor
 
+from bandsplit.config import loading
+from bandsplit.models import networks
 from bandsplit.spectral import transforms
+from bandsplit.spectral.view import View
+from bandsplit.training import losses, optimizers
 
 BLOCKS = [1, 2, 4, 6]
 KINDS = ["dct2d", "dct1d", "hadamard", "identity"]
@@ -213,3 +220,42 @@ def test_transform_matrix_names_what_is_wrong() -> None:
         transforms.transform_matrix("dct2d", 2, "l2")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="block = 0: must be at least 1"):
         transforms.transform_matrix("dct2d", 0)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5])
+def test_only_the_scale_of_the_bands_tells_dct2d_from_pixels(config_file: Path, gamma: float) -> None:
+    """Bands as channels, in float64: with first weights that are rotated by the matrix, both have the same losses.
+
+    SGD with momentum and weight decay commutes with a rotation, so that they stay equal: by induction over the steps,
+    the first weights of one are those of the other, rotated, and all others are equal.
+    """
+    scaled = [f"split.scale={gamma}", "split.sigma=[2.0, 0.5, 0.4, 0.2]", 'split.branches="all"']
+    config = loading.load(config_file, [*scaled, "optim.weight_decay=0.01"])
+    matrix, generator = View.of(config).matrix, torch.Generator().manual_seed(0)
+    images = torch.randn(10, 8, 3, 16, 16, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, 10, (10, 8), generator=generator)
+    found = []
+    for own in (np.eye(4), matrix):
+        torch.manual_seed(0)
+        network = networks.build(config.model, 12, 10, 8).double()
+        first: torch.nn.Conv2d = network.conv1
+        with torch.no_grad():  # x = M⁻¹ X, so that W x = (W M⁻¹) X
+            weights = rearrange(first.weight, "o (n c) h w -> o n c h w", c=3)
+            rotated = torch.einsum("nk,onchw->okchw", torch.from_numpy(np.linalg.inv(own)), weights)
+            first.weight.copy_(rearrange(rotated, "o k c h w -> o (k c) h w"))
+        optimizer = optimizers.optimizer(network, config)
+        steps = []
+        for x, y in zip(images, labels, strict=True):
+            (bands,) = transforms.stack(transforms.split(x, own, 2), [[0, 1, 2, 3]])
+            loss = losses.loss(network(bands), y, config.loss)
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            steps.append(float(loss.detach()))
+        found.append(steps)
+    if gamma:
+        assert found[0][0] == pytest.approx(found[1][0], rel=1e-9)
+        assert abs(found[0][9] - found[1][9]) > 1e-3
+    else:
+        np.testing.assert_allclose(found[0], found[1], rtol=1e-9)
+        assert len(set(found[0])) == 10

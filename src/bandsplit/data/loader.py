@@ -305,14 +305,13 @@ def _next_batch(pipe: RecoveringPipeline, views: Sequence[View], shard: Shard) -
 
 
 def _split_in_torch(images: Tensor, mirror: Tensor, view: View, shard: Shard) -> list[Tensor]:
-    split = view.split
     return transforms.split_images(
         images,
-        transforms.transform_matrix(split.transform, split.block, split.norm),
-        split.block,
+        view.matrix,
+        view.split.block,
         view.mean,
         view.std,
         mirror.flatten().to(images.device),
-        split.groups,
+        view.split.groups,
         torch.float16 if shard.half else torch.float32,
     )

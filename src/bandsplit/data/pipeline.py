@@ -22,7 +22,7 @@ from bandsplit.data import augmentation
 from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.order import TrainingOrder, ValidationOrder
-from bandsplit.spectral import native, transforms
+from bandsplit.spectral import native
 from bandsplit.spectral.view import View
 
 fn: Any = dali_fn  # operators are made at run time, ours among them: DALI's stubs do not know them all
@@ -224,12 +224,11 @@ def _finish(images: Any, mirror: Any, labels: Any, shard: Shard, views: Sequence
 
 def _split(images: Any, mirror: Any, shard: Shard, view: View) -> Sequence[Any]:
     split = view.split
-    matrix = transforms.transform_matrix(split.transform, split.block, split.norm)
     bands = fn.spectral_split(
         images,
         mirror=mirror,
         block=split.block,
-        matrix=matrix.ravel().tolist(),
+        matrix=view.matrix.ravel().tolist(),
         mean=list(view.mean),
         std=list(view.std),
         groups=[k for group in split.groups for k in group],

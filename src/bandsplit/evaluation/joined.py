@@ -116,7 +116,7 @@ def _require_same_data(one: Restored, other: Restored) -> None:
     """Raises UserError if two runs read different data or preprocess, normalize or transform images differently."""
     for table, keys in (
         ("data", ("name", "classes", "image_size", "val_image_size", "resize_size", "interpolation", "mean", "std")),
-        ("split", ("block", "transform", "norm")),
+        ("split", ("block", "transform", "norm", "scale", "sigma")),
     ):
         for key in keys:
             a, b = (getattr(getattr(run.config, table), key) for run in (one, other))

@@ -58,16 +58,21 @@ class RunDirectory:
         with reading(self.path):
             return self.config.is_file()
 
-    def check(self, config: RunConfig, resume: bool) -> None:
-        """Raises UserError if a new run would overwrite another, or a resumed run would change its config."""
+    def check(self, config: RunConfig, resume: bool) -> dict[str, dict[str, Any]]:
+        """Values that the run to resume has found for keys that the config leaves open, by table and key.
+
+        Raises UserError if a new run would overwrite another, or a resumed run would change its config.
+        """
         if not self.holds_run:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--run-dir {self.path}: this is a file, not a folder")
-            return
+            return {}
         if not resume:
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
         # keys added since the run began load as their defaults, which match what the run was computed with
-        before, now = (flatten(resolved(each)) for each in (loading.load(self.config), config))
+        began = loading.load(self.config)
+        found = {"split": {"sigma": began.split.sigma}} if config.split.sigma is None else {}
+        before, now = (flatten(resolved(each)) for each in (began, config.with_values(found)))
         if config.data.classes is None:  # counted in the data, which are compared by name
             before.pop("data.classes", None)
         changed = [
@@ -77,6 +82,7 @@ class RunDirectory:
         ]
         if changed:
             raise UserError(f"{self.path} holds a run of another config: {'; '.join(changed)}")
+        return found
 
     def check_classes(self, found: Sequence[str], where: str) -> None:
         """Raises UserError if the class names that the run began with differ from those `found` in the data."""

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
+
 from bandsplit.config.schema import RunConfig, Split
+from bandsplit.spectral import transforms
 
 
 @dataclass(frozen=True)
@@ -23,3 +27,17 @@ class View:
     @classmethod
     def of(cls, config: RunConfig) -> View:
         return cls(config.split, config.data.mean, config.data.std)
+
+    @property
+    def factors(self) -> npt.NDArray[np.float64]:
+        """(N,), by which each band is multiplied: 1 / σ^γ with γ = `split.scale`."""
+        if not self.split.scale:
+            return np.ones(self.split.bands)
+        assert self.split.sigma is not None, "split.scale without split.sigma, which is measured when a run starts"
+        return np.asarray(self.split.sigma, dtype=np.float64) ** -self.split.scale
+
+    @property
+    def matrix(self) -> npt.NDArray[np.float64]:
+        """(N, N), the transform of a block with the factors of the bands in its rows."""
+        split = self.split
+        return self.factors[:, None] * transforms.transform_matrix(split.transform, split.block, split.norm)

@@ -38,8 +38,8 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         ExitStack() as stack,
     ):
         # ------------------------------------------------------------------ run directory, networks, data
-        ranks.from_first(partial(directory.check, config, resume))  # before images are examined, which may take hours
-        plan = Plan.of(config, ranks, directory.data if resume else None, lambda: interrupted.signal)
+        found = ranks.from_first(partial(directory.check, config, resume))  # before hours of examining images
+        plan = Plan.of(config.with_values(found), ranks, directory.data if resume else None, lambda: interrupted.signal)
         config = plan.config
         point = ranks.from_first(partial(state.open_run, directory, plan, resume, stack))
         if point and point.finished:

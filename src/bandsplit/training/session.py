@@ -12,7 +12,7 @@ from torch import nn
 
 from bandsplit import seeds
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import holdout, source
+from bandsplit.data import deviations, holdout, source
 from bandsplit.data.feed import BatchFeed
 from bandsplit.data.loader import Streams, StreamState, shard_of
 from bandsplit.data.source import AnyValidationLoader, Images
@@ -60,6 +60,7 @@ class Plan:
         config = config.with_classes(len(files["train"].classes))
         train_files, held_out = holdout.split(files["train"], config)
         config.steps_per_epoch(len(train_files))
+        config = deviations.with_sigma(config, train_files, ranks)
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
         teacher = ranks.each(partial(Teacher.of, config, train_files.classes, precision))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from pydantic import (
@@ -160,7 +161,12 @@ class RunConfig(Table):
 
     def with_classes(self, count: int) -> RunConfig:
         """The same config with `data.classes = count`."""
-        return self.model_copy(update={"data": self.data.model_copy(update={"classes": count})})
+        return self.with_values({"data": {"classes": count}})
+
+    def with_values(self, values: Mapping[str, Mapping[str, Any]]) -> RunConfig:
+        """The same config with other values of some keys of its tables, which are not checked."""
+        tables = {name: getattr(self, name).model_copy(update=keys) for name, keys in values.items()}
+        return self.model_copy(update=tables)
 
     @property
     def networks(self) -> str:

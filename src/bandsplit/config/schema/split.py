@@ -10,7 +10,7 @@ from pydantic import (
     model_validator,
 )
 
-from bandsplit.config.schema.base import Table, mistake
+from bandsplit.config.schema.base import Fraction, Table, mistake
 
 
 def _branches(value: object) -> object:
@@ -39,6 +39,10 @@ class Split(Table):
     transform: Literal["dct2d", "dct1d", "hadamard", "identity"] = "dct2d"
     norm: Literal["ortho", "none"] = "ortho"
     """`none`: the unnormalized transform, as in the published dct1d runs."""
+    scale: Fraction = 0.0
+    """γ: band k is divided by σ_k^γ, a power of its standard deviation. 0: bands as they are; 1: all of deviation 1."""
+    sigma: Annotated[tuple[Annotated[float, Field(gt=0)], ...] | None, Field(strict=False)] = None
+    """σ of every band, over all colors; unset: measured at the start of a run that needs it, and kept in its config."""
     branches: Annotated[Literal["each", "all"] | tuple[tuple[int, ...], ...], BeforeValidator(_branches)] = "each"
     """Bands of each branch. "each": one branch per band; "all": one network for all bands; or explicit groups."""
     only: Annotated[tuple[int, ...] | None, BeforeValidator(_only)] = None
@@ -71,6 +75,9 @@ class Split(Table):
         groups = self._all_groups()
         if self.only is not None and (len(set(self.only)) < len(self.only) or max(self.only) >= len(groups)):
             raise mistake("split.only", list(self.only), f"branches 0 to {len(groups) - 1}, each once")
+        if self.sigma is not None and len(self.sigma) != self.bands:
+            allowed = f"{self.bands} positive numbers, since block = {self.block} has as many bands"
+            raise mistake("split.sigma", list(self.sigma), allowed)
         for group in groups:
             if len(set(group)) != len(group):
                 raise mistake("split.branches", list(group), "each band once in a branch")

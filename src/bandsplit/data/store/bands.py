@@ -93,7 +93,9 @@ class Rendering:
         side = self.sides[part]
         sizes = {"image_size": side, "val_image_size": side}
         data = self.config.data.model_copy(update={**sizes, "prefetch": 1, "on_bad": "error"})
-        split = self.config.split.model_copy(update={"branches": tuple((k,) for k in self.bands), "only": None})
+        split = self.config.split.model_copy(
+            update={"branches": tuple((k,) for k in self.bands), "only": None, "scale": 0.0}
+        )
         config = self.config.model_copy(update={"data": data, "split": split})
         files = ImageFiles(list(paths), [0] * len(paths), ["all"])
         batches = ValidationLoader(config, files, Shard(0, 1, batch_size=1, threads=1, device_id=None))

@@ -47,7 +47,9 @@ class BandReader:
     def __init__(
         self, images: StoredImages, views: Sequence[View], shard: Shard, hflip: float = 0.0, in_memory: bool = False
     ) -> None:
-        self._images, self._groups = images, [group for view in views for group in view.split.groups]
+        self._images = images
+        self._groups = [(group, view.factors) for view in views for group in view.split.groups]
+        """Bands of each branch, and what each band is multiplied by."""
         self._device = torch.device("cpu") if shard.device_id is None else torch.device("cuda", shard.device_id)
         self._dtype = torch.float16 if shard.half else torch.float32
         self._in_memory, manifest, about = in_memory, images.manifest, images.about
@@ -58,7 +60,7 @@ class BandReader:
             memory.hold([*self._bands.values()])
         matrix = transforms.transform_matrix(manifest.transform, manifest.block, manifest.norm)
         self._flip = transforms.flip_matrix(matrix) if hflip else np.eye(len(matrix))
-        self._lines: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        self._lines: dict[tuple[int, int, float], tuple[Tensor, Tensor]] = {}
         on_gpu = self._device.type == "cuda"
         self._stream = torch.cuda.Stream(self._device) if on_gpu else None  # type: ignore[no-untyped-call]
 
@@ -109,23 +111,24 @@ class BandReader:
         slices = [slice(first, first + at_once) for first in range(0, images, at_once)]
         rows = [self._on_device(torch.from_numpy(np.flatnonzero(flipped[some]))) for some in slices]
         inputs = []
-        for group in self._groups:
+        for group, factors in self._groups:
             x = torch.empty(images, height, width, len(group), 3, dtype=self._dtype, device=self._device)
             for some, mirrored in zip(slices, rows, strict=True):
                 for n, k in enumerate(group):
-                    self._write(k, {j: values[some] for j, values in stored.items()}, mirrored, x[some, :, :, n])
+                    values = {j: values[some] for j, values in stored.items()}
+                    self._write(k, float(factors[k]), values, mirrored, x[some, :, :, n])
             inputs.append(rearrange(x, "b h w i c -> b (i c) h w"))
         return inputs
 
     def _on_device(self, rows: Tensor) -> Tensor:
         return rows if self._stream is None else rows.pin_memory().to(self._device, non_blocking=True)
 
-    def _write(self, band: int, stored: Mapping[int, Tensor], rows: Tensor, out: Tensor) -> None:
-        """A band of some images into `out` (B, h, w, 3); flipped in `rows`, where it is a sum over flipped bands.
+    def _write(self, band: int, times: float, stored: Mapping[int, Tensor], rows: Tensor, out: Tensor) -> None:
+        """A band of some images, multiplied, into `out` (B, h, w, 3); flipped in `rows`: a sum over flipped bands.
 
         The first term of the sum, for most transforms the only one, takes its place among the stored values.
         """
-        values, (scale, offset) = stored[band], self._tables(band, out.shape[2])
+        values, (scale, offset) = stored[band], self._tables(band, out.shape[2], times)
         terms = [(int(j), float(self._flip[band, j])) for j in np.flatnonzero(self._flip[band])] if len(rows) else []
         if terms:
             source, factor = terms[0]
@@ -133,7 +136,7 @@ class BandReader:
             if (source, factor) != (band, 1.0):
                 scale, offset = (
                     _with_lines(own, rows, factor * other, len(values))
-                    for own, other in zip((scale, offset), self._tables(source, out.shape[2]), strict=True)
+                    for own, other in zip((scale, offset), self._tables(source, out.shape[2], times), strict=True)
                 )
         exact = (
             out if out.is_contiguous() and out.dtype == torch.float32 else torch.empty_like(values, dtype=torch.float32)
@@ -141,19 +144,19 @@ class BandReader:
         exact.copy_(values)
         torch.addcmul(offset, exact, scale, out=exact)
         for source, factor in terms[1:]:
-            scale, offset = self._tables(source, out.shape[2])
+            scale, offset = self._tables(source, out.shape[2], times)
             term = torch.addcmul(offset, _mirrored(stored[source].index_select(0, rows)).float(), scale)
             exact.index_add_(0, rows, term, alpha=factor)
         if exact is not out:
             out.copy_(exact)
 
-    def _tables(self, band: int, width: int) -> tuple[Tensor, Tensor]:
-        """Scale and offset of a band, (1, 1, w, 3): whole lines are faster than three numbers at a time."""
-        if (band, width) not in self._lines:
+    def _tables(self, band: int, width: int, times: float) -> tuple[Tensor, Tensor]:
+        """Scale and offset of a band, multiplied, (1, 1, w, 3): whole lines are faster than three numbers at a time."""
+        if (band, width, times) not in self._lines:
             about = self._images.manifest.bands[band]
-            scale, offset = (torch.tensor(color, device=self._device) for color in (about.scale, about.offset))
-            self._lines[band, width] = scale.repeat(1, 1, width, 1), offset.repeat(1, 1, width, 1)
-        return self._lines[band, width]
+            scale, offset = (torch.tensor(color, device=self._device) * times for color in (about.scale, about.offset))
+            self._lines[band, width, times] = scale.repeat(1, 1, width, 1), offset.repeat(1, 1, width, 1)
+        return self._lines[band, width, times]
 
 
 def _mirrored(values: Tensor) -> Tensor:
