@@ -13,6 +13,7 @@ from torchvision.ops import StochasticDepth
 
 from bandsplit.config import schema
 from bandsplit.errors import UserError
+from bandsplit.models.recomputation import Stages, run
 
 SMALLEST = {"alexnet": 63, "vgg16": 32, "vgg16_bn": 32, "inception_v3": 75}
 """Smallest side of the inputs in pixels; torchvision's other architectures have no minimum."""
@@ -43,6 +44,14 @@ def require_size(config: schema.Model, size: int) -> None:
 
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def recompute(network: Any) -> None:
+    """Turns on activation checkpointing (`train.activation_checkpointing`) in a network of torchvision."""
+    if isinstance(network, _ResNet):
+        network.recompute = True
+    else:
+        network.features = Stages(*network.features)
 
 
 def _too_small(arch: str, smallest: int, size: int) -> UserError:
@@ -116,7 +125,7 @@ class _ResNet(ResNet):
 
     def __init__(self, config: schema.Model, in_channels: int, classes: int) -> None:
         block, layers = _RESNETS[config.arch]
-        self.width, self.tweaks = config.width, config.tweaks
+        self.width, self.tweaks, self.recompute = config.width, config.tweaks, False
         super().__init__(block, layers, num_classes=classes)
         channels = self._scaled(64)
         stride = 2 if config.stem == "standard" else 1
@@ -139,6 +148,13 @@ class _ResNet(ResNet):
             blocks = self.blocks()
             for i, residual in enumerate(blocks):
                 residual.drop_path = StochasticDepth(config.drop_path * i / (len(blocks) - 1), "row")
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in_channels, h, w) -> logits (B, classes)."""
+        stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
+        x = run([stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4], x, self.recompute)
+        logits: Tensor = self.fc(self.avgpool(x).flatten(1))
+        return logits
 
     def blocks(self) -> list[_Basic | _Bottleneck]:
         return [module for module in self.modules() if isinstance(module, _Basic | _Bottleneck)]

@@ -14,7 +14,7 @@ from torch.nn.utils import clip_grad_norm_, get_total_norm
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.mesh import Mesh
-from bandsplit.models import batch_norm
+from bandsplit.models import batch_norm, networks
 from bandsplit.models.ema import EMA
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
@@ -177,6 +177,9 @@ def learners_of(config: RunConfig, at_once: int, precision: Precision, mesh: Mes
     """
     ensemble = Ensemble.of(config, mesh.own).to(mesh.ranks.device).to(memory_format=torch.channels_last)
     bn_batch_size = batch_norm.bn_batch_size(config, at_once, mesh.replicas)
+    if config.train.activation_checkpointing:
+        for branch in ensemble.branches:
+            networks.recompute(branch)
     emas = [optimizers.make_ema(branch, config) for branch in ensemble.branches]  # copies without process groups
     learners = [
         Learner(batch_norm.fit(branch, bn_batch_size, at_once, mesh), config, precision, mesh, ema)

@@ -76,6 +76,11 @@ class Model(Table):
         """Whether the network may be limited to the input size it was built for."""
         return self.source == "timm" or self.arch in ("alexnet", "vgg16", "vgg16_bn")
 
+    @property
+    def can_recompute(self) -> bool:
+        """Whether `train.activation_checkpointing` is supported."""
+        return self.source == "torchvision" and self.arch != "inception_v3"
+
     @field_validator("arch")
     @classmethod
     def _known(cls, arch: str, info: ValidationInfo) -> str:

@@ -78,6 +78,9 @@ class RunConfig(Table):
                 raise mistake("data.val_image_size", self.data.val_image_size, allowed)
             if self.augment.progressive is not None:
                 raise mistake("augment.progressive.min_size", self.augment.progressive.min_size, allowed)
+        if self.train.activation_checkpointing and (others := [m.arch for m in models if not m.can_recompute]):
+            allowed = f"false with {others[0]!r}; true is supported by torchvision's networks, but for inception_v3"
+            raise mistake("train.activation_checkpointing", True, allowed)
         self._check_progressive()
         self._check_bands()
         if self.schedule.warmup_epochs >= self.train.epochs:

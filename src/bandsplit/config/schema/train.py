@@ -17,6 +17,9 @@ class Train(Table):
     """Images per optimizer step, over all ranks."""
     grad_accum_steps: int = Field(1, ge=1)
     """Forward and backward passes per optimizer step, each on a part of the rank's images, to save memory."""
+    activation_checkpointing: bool = False
+    """Whether each residual block, or stage, of a network keeps only its input and is computed again in the backward
+    pass: about a third of the activations, for a fourth to a third more time; results are the same."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 autocast on a GPU, fp32 on a CPU; `tf32`: fp32 with TF32 arithmetic on a GPU; `fp16`: autocast with
     loss scaling."""
