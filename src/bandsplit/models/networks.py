@@ -50,8 +50,9 @@ def recompute(network: Any) -> None:
     """Turns on activation checkpointing (`train.activation_checkpointing`) in a network of torchvision."""
     if isinstance(network, _ResNet):
         network.recompute = True
-    else:
-        network.features = Stages(*network.features)
+    for name in ("features", "layer1", "layer2", "layer3", "layer4"):
+        if hasattr(network, name):
+            setattr(network, name, Stages(*getattr(network, name)))
 
 
 def _too_small(arch: str, smallest: int, size: int) -> UserError:
@@ -152,7 +153,9 @@ class _ResNet(ResNet):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in_channels, h, w) -> logits (B, classes)."""
         stem = nn.Sequential(self.conv1, self.bn1, self.relu, self.maxpool)
-        x = run([stem, *self.layer1, *self.layer2, *self.layer3, *self.layer4], x, self.recompute)
+        x = run([stem], x, self.recompute)
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4):
+            x = layer(x)
         logits: Tensor = self.fc(self.avgpool(x).flatten(1))
         return logits
 
