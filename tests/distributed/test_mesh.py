@@ -130,6 +130,22 @@ def test_gradients_do_not_depend_on_the_number_of_branch_groups(config_file: Pat
         assert seen == alone.keys()
 
 
+def mean_in_a_context_that_fails() -> tuple[float, float]:
+    """A running mean within the context and after an error in it; before, it is the rank."""
+    with joined(60) as ranks:
+        norm = nn.BatchNorm1d(1)
+        assert norm.running_mean is not None
+        norm.running_mean.fill_(ranks.rank)
+        with pytest.raises(KeyError), Mesh(ranks, 1).mean_buffers(norm):
+            within = norm.running_mean.item()
+            raise KeyError
+        return within, norm.running_mean.item()
+
+
+def test_each_rank_gets_its_own_buffers_back_after_an_error() -> None:
+    assert on_ranks(2, mean_in_a_context_that_fails) == [(0.5, 0.0), (0.5, 1.0)]
+
+
 def exchange_and_give_back(groups: tuple[tuple[int, ...], ...], half: bool) -> list[bool]:
     """Checks that every value arrives at its rank, in order and in channels_last, and that logits are returned."""
     with joined(60) as ranks:

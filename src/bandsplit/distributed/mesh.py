@@ -86,8 +86,9 @@ class Mesh:
     def mean_buffers(self, module: nn.Module) -> Iterator[None]:
         """Context in which the floating-point buffers of `module` are averaged over the replicas.
 
-        Every replica enters it; each rank's own values are restored at the end. As all replicas have the same batch
-        size, the mean of their running means is the running mean over the images of all replicas.
+        Every replica enters it; each rank's own values are restored at the end, after an error too. As all
+        replicas have the same batch size, the mean of their running means is the running mean over the images of all
+        replicas.
         """
         buffers = [buffer for buffer in module.buffers() if buffer.is_floating_point()]
         if self.replicas == 1 or not buffers:
@@ -99,6 +100,8 @@ class Mesh:
         together /= self.replicas
         for buffer, mean in zip(buffers, torch.split(together, [buffer.numel() for buffer in buffers]), strict=True):
             buffer.copy_(mean.view_as(buffer))
-        yield
-        for buffer, before in zip(buffers, own, strict=True):
-            buffer.copy_(before)
+        try:
+            yield
+        finally:
+            for buffer, before in zip(buffers, own, strict=True):
+                buffer.copy_(before)
