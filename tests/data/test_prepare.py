@@ -30,6 +30,7 @@ from torchvision.datasets import imagenet
 
 from bandsplit.cli import options
 from bandsplit.config import loading, schema
+from bandsplit.data import class_names
 from bandsplit.data import folders as class_folders
 from bandsplit.data.prepare import checksums, destination, held_out, imagenet21k, synsets
 from bandsplit.errors import UserError
@@ -146,7 +147,9 @@ def test_imagenet1k_is_what_torchvision_makes_of_the_archives(
     assert done.returncode == 0, done.stderr
     assert f"{ours}: 5 classes, 60 images in train/, 15 images in val/" in done.stdout
     assert next_data(done, ours).classes == 1000
-    assert sorted(path.name for path in ours.iterdir()) == ["dev", "meta.bin", "prepare.json", "train", "val"]
+    assert sorted(path.name for path in ours.iterdir()) == [
+        "class_names.txt", "dev", "meta.bin", "prepare.json", "train", "val"
+    ]  # fmt: skip
 
     shutil.copytree(archives, theirs)
     unchecked = {part: (name, None) for part, (name, _) in imagenet.ARCHIVE_META.items()}
@@ -162,6 +165,9 @@ def test_imagenet1k_is_what_torchvision_makes_of_the_archives(
         assert opened[0][0].size == (9, 8)
     meta = [torch.load(root / "meta.bin", weights_only=True) for root in (ours, theirs)]
     assert meta[0] == meta[1]
+    for given in (None, "meta.bin"):
+        data = schema.Data(name="imagenet1k", root=str(ours), class_names=given)
+        assert class_names.readable(WNIDS, data) == [", ".join(words) for words in opened.classes]
     assert (ours / "dev/data/meta.mat").is_file()
     assert scan(ours / "train").classes == scan(ours / "val").classes == WNIDS
 

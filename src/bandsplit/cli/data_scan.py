@@ -31,7 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
     from bandsplit.data import images, summary
 
     indexes = images.scan(data)
-    print(summary.summary(indexes))
+    print(summary.summary(indexes, data))
     if arguments.output is not None:
         with writing_to(arguments.output):
             summary.bad_files(indexes).to_csv(arguments.output, index=False, errors="surrogateescape")

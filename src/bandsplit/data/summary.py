@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 import pandas as pd
 
+from bandsplit.config.schema import Data
+from bandsplit.data import class_names
 from bandsplit.data.index import Index
 
 _SIDES = (0, 64, 128, 224, 256, 384, 512, 1024, 2048)
@@ -15,11 +17,14 @@ _SIDES = (0, 64, 128, 224, 256, 384, 512, 1024, 2048)
 _EXAMPLES = 20
 
 
-def summary(parts: Mapping[str, Index]) -> str:
-    """Counts per class, formats, sizes, duplicates within and across the parts, and files that are left out."""
+def summary(parts: Mapping[str, Index], data: Data) -> str:
+    """Counts per class, formats, sizes, duplicates within and across the parts, and files that are left out.
+
+    Raises UserError as `class_names.readable` does.
+    """
     lines: list[str] = []
     for part, index in parts.items():
-        lines += [*_part(part, index), ""]
+        lines += [*_part(part, index, data), ""]
     return "\n".join([*lines, *_duplicates(parts)])
 
 
@@ -29,13 +34,13 @@ def bad_files(parts: Mapping[str, Index]) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["part", "name", "reason"])
 
 
-def _part(part: str, index: Index) -> Iterator[str]:
+def _part(part: str, index: Index, data: Data) -> Iterator[str]:
     good = index.good
     yield f"{part}: {len(index):,} images, {index.column('bytes')[good].sum() / 2**20:,.1f} MiB"
     if index.passed_over:
         yield f"  passed over   {'; '.join(index.passed_over)}"
     yield f"  left out      {(~good).sum():,}"
-    yield from _classes(index)
+    yield from _classes(index, class_names.readable(index.classes, data))
     for name in ("format", "color"):
         texts = pd.Series(index.texts(name)[good]).replace("", "unknown").value_counts()
         yield f"  {name:<13} {', '.join(f'{text} {count:,}' for text, count in texts.items())}"
@@ -47,16 +52,23 @@ def _part(part: str, index: Index) -> Iterator[str]:
     yield from _listed("decoded otherwise than by Pillow", index.notes())
 
 
-def _classes(index: Index) -> Iterator[str]:
+def _classes(index: Index, names: Sequence[str]) -> Iterator[str]:
     counts = np.bincount(index.column("label")[index.good], minlength=len(index.classes))
     span = f"{counts.min():,} to {counts.max():,} images, median {np.median(counts):,.0f}"
     yield f"  classes       {len(counts):,}, with {span}"
     order = np.argsort(counts, kind="stable")
     if counts.min() != counts.max():
-        few = ", ".join(f"{index.classes[i]} {counts[i]:,}" for i in order[:5])
-        many = ", ".join(f"{index.classes[i]} {counts[i]:,}" for i in order[::-1][:5])
+        few, many = (
+            ", ".join(f"{_shown(index.classes[i], names[i])} {counts[i]:,}" for i in some)
+            for some in (order[:5], order[::-1][:5])
+        )
         yield f"  fewest        {few}"
         yield f"  most          {many}"
+
+
+def _shown(label: str, name: str) -> str:
+    """A class with the first of its names."""
+    return label if name == label else f"{name.split(',')[0]} ({label})"
 
 
 def _sizes(index: Index) -> Iterator[str]:

@@ -28,8 +28,8 @@ from bandsplit.runs.files import make_folder, read_text, reading, replace_text, 
 
 MAY_CHANGE = (
     "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.check", "data.on_bad",
-    "data.max_bad", "data.in_memory",
-    "train.log_every", "train.activation_checkpointing", "validation.batch_size", "distillation.teacher",
+    "data.max_bad", "data.in_memory", "data.class_names", "train.log_every", "train.activation_checkpointing",
+    "validation.batch_size", "distillation.teacher",
 )  # fmt: skip
 """Keys, or prefixes of keys, that do not affect what is computed and may change when a run is resumed."""
 
@@ -44,6 +44,8 @@ class RunDirectory:
         self.path = Path(path)
         self.config = self.path / "config.toml"
         self.classes = self.path / "classes.json"
+        self.class_names = self.path / "class_names.json"
+        """Readable names of the classes, in their order, if there are some."""
         self.data = self.path / "data"
         """Indexes of the images that the run began with."""
         self.environment = self.path / "environment.json"
@@ -118,12 +120,19 @@ class RunDirectory:
         finally:
             lock.release()
 
-    def create(self, config: RunConfig, classes: Sequence[str], environment: Mapping[str, Any]) -> None:
-        """Creates the folders, writes config.toml and classes.json, and appends this launch to environment.json."""
+    def create(
+        self, config: RunConfig, classes: Sequence[str], environment: Mapping[str, Any], names: Sequence[str] = ()
+    ) -> None:
+        """Creates the folders, writes config.toml and classes.json, and appends this launch to environment.json.
+
+        `names`: readable ones of the classes, if there are some.
+        """
         for folder in (self.path, self.checkpoints, self.logs):
             make_folder(folder)
         replace_text(self.config, tomli_w.dumps(resolved(config)))
         replace_text(self.classes, json.dumps(list(classes)) + "\n")
+        if names:
+            replace_text(self.class_names, json.dumps(list(names), ensure_ascii=False, indent=1) + "\n")
         replace_text(self.environment, json.dumps([*self._launches(), environment], indent=2) + "\n")
 
     def _launches(self) -> list[Any]:

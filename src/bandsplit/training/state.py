@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
-from bandsplit.data import source
+from bandsplit.data import class_names, source
 from bandsplit.data.images import require_same_classes
 from bandsplit.data.loader import Streams, StreamState
 from bandsplit.distributed.mesh import Mesh
@@ -50,6 +50,7 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
     """
     config, classes = plan.config, plan.train_files.classes
     directory.check_classes(classes, config.data.root)
+    names = class_names.readable(classes, config.data)
     if not directory.holds_run:  # before a new run writes anything
         plan.bn_batch_size(plan.streams())
     stack.enter_context(directory.locked())
@@ -74,7 +75,8 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
     launch = environment(plan.ranks.world_size, device_name(plan.ranks))
     groups = plan.mesh.branch_groups
     began = directory.holds_run
-    directory.create(config, classes, {**launch, "branch_groups": groups, "bn_batch_size": bn_batch_size})
+    launch |= {"branch_groups": groups, "bn_batch_size": bn_batch_size}
+    directory.create(config, classes, launch, names if names != list(classes) else ())
     if not began:
         source.keep(directory.data, plan.files)
     return point

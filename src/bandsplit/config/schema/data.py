@@ -60,6 +60,9 @@ class Data(Table):
     """The same for validation images."""
     classes: int | None = Field(None, ge=2)
     """Unset: as many as the training images have."""
+    class_names: str | None = Field(None, min_length=1)
+    """Readable names of the classes: a file below `root`, or "timm" for those of ImageNet; unset: class_names.txt, if
+    it is there."""
     check: Literal["decode", "headers", "off"] = "decode"
     """How a file that is new or has changed is examined before training: decoded, its header read, or not at all."""
     on_bad: Literal["replace", "error"] = "replace"

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from bandsplit.data import class_names
 from bandsplit.data.prepare import archives, summary
 from bandsplit.data.prepare.archives import (
     Unpacked,
@@ -46,7 +47,9 @@ class Devkit:
 
 
 def prepare(source: Path, to: Path, parts: Collection[str], checksums: bool, threads: int) -> str:
-    """Unpacks the archives in the folder `source`: `to`/train, val, dev (the devkit) and meta.bin; returns a summary.
+    """Unpacks the archives in the folder `source`: `to`/train, val, dev (the devkit), meta.bin and class_names.txt.
+
+    Returns a summary.
 
     Args:
         parts: which of "train" and "val".
@@ -149,9 +152,12 @@ def _write_meta(devkit: Devkit, target: Destination) -> None:
     encoded = io.BytesIO()
     torch.save((devkit.words, devkit.val), encoded)
     path = target.work("meta") / "meta.bin"
+    names = path.with_name(class_names.BESIDE)
     with writing_to(path):
         path.write_bytes(encoded.getbuffer())
-    target.commit("meta", {"meta.bin": path}, {})
+        lines = (f"{wnid} {', '.join(words)}\n" for wnid, words in sorted(devkit.words.items()))
+        names.write_text("".join(lines), encoding="utf-8")
+    target.commit("meta", {path.name: path, names.name: names}, {})
 
 
 # ---------------------------------------------------------------------------------------------------- validation images
