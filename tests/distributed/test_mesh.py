@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -136,7 +137,7 @@ def mean_in_a_context_that_fails() -> tuple[float, float]:
         norm = nn.BatchNorm1d(1)
         assert norm.running_mean is not None
         norm.running_mean.fill_(ranks.rank)
-        with pytest.raises(KeyError), Mesh(ranks, 1).mean_buffers(norm):
+        with suppress(KeyError), Mesh(ranks, 1).mean_buffers(norm):
             within = norm.running_mean.item()
             raise KeyError
         return within, norm.running_mean.item()
