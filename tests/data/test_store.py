@@ -38,7 +38,7 @@ Packed = Callable[..., Path]
 TRAIN, VAL = 10 * TRAIN_PER_CLASS, 10 * VAL_PER_CLASS
 
 
-def pack(config: schema.RunConfig, to: Path, dtype: bands.Dtype = "float16", workers: int = 1) -> BandManifest:
+def pack(config: schema.RunConfig, to: Path, dtype: bands.Dtype = "float16", workers: int = 0) -> BandManifest:
     return bands.pack(config, open_here(config.data), Path(config.data.root), to, dtype, None, workers, chunk_images=64)
 
 

@@ -1,38 +1,34 @@
-"""Packed images: sizes, colors, names, and both layouts read by DALI."""
+"""Packed images: sizes, colors, names, and that a training reads them."""
 
 from __future__ import annotations
 
 import io
+import os
 import shutil
-import tarfile
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from nvidia.dali import fn as dali_fn
-from nvidia.dali import pipeline_def
 from PIL import Image, ImageCms
 
 from bandsplit.config import loading
 from bandsplit.data.images import open_here
-from bandsplit.data.store import images
+from bandsplit.data.store import images, packing
 from bandsplit.data.store.images import Encoding, packed_name, resized
 from bandsplit.data.store.manifest import ImageManifest
 from bandsplit.errors import UserError
 from tests.conftest import TRAIN_PER_CLASS, Done
 
-fn: Any = dali_fn
 TRAIN = 10 * TRAIN_PER_CLASS
-ENCODING = Encoding(48, 90, "bilinear", "folders", Path("/"))
+ENCODING = Encoding(48, 90, "bilinear", Path("/"))
 
 
-def pack(
-    config_file: Path, root: Path, to: Path, layout: images.Layout = "folders", workers: int = 1, side: int = 40
-) -> ImageManifest:
+def pack(config_file: Path, root: Path, to: Path) -> ImageManifest:
     config = loading.load(config_file, [f"data.root={root}"])
-    return images.pack(config, open_here(config.data), root, to, side, 90, layout, workers, chunk_images=64)
+    return images.pack(config, open_here(config.data), root, to, 40, 90, workers=0, chunk_images=64)
 
 
 def files_of(root: Path) -> dict[str, bytes]:
@@ -121,34 +117,10 @@ def test_folders_are_what_a_training_reads(config_file: Path, image_root: Path, 
             assert min(Image.open(packed).size) == 40
 
 
-def test_tars_are_what_webdatasets_are(config_file: Path, image_root: Path, tmp_path: Path) -> None:
-    pack(config_file, image_root, tmp_path / "packed", "tar")
-    train = open_here(loading.load(config_file).data)["train"]
-    shards = sorted((tmp_path / "packed/train").iterdir())
-    assert [path.name for path in shards] == ["000000.tar", "000001.tar", "000002.tar"]
-    members: list[tuple[str, bytes]] = []
-    for path in shards:
-        with tarfile.open(path) as tar:
-            members += [(member.name, tar.extractfile(member).read()) for member in tar]  # type: ignore[union-attr]
-    assert [name for name, _ in members] == [f"{n:09d}.{end}" for n in range(TRAIN) for end in ("jpg", "cls")]
-    assert [int(content) for name, content in members if name.endswith(".cls")] == list(train.labels)
-
-    @pipeline_def(batch_size=TRAIN, num_threads=1, device_id=None)
-    def graph() -> Any:
-        return tuple(
-            fn.readers.webdataset(paths=[*map(str, shards)], ext=["jpg", "cls"], missing_component_behavior="error")
-        )
-
-    jpegs, classes = graph().run()
-    assert [int(bytes(classes.at(n))) for n in range(TRAIN)] == list(train.labels)
-    assert bytes(jpegs.at(7)) == dict(members)["000000007.jpg"]
-
-
-@pytest.mark.parametrize("layout", ["folders", "tar"])
 def test_two_packs_are_identical_and_an_interrupted_one_continues(
-    config_file: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: images.Layout
+    config_file: Path, image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pack(config_file, image_root, tmp_path / "whole", layout)
+    pack(config_file, image_root, tmp_path / "whole")
     encode, count = images.resized, [0]
 
     def interrupted(*arguments: Any) -> bytes:
@@ -159,8 +131,8 @@ def test_two_packs_are_identical_and_an_interrupted_one_continues(
 
     monkeypatch.setattr(images, "resized", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        pack(config_file, image_root, tmp_path / "again", layout)
-    pack(config_file, image_root, tmp_path / "again", layout)
+        pack(config_file, image_root, tmp_path / "again")
+    pack(config_file, image_root, tmp_path / "again")
     assert count[0] == 100 + TRAIN - 64 + 50  # the first chunk was finished
     assert files_of(tmp_path / "again") == files_of(tmp_path / "whole")
 
@@ -189,6 +161,16 @@ def test_what_cannot_be_decoded_is_left_out_by_name(
     done = run_here("data.py", "verify", to)
     assert done.returncode == 2
     assert f"{victim}: damaged" in done.stderr
+
+
+def crash(chunk: packing.Chunk) -> packing.Record:
+    os.kill(os.getpid(), signal.SIGSEGV)
+    return {}
+
+
+def test_a_decoder_that_crashes_takes_a_worker_with_it_also_where_it_is_the_only_one() -> None:
+    with pytest.raises(UserError, match="a worker was killed"):
+        list(packing.worked(crash, [packing.Chunk("train", 0, 0, [], [])], 1))
 
 
 def test_names(config_file: Path, image_root: Path, tmp_path: Path) -> None:

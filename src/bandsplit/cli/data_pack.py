@@ -26,9 +26,6 @@ def add(commands: Any) -> None:
         "longest shorter side (data.resize_size)",
     )
     pack.add_argument("--quality", type=_quality, default=90, help="images: JPEG quality, 1 to 100 (90)")
-    pack.add_argument(
-        "--layout", choices=("folders", "tar"), default="folders", help="images: a folder a class, or tar shards"
-    )
     pack.add_argument("--workers", type=_positive, default=available_cpus(), help="processes (the CPUs allotted)")
     pack.set_defaults(run=_pack)
     verify = commands.add_parser("verify", help="check packed data", description=_verify.__doc__)

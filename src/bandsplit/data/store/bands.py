@@ -119,7 +119,7 @@ def pack(
         root: folder of the data set, to which the names of images are relative.
         size: side in pixels of the square that is stored of training images; None: `data.resize_size`, rounded down to
             whole blocks.  Of validation images, what is validated is stored.
-        workers: processes; 1: this one.
+        workers: processes; 0: this one.
         chunk_images: images of a shard; None: as many as are useful.
 
     Raises UserError if `to` holds something else, the disk is full, or the size does not fit.

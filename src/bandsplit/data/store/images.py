@@ -1,4 +1,4 @@
-"""`pack --kind images`: every image resized once, as JPEG, in class folders or in tar shards as WebDataset has them.
+"""`pack --kind images`: every image resized once, as JPEG, in its class folder.
 
 What is small enough and a plain RGB JPEG already is copied as it is; everything else is decoded by Pillow, brought to
 sRGB, resized and encoded, without its metadata.  EXIF orientation is ignored, as the pipeline ignores it.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import io
 import math
-import tarfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -26,10 +25,6 @@ from bandsplit.data.store.manifest import ImageManifest, ImagePart
 from bandsplit.data.store.packing import Chunk, Folder, Record, Source
 from bandsplit.errors import UserError
 
-Layout = Literal["folders", "tar"]
-Encoded = Iterator[tuple[int, str, bytes]]
-Write = Callable[[Encoded, Path, Chunk], dict[str, str]]
-
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
 
@@ -41,7 +36,6 @@ class Encoding:
     """Longest shorter side in pixels."""
     quality: int
     interpolation: Literal["bilinear", "bicubic"]
-    layout: Layout
     root: Path
 
 
@@ -52,7 +46,6 @@ def pack(
     to: Path,
     side: int | None,
     quality: int,
-    layout: Layout,
     workers: int,
     chunk_images: int | None = None,
 ) -> ImageManifest:
@@ -63,23 +56,21 @@ def pack(
         root: folder of the data set, to which the names of images are relative.
         side: longest shorter side in pixels; None: `data.resize_size`.
         quality: of JPEG, 1 to 100.
-        workers: processes.
-        chunk_images: images of a tar shard; None: as many as are useful.
+        workers: processes; 0: this one.
+        chunk_images: images that a worker packs at a time; None: as many as are useful.
 
     Raises UserError if `to` holds something else or the disk is full.
     """
-    encoding = Encoding(side or config.data.resize_size, quality, config.data.interpolation, layout, root)
+    encoding = Encoding(side or config.data.resize_size, quality, config.data.interpolation, root)
     source = Source(parts, root)
     chunks = source.chunks(chunk_images)
-    if layout == "folders":
-        for part, files in parts.items():
-            _require_class_folders(getattr(config.data, part), files, source.names[part])
+    for part, files in parts.items():
+        _require_class_folders(getattr(config.data, part), files, source.names[part])
     plan = {
         "--kind": "images",
         "code_version": __version__,
         "--size": encoding.side,
         "--quality": quality,
-        "--layout": layout,
         "--chunk": len(chunks[0].paths),
         "data.name": config.data.name,
         "data.interpolation": encoding.interpolation,
@@ -91,8 +82,7 @@ def pack(
             manifest = stored.read_manifest(to)
             assert isinstance(manifest, ImageManifest)
             return manifest
-        write = _write_tar if layout == "tar" else _write_folders
-        records = folder.packed(partial(_pack_chunk, write, encoding, to), chunks, workers)
+        records = folder.packed(partial(_pack_chunk, encoding, to), chunks, workers)
         together = list(zip(chunks, records, strict=True))
         packing.write_checksums(to, {name: value for record in records for name, value in record["sha256"].items()})
         about = {}
@@ -110,7 +100,6 @@ def pack(
             kind="images",
             code_version=__version__,
             data=config.data.name,
-            layout=layout,
             side=encoding.side,
             quality=quality,
             interpolation=encoding.interpolation,
@@ -124,33 +113,33 @@ def pack(
 def _require_class_folders(part: str, files: ImageFiles, names: Sequence[str]) -> None:
     """Raises UserError if an image is not in the folder of its class, or two would get the same name."""
     if ".." in Path(part).parts or Path(part).is_absolute():
-        raise UserError(f"--layout folders: {part} is not below data.root; use tar")
+        raise UserError(f"data.root: {part} is not below it, so that its copy would have no place in --to")
     for name, label in zip(names, files.labels, strict=True):
         if not name.startswith(f"{part}/{files.classes[label]}/"):
             raise UserError(
-                f"--layout folders: {name} is not in {part}/{files.classes[label]}/, the folder of its class; use tar"
+                f"{name}: not in {part}/{files.classes[label]}/, the folder of its class; "
+                "`python src/data.py prepare flat` makes class folders from a list"
             )
     renamed = {packed_name(name) for name in names if packed_name(name) != name}
     if taken := renamed.intersection(names):
         name = min(taken).removesuffix(".jpg")
-        raise UserError(f"--layout folders: {name} would become {name}.jpg, which is there already; rename one of them")
+        raise UserError(f"{name} would become {name}.jpg, which is there already; rename one of them")
 
 
-def _pack_chunk(write: Write, encoding: Encoding, to: Path, chunk: Chunk) -> Record:
+def _pack_chunk(encoding: Encoding, to: Path, chunk: Chunk) -> Record:
     """In a worker."""
     left_out: list[dict[str, str]] = []
-    sums = write(_encoded(encoding, chunk, left_out), to, chunk)
-    size = sum((to / name).stat().st_size for name in sums)
-    return {"images": len(chunk.paths) - len(left_out), "bytes": size, "left_out": left_out, "sha256": sums}
-
-
-def _encoded(encoding: Encoding, chunk: Chunk, left_out: list[dict[str, str]]) -> Encoded:
-    """Place in the chunk, name and JPEG of every image that can be decoded."""
-    for place, (path, name) in enumerate(zip(chunk.paths, packing.names_of(chunk.paths, encoding.root), strict=True)):
+    sums: dict[str, str] = {}
+    size = 0
+    for path, name in zip(chunk.paths, packing.names_of(chunk.paths, encoding.root), strict=True):
         try:
-            yield place, name, resized(Path(path), encoding)
+            jpeg = resized(Path(path), encoding)
         except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError) as error:
             left_out.append({"name": name, "reason": f"cannot be read or decoded: {error}".replace(path, name)})
+            continue
+        sums[packed_name(name)] = packing.replace(to / packed_name(name), jpeg, durable=False)
+        size += len(jpeg)
+    return {"images": len(sums), "bytes": size, "left_out": left_out, "sha256": sums}
 
 
 def resized(path: Path, encoding: Encoding) -> bytes:
@@ -194,24 +183,6 @@ def _is_srgb(profile: bytes) -> bool:
         return True  # no profile that says otherwise
 
 
-def _write_folders(images: Encoded, to: Path, chunk: Chunk) -> dict[str, str]:
-    """Every image under its name; SHA-256 by name."""
-    return {packed_name(name): packing.replace(to / packed_name(name), jpeg, durable=False) for _, name, jpeg in images}
-
-
 def packed_name(name: str) -> str:
     """x.jpg and x.JPEG stay, x.png becomes x.png.jpg."""
     return name if PurePosixPath(name).suffix.lower() in (".jpg", ".jpeg") else f"{name}.jpg"
-
-
-def _write_tar(images: Encoded, to: Path, chunk: Chunk) -> dict[str, str]:
-    """One tar of pairs 000000123.jpg and 000000123.cls, the class index; SHA-256 by name."""
-    name = f"{chunk.part}/{chunk.number:06d}.tar"
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode="w", format=tarfile.USTAR_FORMAT) as tar:
-        for place, _, jpeg in images:
-            for suffix, content in (("jpg", jpeg), ("cls", str(chunk.labels[place]).encode())):
-                member = tarfile.TarInfo(f"{chunk.first + place:09d}.{suffix}")  # of no date and no owner
-                member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
-    return {name: packing.replace(to / name, buffer.getvalue())}

@@ -135,7 +135,6 @@ class ImageManifest(_Model):
     kind: Literal["images"]
     code_version: str
     data: str
-    layout: Literal["folders", "tar"]
     side: int
     """Longest shorter side in pixels."""
     quality: int

@@ -22,8 +22,7 @@ def run(config: RunConfig, options: Namespace) -> None:
         stored = bands.pack(config, parts, root, options.to, options.dtype, options.size, options.workers)
         _show_bands(stored, options.to)
     else:
-        quality, layout = options.quality, options.layout
-        packed = images.pack(config, parts, root, options.to, options.size, quality, layout, options.workers)
+        packed = images.pack(config, parts, root, options.to, options.size, options.quality, options.workers)
         _show_images(packed, options.to)
 
 

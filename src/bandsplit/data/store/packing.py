@@ -192,11 +192,11 @@ def _short(value: object) -> str:
 
 
 def worked(work: Callable[[Chunk], Record], chunks: Sequence[Chunk], workers: int) -> Iterator[tuple[Chunk, Record]]:
-    """Results of chunks as they are finished by the worker processes; with one worker, in this process.
+    """Results of chunks as they are finished by the worker processes; without workers, in this process.
 
     Raises the UserError of a worker, and one where a worker is killed.
     """
-    if workers == 1 or len(chunks) <= 1:
+    if not workers or not chunks:
         for chunk in chunks:
             yield chunk, work(chunk)
         return
@@ -209,7 +209,7 @@ def worked(work: Callable[[Chunk], Record], chunks: Sequence[Chunk], workers: in
         except BrokenProcessPool:
             raise UserError(
                 "a worker was killed, by the system for memory or by a file that crashes the decoder; the same command "
-                "goes on from here, with --workers 1 in the process itself"
+                "goes on from here, with fewer --workers in less memory"
             ) from None
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
