@@ -1,8 +1,8 @@
 """Throughput from JPEG files to training batches: python bench/pipeline.py [--images FOLDER]
 
 Compares, on the same files with random resized crop and hflip: our pipeline with the split, the same DALI pipeline with
-crop_mirror_normalize instead, torchvision's ImageFolder with v2 transforms in a DataLoader, and FFCV if installed.
-Results are in images/s.
+crop_mirror_normalize instead, torchvision's ImageFolder with v2 transforms in a DataLoader, and FFCV with
+--ffcv-python, in whose .beton the files are stored as they are. Results are in images/s.
 """
 
 from __future__ import annotations
@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import common
-import numpy as np
+import ffcv_peer
 import torch
 from nvidia.dali import fn, pipeline_def
-from PIL import Image
 from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
@@ -113,56 +112,11 @@ def endless(loader: Iterable[Any]) -> Subject:
     return step
 
 
-def ffcv_loader(files: list[Path], folder: Path, side: int, batch_size: int, workers: int) -> Subject | None:
-    """FFCV on the same JPEG files, stored without re-encoding in its own format; None if FFCV is not installed."""
-    try:
-        from ffcv.fields import IntField, RGBImageField
-        from ffcv.fields.basics import IntDecoder
-        from ffcv.fields.rgb_image import IMAGE_MODES, RandomResizedCropRGBImageDecoder
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.transforms import NormalizeImage, RandomHorizontalFlip, ToTensor, ToTorchImage
-        from ffcv.writer import DatasetWriter
-    except ImportError as error:
-        print(f"FFCV is skipped ({error}): apt install libopencv-dev libturbojpeg0-dev pkg-config; pip install ffcv")
-        return None
-
-    class StoredJpeg(RGBImageField):
-        def encode(self, destination: Any, file: Any, malloc: Any) -> None:
-            content = np.fromfile(file, dtype=np.uint8)
-            destination["mode"] = IMAGE_MODES["jpg"]
-            destination["width"], destination["height"] = Image.open(file).size
-            destination["data_ptr"], storage = malloc(content.nbytes)
-            storage[:] = content
-
-    container = folder / "images.beton"
-    if not container.exists():
-        writer = DatasetWriter(str(container), {"image": StoredJpeg(), "label": IntField()}, num_workers=1)
-        writer.from_indexed_dataset([(str(file), 0) for file in files])
-    data = config(side, 1).data
-    image = [
-        RandomResizedCropRGBImageDecoder((side, side)),
-        RandomHorizontalFlip(),
-        NormalizeImage(np.float32(data.mean), np.float32(data.std), np.float32),
-        ToTensor(),
-        ToTorchImage(),
-    ]
-    loader = Loader(
-        str(container),
-        batch_size,
-        num_workers=workers,
-        order=OrderOption.RANDOM,
-        os_cache=True,
-        custom_fields={"image": StoredJpeg},
-        drop_last=True,
-        pipelines={"image": image, "label": [IntDecoder(), ToTensor()]},
-    )
-    return endless(loader)
-
-
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/pipeline.json")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--files", type=int, default=2000)
+    ffcv_peer.add_option(parser)
     options = parser.parse_args()
     files = common.jpeg_files(options.images, options.files)
     share = Shard(0, 1, options.batch, options.threads, None)
@@ -171,16 +125,17 @@ def main() -> None:
         folder = Path(name)
         for block, side in ((2, 224), (4, 224), (6, 228)):
             split = f"with the split, s = {block}"
-            ffcv = ffcv_loader(files, folder, side, options.batch, options.threads)
+            ffcv = ffcv_peer.started(options, {"FFCV": (files, None)}, folder, config(side, 1).data)
             subjects = {
                 split: ours(files, side, block, share),
                 "crop_mirror_normalize instead": without_split(files, side, share),
                 "torchvision + DataLoader": torchvision_loader(files, folder, side, options.batch, options.threads),
-                **({"FFCV": ffcv} if ffcv else {}),
+                **ffcv,
             }
             results[f"block {block}"] = rates = common.interleaved(subjects, options.rounds, 1.5, pause=0.7, skip=5)
             title = f"pipeline at {side} x {side}, batch {options.batch}, {options.threads} threads"
             common.print_table(title, rates, split)
+            ffcv_peer.stop(ffcv)
     settings = {"batch": options.batch, "threads": options.threads, "rounds": options.rounds, "files": len(files)}
     common.write(options.output, settings, results)
 

@@ -1,9 +1,10 @@
 """Training batches from a band store, from packed and from original JPEGs: python bench/store.py [--images FOLDER]
 
 One band of sub16 in batches of 512: from a band store in memory, in the page cache and on a disk that has none of it
-cached; DALI on JPEGs resized once and on the originals; torchvision with a DataLoader, and FFCV where it is installed,
-on the originals. Beside them a memcpy of the batch that is handed over. Sizes of whole data sets are calculated from
-the measured bytes of an image.
+cached; DALI on JPEGs resized once and on the originals; torchvision with a DataLoader on the originals. Whole images,
+all bands of sub16 or RGB: DALI on JPEGs packed at 224; FFCV on the same files, and on a .beton file that it writes with
+max_resolution = 224. Beside them a memcpy of the batch that is handed over. Sizes of whole data sets are calculated
+from the measured bytes of an image.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from itertools import count
 from pathlib import Path
 
 import common
+import ffcv_peer
 import numpy as np
 import pipeline as peers
 import torch
@@ -40,8 +42,8 @@ SETS = {"ImageNet-1K": 1_281_167, "ImageNet-21K (fall 2011)": 14_197_122, "Image
 TYPES = {"uint8": torch.uint8, "float16": torch.float16, "float32": torch.float32}
 
 
-def config(side: int, block: int, stored: int, **data: object) -> schema.RunConfig:
-    """Reads band 0 alone."""
+def config(side: int, block: int, stored: int, branches: object = ((0,),)) -> schema.RunConfig:
+    """Reads band 0 alone, unless `branches` says otherwise."""
     return schema.RunConfig.model_validate(
         {
             "name": "bench",
@@ -51,10 +53,9 @@ def config(side: int, block: int, stored: int, **data: object) -> schema.RunConf
                 "classes": 2,
                 "image_size": side,
                 "resize_size": stored,
-                **data,
             },
             "model": {"arch": "resnet18"},
-            "split": {"block": block, "branches": [[0]]},
+            "split": {"block": block, "branches": branches},
             "optim": {"lr": 0.1},
             "train": {"epochs": 1, "batch_size": 512},
         }
@@ -126,7 +127,7 @@ def cold(run: schema.RunConfig, found: StoredImages, share: Shard, rounds: int) 
 
 def packed_jpegs(listed: ImageFiles, to: Path, side: int) -> tuple[ImageFiles, float]:
     """JPEGs with a shorter side of at most `side`, and the bytes of one."""
-    encoding = Encoding(side, 90, "bilinear", "folders", Path("/"))
+    encoding = Encoding(side, 90, "bilinear", Path("/"))
     to.mkdir()
     paths = []
     for n, path in enumerate(listed.paths):
@@ -143,6 +144,7 @@ def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/store.json")
     parser.add_argument("--batch", type=int, default=512)
     parser.add_argument("--files", type=int, default=2000)
+    ffcv_peer.add_option(parser)
     options = parser.parse_args()
     files = common.jpeg_files(options.images, options.files)
     listed = ImageFiles([*map(str, files)], [0] * len(files), ["all"])
@@ -152,14 +154,19 @@ def main() -> None:
     results: dict[str, object] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        small, small_bytes = packed_jpegs(listed, folder / "packed", 160)
+        small, small_bytes = packed_jpegs(listed, folder / "packed160", 160)
+        packed, packed_bytes = packed_jpegs(listed, folder / "packed224", 224)
         stores = {
             "uint8, 224 stored": (whole, stored(whole, listed, folder / "u8", "uint8", options.threads)),
             "float16, 224 stored": (whole, stored(whole, listed, folder / "f16", "float16", options.threads)),
             "uint8, 256 stored": (cropped, stored(cropped, listed, folder / "u8crop", "uint8", options.threads)),
         }
         sub36 = stored(config(336, 6, 336), listed, folder / "sub36", "uint8", options.threads)
-        ffcv = peers.ffcv_loader(files, folder, 224, options.batch, options.threads)
+        containers = {
+            "RGB: FFCV, packed at 224": ([Path(path) for path in packed.paths], None),
+            "RGB: FFCV, .beton of 224": (files, 224),
+        }
+        ffcv = ffcv_peer.started(options, containers, folder, whole.data)
         original = "DALI, original JPEGs"
         subjects = {
             **{f"memcpy of {n}": memcpy(values, t, options.batch) for n, t in TYPES.items()},
@@ -168,21 +175,29 @@ def main() -> None:
             **{f"memory: {n}": training(r, s, share, True) for n, (r, s) in stores.items()},
             **{f"page cache: {n}": training(r, s, share, False) for n, (r, s) in stores.items()},
             "DALI, JPEGs packed at 160": jpegs(whole, small, share),
+            "DALI, JPEGs packed at 224": jpegs(whole, packed, share),
             original: jpegs(whole, listed, share),
             "torchvision + DataLoader, originals": peers.torchvision_loader(
                 files, folder, 224, options.batch, options.threads
             ),
-            **({"FFCV, originals": ffcv} if ffcv else {}),
+            "all bands: DALI, packed at 224": jpegs(config(224, 4, 224, "all"), packed, share),
+            **ffcv,
         }
-        rates = common.interleaved(subjects, options.rounds, 1.5, pause=0.3, skip=2)
+        rates = common.interleaved(subjects, options.rounds, 1.5, pause=0.3, skip=3)
+        ffcv_peer.stop(ffcv)
         for name, (run, found) in stores.items():
             rates[f"cold: {name}"] = cold(run, found, share, options.rounds)
         results["img/s"] = rates
         common.print_table(f"one band of sub16, batch {options.batch}, {options.threads} threads", rates, original)
+        ours = "all bands: DALI, packed at 224"
+        same = {name: rates[name] for name in (ours, *ffcv)}
+        common.print_table("as many values from the same images", same, ours)
         results["ms a batch"] = {name: options.batch / float(np.median(rate)) * 1e3 for name, rate in rates.items()}
         sizes = {
             "original JPEGs, all bands": mean_bytes(list(listed.paths)),
             "JPEGs packed at 160, all bands": small_bytes,
+            "JPEGs packed at 224, all bands": packed_bytes,
+            **{name: peer.image_bytes for name, peer in ffcv.items()},
             "sub16 at 224, uint8, a band": on_disk(stores["uint8, 224 stored"][1]),
             "sub16 at 224, float16, a band": on_disk(stores["float16, 224 stored"][1]),
             "sub16 at 256, uint8, a band": on_disk(stores["uint8, 256 stored"][1]),

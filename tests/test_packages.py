@@ -14,7 +14,7 @@ import tomli
 from tests.conftest import REPOSITORY
 
 PROJECT = tomli.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-OURS = {"bandsplit", "common", "pipeline", "script", "tests"}
+OURS = {"bandsplit", "common", "ffcv_peer", "pipeline", "script", "tests"}
 PART_OF = {"pydantic-core": "pydantic"}  # which pins it
 NOT_ON_PYPI = {"ffcv"}  # the benchmark of the data pipeline uses it if it is installed
 
