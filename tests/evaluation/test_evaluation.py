@@ -18,14 +18,12 @@ from bandsplit.data.crops import FLIP, TEN, Crop
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
-from bandsplit.errors import UserError
 from bandsplit.evaluation.evaluate import evaluate
 from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.measures import calibration, calibration_error, count_correct
-from bandsplit.evaluation.predictions import Predictions
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
-from tests.conftest import VAL_PER_CLASS, Done, run
+from tests.conftest import Done, run
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 4)
 
@@ -143,94 +141,6 @@ def test_padding_is_not_calibrated() -> None:
     assert padded[:, 0].sum() == 8
 
 
-def test_predictions_are_the_same_on_any_number_of_ranks(
-    finished: Callable[..., Path], image_root: Path, tmp_path: Path
-) -> None:
-    """Accuracies, loss, calibration and cumulative accuracy follow from the saved logits."""
-    saved, told = [], []
-    for ranks in (1, 2, 3):
-        path, output = tmp_path / f"{ranks}.npz", tmp_path / f"{ranks}.json"
-        done = run("evaluate.py", finished(1), "--save", path, "--output", output, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-        saved.append(Predictions.read(path))
-        told.append(json.loads(output.read_text()))
-    one = saved[0]
-    assert one.names == [str(p.relative_to(image_root / "val")) for p in sorted((image_root / "val").rglob("*.jpg"))]
-    assert [one.classes[label] for label in one.labels] == [Path(name).parts[0] for name in one.names]
-    assert one.logits.shape == (10 * VAL_PER_CLASS, 4, 10)
-    assert [branch.bands for branch in one.branches] == [(0,), (1,), (2,), (3,)]
-    assert {(branch.run, branch.step) for branch in one.branches} == {(str(finished(1)), told[0]["step"])}
-    for other in saved[1:]:
-        assert other.names == one.names
-        assert np.array_equal(other.labels, one.labels)
-        assert np.allclose(other.logits, one.logits, atol=0.01)
-    for other in told[1:]:
-        assert other.keys() == told[0].keys()
-        for key, value in other.items():
-            assert value == pytest.approx(told[0][key], abs=1e-6), key
-
-    logits, labels = torch.from_numpy(one.logits).float().transpose(0, 1), torch.from_numpy(one.labels).long()
-    right = [naive_counts(branch, labels) for branch in logits]
-    assert told[0]["branch_top1"] == [2.0 * top1 for top1, _ in right]
-    fused = logits.mean(0)
-    assert told[0]["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(fused, labels)), abs=1e-3)
-    assert told[0]["ece"] == pytest.approx(calibration_error(calibration(fused, labels).tolist()), abs=0.5)
-    so_far = [naive_counts(logits[: k + 1].mean(0), labels) for k in range(4)]
-    assert told[0]["cumulative_top1"] == [2.0 * top1 for top1, _ in so_far]
-    assert told[0]["cumulative_top5"] == [2.0 * top5 for _, top5 in so_far]
-    assert told[0]["cumulative_top1"][-1] == told[0]["top1"]
-
-
-def test_a_sample_of_predictions(finished: Callable[..., Path], tmp_path: Path) -> None:
-    whole, some, few = (tmp_path / name for name in ("whole.npz", "some.npz", "few.npz"))
-    for path, ranks, options in ((whole, 1, ()), (some, 2, ("--save-sample", 13)), (few, 3, ("--save-sample", 1))):
-        done = run("evaluate.py", finished(1), "--save", path, *options, ranks=ranks)
-        assert done.returncode == 0, done.stderr
-    everything, thirteen, one = (Predictions.read(path) for path in (whole, some, few))
-    rows = [everything.names.index(name) for name in thirteen.names]
-    assert rows == sorted(rows)
-    assert len(set(rows)) == 13
-    assert len(set(everything.labels[rows].tolist())) > 3
-    assert np.array_equal(thirteen.labels, everything.labels[rows])
-    assert np.allclose(thirteen.logits, everything.logits[rows], atol=0.01)
-    assert set(one.names) <= set(thirteen.names)
-
-
-def test_predictions_that_do_not_fit_are_refused(
-    finished: Callable[..., Path], tmp_path: Path, run_here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("bandsplit.evaluation.predictions.LIMIT", 2 * 20 * 4 * 10)
-    done = run_here("evaluate.py", finished(1), "--save", tmp_path / "x.npz")
-    assert done.returncode == 2
-    assert "50 images, 4 branches and 10 classes" in done.stderr
-    assert "--save-sample 20" in done.stderr
-    done = run_here("evaluate.py", finished(1), "--save", tmp_path / "x.npz", "--save-sample", 20)
-    assert done.returncode == 0, done.stderr
-    assert len(Predictions.read(tmp_path / "x.npz").names) == 20
-
-
-def test_files_that_hold_no_predictions_are_named(tmp_path: Path) -> None:
-    logits = np.zeros((2, 1, 3), dtype=np.float16)
-    whole = tmp_path / "whole.npz"
-    Predictions(["a", "ü \udcff"], np.zeros(2, dtype=np.int32), logits, ["x", "y", "z"], []).write(whole)
-    content = whole.read_bytes()
-    for name, wrong in (
-        ("empty", b""),
-        ("text", b"hello"),
-        ("cut", content[: len(content) // 2]),
-        ("flipped", content.replace(b"\xfc", b"\xfd").replace(b"\xc3", b"\xc4")),
-        ("shapes", content),  # logits of one branch, and no branch
-    ):
-        (tmp_path / name).write_bytes(wrong)
-        with pytest.raises(UserError, match=f"{name}: not the predictions"):
-            Predictions.read(tmp_path / name)
-    np.savez(tmp_path / "foreign.npz", logits=logits)
-    with pytest.raises(UserError, match=r"foreign\.npz: not the predictions"):
-        Predictions.read(tmp_path / "foreign.npz")
-    with pytest.raises(UserError, match="no such file"):
-        Predictions.read(tmp_path / "nowhere.npz")
-
-
 @pytest.mark.parametrize(("option", "crops"), [("--flip", FLIP), ("--ten-crop", TEN)])
 def test_crops_are_single_evaluations_averaged_by_hand(
     finished: Callable[..., Path], tmp_path: Path, option: str, crops: tuple[Crop, ...]
@@ -258,11 +168,3 @@ def test_crops_are_single_evaluations_averaged_by_hand(
         assert table["loss"] == pytest.approx(float(-fused[range(50), labels].log().mean()), abs=1e-5)
         assert table["cumulative_top1"][0] == table["branch_top1"][0]
         assert table["cumulative_top1"][-1] == table["top1"]
-
-
-def test_predictions_of_several_crops_are_not_saved(
-    finished: Callable[..., Path], tmp_path: Path, run_here: Callable[..., Done]
-) -> None:
-    done = run_here("evaluate.py", finished(1), "--ten-crop", "--save", tmp_path / "x.npz")
-    assert done.returncode == 2
-    assert "logits are saved of the center crop only" in done.stderr

@@ -22,9 +22,9 @@ from bandsplit.distributed.ranks import Ranks
 from bandsplit.evaluation import fitting
 from bandsplit.evaluation.detailed import paired_interval
 from bandsplit.evaluation.joined import Joined
-from bandsplit.evaluation.predictions import Predictions
 from bandsplit.models import fusion
 from bandsplit.runs import checkpoint
+from bandsplit.runs.predictions import Predictions
 from tests.conftest import Done, Shared, run
 
 HELD_OUT = ("data.holdout=4", "train.epochs=4")
@@ -83,6 +83,7 @@ def test_fusion_is_fitted_on_the_held_out_images_and_measured_on_the_others(trai
         assert losses[4 + fusion.FUSIONS.index("learned")] <= min(losses) + 1e-5
 
     saved = Predictions.read(tmp_path / "1.npz")
+    assert saved.logits is not None
     z = saved.logits.astype(float)
     for name, each in tables[0]["fusions"].items():
         assert each["weights"] == weights[0]["fusions"][name]["weights"]
@@ -190,7 +191,7 @@ def test_joined_runs_are_fitted_together(parts: list[Path], tmp_path: Path, run_
 def test_a_sample_is_fitted_where_not_all_logits_fit(
     trained: Path, run_here: Callable[..., Done], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bandsplit.evaluation.predictions.LIMIT", 2 * 30 * 4 * 10)
+    monkeypatch.setattr("bandsplit.evaluation.collector.LIMIT", 2 * 30 * 4 * 10)
     done = run_here("evaluate.py", trained, "--fit-fusion")
     assert done.returncode == 0, done.stderr
     assert "fitted on 30 of 40 held-out images" in done.stdout

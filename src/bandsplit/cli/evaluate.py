@@ -37,17 +37,29 @@ def main() -> None:
         help="average over the center, the four corners and their mirror images",
     )
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
-    parser.add_argument("--save", type=Path, metavar="FILE.npz", help="save the logits of every branch for every image")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="FILE.npz",
+        help="save the predictions for every image, fused and of every branch; report.py draws them",
+    )
     parser.add_argument(
         "--save-sample",
         type=options.count,
         metavar="COUNT",
         help="with --save: only so many images, drawn by the run's seed",
     )
+    parser.add_argument(
+        "--save-fused",
+        action="store_true",
+        help="with --save: only the five likeliest classes of each image, without the logits of the branches",
+    )
     arguments = parser.parse_args()
-    if arguments.save_sample and not arguments.save:
-        parser.error("--save-sample needs --save")
+    for option in ("save_sample", "save_fused"):
+        if getattr(arguments, option) and not arguments.save:
+            parser.error(f"--{option.replace('_', '-')} needs --save")
 
+    from bandsplit.evaluation.predictions import Save
     from bandsplit.evaluation.runs import Request, evaluate_runs
 
     evaluate_runs(
@@ -59,7 +71,6 @@ def main() -> None:
             arguments.fit_fusion,
             arguments.crops or "center",
             arguments.output,
-            arguments.save,
-            arguments.save_sample,
+            arguments.save and Save(arguments.save, arguments.save_sample, arguments.save_fused),
         )
     )

@@ -22,7 +22,7 @@ from bandsplit.evaluation.measures import (
     count_correct,
     sum_of_losses,
 )
-from bandsplit.evaluation.predictions import Collector
+from bandsplit.evaluation.predictions import Recorder
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.fusion import MEAN
 from bandsplit.models.precision import Precision
@@ -66,7 +66,7 @@ def evaluate_in_detail(
     mesh: Mesh,
     precision: Precision,
     weights: Mapping[str, Sequence[float]],
-    collector: Collector | None = None,
+    recorder: Recorder | None = None,
 ) -> Evaluation:
     """Evaluates the mean and other fusions over the images of all ranks in one pass and one reduction.
 
@@ -75,7 +75,7 @@ def evaluate_in_detail(
     Args:
         images: number of images in total.
         weights: of the branches, for each further fusion.
-        collector: takes the logits of this rank's images; only with a single crop.
+        recorder: takes the predictions for this rank's images.
     """
     on_device = {name: torch.tensor(given, device=mesh.ranks.device) for name, given in weights.items()}
     sums = Sums()
@@ -92,8 +92,8 @@ def evaluate_in_detail(
             cumulative=torch.stack(cumulative),
             **_of_fusions(fused, labels),
         )
-        if collector is not None:
-            collector.add(loader.rows(number), logits[:, 0], labels)
+        if recorder is not None:
+            recorder.add(loader.rows(number * loader.crops), logits, fused, labels)
     total = sums.over(mesh.ranks)
     counted = count_of(total, images)
     (branch_top1, branch_top5), (cumulative_top1, cumulative_top5) = (

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TypeVar, cast
 
 import numpy as np
+from numpy.typing import NDArray
 
 from bandsplit.errors import UserError
-from bandsplit.evaluation import predictions
+from bandsplit.evaluation import collector
+from bandsplit.evaluation.collector import Collector, Gathered
 from bandsplit.evaluation.evaluate import outputs, report_left_out
 from bandsplit.evaluation.joined import Joined
-from bandsplit.evaluation.predictions import Collector, Gathered
 from bandsplit.models import fusion
 from bandsplit.models.fusion import Fusion
 from bandsplit.runs.fitted import FILE, Fitted, FittedBranch, HeldOut
@@ -66,41 +68,58 @@ def _branches(runs: Joined) -> list[FittedBranch]:
     ]
 
 
-def fit(runs: Joined) -> Fitted:
-    """Fits all fusions on the held-out images and writes them beside the checkpoint; every rank calls it.
+@dataclass(frozen=True, eq=False)
+class HeldOutLogits:
+    """Logits of held-out images, gathered on rank 0."""
 
-    Where the logits of all held-out images do not fit into memory, on a sample of these.
+    gathered: Gathered | None
+    """None on the other ranks."""
+    of: int
+    """All held-out images."""
+
+
+def held_out_logits(runs: Joined) -> HeldOutLogits:
+    """Logits of the held-out images, or of a sample where those of all do not fit into memory; every rank calls it.
+
     Raises UserError if the runs have no held-out images in common.
     """
     if not _has_holdout(runs):
         raise UserError(f"--fit-fusion: {runs.first.run_dir}: {_NO_HOLDOUT}")
-    files, ranks, config = runs.held_out_files(), runs.ranks, runs.config
-    count = predictions.fitting(len(files), len(runs.branches), len(runs.first.classes))
-    collector, loader = Collector(predictions.sample(len(files), count, config.seed)), runs.loader(files)
+    files, config = runs.held_out_files(), runs.config
+    count = collector.fitting(len(files), len(runs.branches), len(runs.first.classes))
+    kept, loader = Collector(collector.sample(len(files), count, config.seed)), runs.loader(files)
     for number, (logits, labels) in enumerate(outputs(runs.ensemble, loader, runs.mesh, runs.precision)):
-        collector.add(loader.rows(number), logits, labels)
-    report_left_out(ranks.largest([len(loader.left_out)])[0], loader, config, ranks, "held-out")
-    gathered = collector.gathered(ranks)
-    own = partial(_fit, gathered, np.asarray(files.labels), runs)
-    fusions = ranks.finish(_in_thread(own) if ranks.is_first else None)
-    assert config.data.holdout is not None
-    used = 0 if gathered is None else len(gathered[0])
-    held_out = HeldOut(used, len(files), config.data.holdout, config.seed, runs.first.digests["train"])
+        kept.add(loader.rows(number), labels, logits=collector.half(logits))
+    report_left_out(runs.ranks.largest([len(loader.left_out)])[0], loader, config, runs.ranks, "held-out")
+    return HeldOutLogits(kept.gathered(files, runs.ranks), len(files))
+
+
+def fit(runs: Joined, held_out: HeldOutLogits) -> Fitted:
+    """Fits all fusions on the held-out images and writes them beside the checkpoint; every rank calls it.
+
+    Raises UserError if the logits are not finite.
+    """
+    ranks, gathered = runs.ranks, held_out.gathered
+    fusions = ranks.finish(_in_thread(partial(_fit, gathered, runs)) if gathered else None)
 
     def written() -> Fitted:
-        fitted = Fitted(_branches(runs), held_out, cast(dict[str, Fusion], fusions))
+        assert gathered is not None
+        assert fusions is not None
+        holdout = runs.config.data.holdout
+        assert holdout is not None
+        fitted_on = HeldOut(len(gathered.rows), held_out.of, holdout, runs.config.seed, runs.first.digests["train"])
+        fitted = Fitted(_branches(runs), fitted_on, fusions)
         fitted.write(path_of(runs))
         return fitted
 
     return ranks.from_first(written)
 
 
-def _fit(gathered: Gathered, labels: np.typing.NDArray[np.int32], runs: Joined) -> dict[str, Fusion]:
-    assert gathered is not None
-    rows, logits = gathered
+def _fit(held_out: Gathered, runs: Joined) -> dict[str, Fusion]:
+    logits = cast(NDArray[np.float16], held_out.columns["logits"])
     if not np.isfinite(logits).all():
         raise UserError(f"logits of {runs.first.run_dir} are not finite; try --set train.precision=fp32")
-    return fusion.fit(logits, labels[rows])
+    return fusion.fit(logits, held_out.labels)
 
 
 def _in_thread(work: Callable[[], T]) -> Generator[None, None, T]:

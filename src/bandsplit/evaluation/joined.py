@@ -17,10 +17,10 @@ from bandsplit.data.source import AnyValidationLoader, Images
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
-from bandsplit.evaluation.predictions import Branch
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
 from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.predictions import Branch
 from bandsplit.runs.restored import Restored
 
 

@@ -1,146 +1,129 @@
-"""Predictions: the logits of every branch for every image, gathered from all ranks and kept in one NumPy file."""
+"""`--save`: what is recorded of each batch of an evaluation, and written to one file."""
 
 from __future__ import annotations
 
-import json
-import os
-import zipfile
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bandsplit import seeds
+from bandsplit.data.images import Paths
 from bandsplit.data.source import Images
-from bandsplit.distributed.ranks import Ranks
+from bandsplit.data.store.manifest import StoredImages
 from bandsplit.errors import UserError
-from bandsplit.paths import replace_bytes
-from bandsplit.runs.files import reading
-
-FORMAT = 1
-
-Gathered = tuple[NDArray[np.int64], NDArray[np.float16]] | None
-"""Numbers (N,) of images in order, and their logits (N, branches, classes), on rank 0; None on the others."""
-
-LIMIT = 2**33
-"""Bytes of logits that are gathered on one rank."""
+from bandsplit.evaluation import collector
+from bandsplit.evaluation.collector import Collector, Gathered
+from bandsplit.evaluation.joined import Joined
+from bandsplit.models.fusion import MEAN
+from bandsplit.runs.predictions import Fused, Predictions, Scored
 
 
 @dataclass(frozen=True)
-class Branch:
-    """Where the logits of a branch come from."""
+class Save:
+    """Where predictions are saved, and which."""
 
-    run: str
-    """Run directory."""
-    step: int
-    bands: tuple[int, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class Predictions:
-    """Logits of every branch for N images, in the order of the data set."""
-
-    names: list[str]
-    """(N,), relative to the folder of the part, or of the data set where that has lists; as os.fsdecode has them."""
-    labels: NDArray[np.int32]
-    """(N,), indices into `classes`."""
-    logits: NDArray[np.float16]
-    """(N, branches, classes)."""
-    classes: list[str]
-    branches: list[Branch]
-
-    def write(self, path: Path) -> None:
-        """Writes an .npz file, whole or not at all. Raises UserError if it cannot be written."""
-        about = {"format": FORMAT, "branches": [asdict(branch) for branch in self.branches]}
-        with replace_bytes(path) as file:
-            np.savez(
-                file,
-                names=np.array([os.fsencode(name) for name in self.names], dtype=np.bytes_),
-                labels=self.labels,
-                logits=self.logits,
-                classes=np.array([os.fsencode(name) for name in self.classes], dtype=np.bytes_),
-                about=np.array(json.dumps(about)),
-            )
-
-    @classmethod
-    def read(cls, path: Path) -> Predictions:
-        """Raises UserError if there is no such file, if it is damaged, and if it holds something else."""
-        with reading(path):
-            try:
-                with np.load(path, allow_pickle=False) as arrays:
-                    return cls._from(arrays)
-            except FileNotFoundError:
-                raise UserError(f"{path}: no such file") from None
-            except (ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-                raise UserError(
-                    f"{path}: not the predictions of src/evaluate.py --save, or damaged: {error}"
-                ) from error
-
-    @classmethod
-    def _from(cls, arrays: Any) -> Predictions:
-        about = json.loads(str(arrays["about"]))
-        if about["format"] != FORMAT:
-            raise ValueError(f"format {about['format']}; this version reads format {FORMAT}")
-        branches = [Branch(b["run"], b["step"], tuple(b["bands"])) for b in about["branches"]]
-        names, classes = ([os.fsdecode(bytes(name)) for name in arrays[key]] for key in ("names", "classes"))
-        labels, logits = arrays["labels"], arrays["logits"]
-        if logits.shape != (len(names), len(branches), len(classes)) or labels.shape != (len(names),):
-            raise ValueError(f"logits of shape {logits.shape} and labels of shape {labels.shape}")
-        return cls(names, labels, logits, classes, branches)
+    path: Path
+    sample: int | None = None
+    """How many of the images; None: all."""
+    fused_only: bool = False
+    """Without the logits of the branches."""
 
 
-class Collector:
-    """The logits of this rank's images, kept on the host in float16 until they are gathered."""
+class Recorder:
+    """Records the predictions of this rank's images, and writes those of all ranks."""
 
-    def __init__(self, wanted: NDArray[np.bool_]) -> None:
-        """`wanted`: (images,), which images of the data set to keep."""
-        self._wanted = wanted
-        self._rows: list[NDArray[np.int64]] = []
-        self._logits: list[Tensor] = []
+    def __init__(self, save: Save, runs: Joined, files: Images, crops: str) -> None:
+        """Raises UserError if the logits do not fit into memory."""
+        count = min(save.sample or len(files), len(files))
+        if not save.fused_only:
+            _require_fitting(save.path, count, len(runs.branches), len(runs.first.classes))
+        self._save, self._runs, self._files, self._crops = save, runs, files, crops
+        self._collector = Collector(collector.sample(len(files), count, runs.config.seed))
 
-    def add(self, rows: NDArray[np.int64], logits: Tensor, labels: Tensor) -> None:
-        """A batch: which images of the data set it holds (B,), logits (branches, B, classes) and labels (B,).
+    def add(self, rows: NDArray[np.int64], logits: Tensor, fused: Mapping[str, Tensor], labels: Tensor) -> None:
+        """A batch.
 
-        Images with a negative label do not count.
+        Args:
+            rows: (B,), which images of the data set it holds.
+            logits: (branches, crops, B, classes).
+            fused: (B, classes) of every fusion.
+            labels: (B,); images with a negative label do not count.
         """
-        keep = (labels >= 0).cpu().numpy() & self._wanted[rows]
-        self._rows.append(rows[keep])
-        half = logits[:, torch.from_numpy(keep).to(logits.device)].clamp(-65504, 65504).half()  # largest of float16
-        self._logits.append(half.transpose(0, 1).cpu())
+        columns = collector.top(torch.stack(list(fused.values())), labels)
+        if not self._save.fused_only:
+            columns["logits"] = collector.half(logits[:, 0])
+        self._collector.add(rows, labels, **columns)
 
-    def gathered(self, ranks: Ranks) -> Gathered:
-        """The kept logits of all ranks; every rank calls it."""
-        rows = ranks.at_first(torch.from_numpy(np.concatenate(self._rows)))
-        logits = ranks.at_first(torch.cat(self._logits).contiguous())
-        if not ranks.is_first:
-            return None
-        numbers = torch.cat(rows).numpy()
-        order = np.argsort(numbers)
-        return numbers[order], torch.cat(logits).numpy()[order]
+    def write(
+        self, images: int, fusions: Mapping[str, Sequence[float]], fusion: str, held_out: Gathered | None
+    ) -> None:
+        """Writes the file; every rank calls it, after the last batch.  Raises UserError if it cannot be written.
+
+        Args:
+            images: how many were evaluated, recorded or not.
+            fusions: weights of those that were recorded, in their order, without the mean.
+            fusion: whose accuracy is the ensemble's.
+            held_out: what fusion was fitted on, on rank 0, if it was in this command.
+        """
+        gathered = self._collector.gathered(self._files, self._runs.ranks)
+        self._runs.ranks.from_first(partial(self._write, gathered, images, fusions, fusion, held_out))
+
+    def _write(
+        self,
+        gathered: Gathered | None,
+        images: int,
+        fusions: Mapping[str, Sequence[float]],
+        fusion: str,
+        held_out: Gathered | None,
+    ) -> None:
+        assert gathered is not None
+        runs, files, columns = self._runs, self._files, gathered.columns
+        mean = [1 / len(runs.branches)] * len(runs.branches)
+        Predictions(
+            [files.name(i) for i in gathered.rows.tolist()],
+            gathered.labels,
+            files.classes,
+            runs.branches,
+            {MEAN: mean, **{name: list(weights) for name, weights in fusions.items()}},
+            fusion,
+            Fused(
+                cast(NDArray[np.int32], columns["classes"]),
+                cast(NDArray[np.float32], columns["confidences"]),
+                cast(NDArray[np.float32], columns["losses"]),
+            ),
+            cast(NDArray[np.float16] | None, columns.get("logits")),
+            _scored(held_out) if held_out and not self._save.fused_only else None,
+            images,
+            runs.config.split.block,
+            self._crops,
+            _folder(files),
+        ).write(self._save.path)
 
 
-def of(
-    files: Images, gathered: tuple[NDArray[np.int64], NDArray[np.float16]], branches: Sequence[Branch]
-) -> Predictions:
-    """Predictions of the images that `Collector.gathered` has returned."""
-    rows, logits = gathered
-    labels = np.asarray(files.labels, dtype=np.int32)[rows]
-    return Predictions([files.name(i) for i in rows.tolist()], labels, logits, files.classes, list(branches))
+def _require_fitting(path: Path, images: int, branches: int, classes: int) -> None:
+    fits = collector.fitting(images, branches, classes)
+    if fits < images:
+        size = 2 * images * branches * classes / 2**30
+        raise UserError(
+            f"--save {path}: the logits of {images:,} images, {branches} branches and {classes:,} classes take "
+            f"{math.ceil(size):,} GiB, and at most {collector.LIMIT / 2**30:.0f} GiB are kept in memory; save a sample "
+            f"of the images with --save-sample {fits}, or what is fused alone with --save-fused"
+        )
 
 
-def fitting(images: int, branches: int, classes: int) -> int:
-    """For how many of the images logits may be gathered."""
-    return min(images, LIMIT // (2 * branches * classes))
+def _scored(held_out: Gathered) -> Scored:
+    return Scored(held_out.labels, cast(NDArray[np.float16], held_out.columns["logits"]))
 
 
-def sample(images: int, count: int, seed: int) -> NDArray[np.bool_]:
-    """(images,): `count` of the images, drawn by the seed; all if there are not more."""
-    chosen = np.random.default_rng(seeds.derived(seed, "predictions")).permutation(images)[:count]
-    wanted = np.zeros(images, dtype=np.bool_)
-    wanted[chosen] = True
-    return wanted
+def _folder(files: Images) -> str | None:
+    """What the names of images are relative to; a band store does not know it."""
+    if isinstance(files, StoredImages):
+        return None
+    return str(files.paths.folder) if isinstance(files.paths, Paths) else "/"

@@ -5,20 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from bandsplit.data.crops import CROPS
-from bandsplit.data.source import Images
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
-from bandsplit.evaluation import fitting, predictions, report
+from bandsplit.evaluation import fitting, report
+from bandsplit.evaluation.collector import Gathered
 from bandsplit.evaluation.detailed import Evaluation, evaluate_in_detail
 from bandsplit.evaluation.evaluate import report_left_out
 from bandsplit.evaluation.joined import Joined
-from bandsplit.evaluation.predictions import Collector
+from bandsplit.evaluation.predictions import Recorder, Save
 from bandsplit.models.fusion import MEAN
 from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.fitted import Fitted
 from bandsplit.runs.logs import logged
 
 
@@ -36,17 +36,17 @@ class Request:
     crops: str = "center"
     """A key of `CROPS`."""
     output: Path | None = None
-    save: Path | None = None
-    save_sample: int | None = None
+    save: Save | None = None
 
     def check(self) -> None:
         """Raises UserError for what can be known before anything is read."""
-        for option, path in (("--output", self.output), ("--save", self.save)):
+        for option, path in (("--output", self.output), ("--save", self.save.path if self.save else None)):
             if path is not None and not path.parent.is_dir():
                 raise UserError(f"{option} {path}: there is no folder {path.parent}")
-        if self.save is not None and self.crops != "center":
+        if self.save is not None and self.crops != "center" and not self.save.fused_only:
             raise UserError(
-                f"--save {self.save}: logits are saved of the center crop only, not with --flip or --ten-crop"
+                f"--save {self.save.path}: logits are saved of the center crop only; with --flip or --ten-crop, "
+                "--save-fused saves the averaged predictions"
             )
 
 
@@ -61,40 +61,25 @@ def evaluate_runs(request: Request) -> Evaluation:
     with logged(RunDirectory(request.run_dirs[0]).logs, rank()), joined() as ranks:
         runs = Joined.of(request.run_dirs, request.checkpoint, request.overrides, ranks)
         files = runs.validation_files()
-        collector = _collector(request, runs, files) if request.save else None
-        needed = None if request.fusion == MEAN else request.fusion
-        fitted = fitting.fit(runs) if request.fit_fusion else fitting.find(runs, needed)
+        recorder = Recorder(request.save, runs, files, request.crops) if request.save else None
+        fitted, held_out = _fitted(request, runs)
         weights = {name: each.weights for name, each in fitted.fusions.items() if name != MEAN} if fitted else {}
         loader = runs.loader(files, CROPS[request.crops])
-        evaluation = evaluate_in_detail(
-            runs.ensemble, loader, len(files), runs.mesh, runs.precision, weights, collector
-        )
+        evaluation = evaluate_in_detail(runs.ensemble, loader, len(files), runs.mesh, runs.precision, weights, recorder)
         report_left_out(evaluation.left_out, loader, runs.config, ranks)
         loss = evaluation.fused[MEAN].loss
         if not math.isfinite(loss):
             raise UserError(f"the loss of {runs.first.run_dir} is {loss}; try --set train.precision=fp32")
-        if collector is not None and request.save is not None:
-            gathered = collector.gathered(ranks)
-            ranks.from_first(partial(_save, request.save, files, gathered, runs))
+        if recorder is not None:
+            recorder.write(evaluation.images, weights, request.fusion, held_out)
         if ranks.is_first:
             report.show(evaluation, runs, request.crops, request.fusion, fitted, request.output)
         return evaluation
 
 
-def _collector(request: Request, runs: Joined, files: Images) -> Collector:
-    """Raises UserError if the logits do not fit into memory."""
-    branches, classes = len(runs.branches), len(runs.first.classes)
-    wanted = min(request.save_sample or len(files), len(files))
-    fits = predictions.fitting(wanted, branches, classes)
-    if fits < wanted:
-        raise UserError(
-            f"--save {request.save}: the logits of {wanted:,} images, {branches} branches and {classes:,} classes take "
-            f"{2 * wanted * branches * classes / 2**30:,.0f} GiB, and at most {predictions.LIMIT / 2**30:.0f} GiB are "
-            f"kept in memory; save a sample of the images with --save-sample {fits}"
-        )
-    return Collector(predictions.sample(len(files), wanted, runs.config.seed))
-
-
-def _save(path: Path, files: Images, gathered: predictions.Gathered, runs: Joined) -> None:
-    assert gathered is not None
-    predictions.of(files, gathered, runs.branches).write(path)
+def _fitted(request: Request, runs: Joined) -> tuple[Fitted | None, Gathered | None]:
+    """Fitted fusions, if there are any; and, on rank 0, what they were just fitted on, if it is to be saved."""
+    if not request.fit_fusion:
+        return fitting.find(runs, None if request.fusion == MEAN else request.fusion), None
+    held_out = fitting.held_out_logits(runs)
+    return fitting.fit(runs, held_out), held_out.gathered if request.save else None
