@@ -20,9 +20,10 @@ from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.evaluation.evaluate import evaluate
 from bandsplit.evaluation.joined import Joined
-from bandsplit.evaluation.measures import calibration, calibration_error, count_correct
+from bandsplit.evaluation.measures import calibration, count_correct
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
+from bandsplit.statistics import calibration_error
 from tests.conftest import Done, run
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 4)

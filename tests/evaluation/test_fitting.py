@@ -20,11 +20,11 @@ from bandsplit.data import holdout
 from bandsplit.data.loader import open_data
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.evaluation import fitting
-from bandsplit.evaluation.detailed import paired_interval
 from bandsplit.evaluation.joined import Joined
 from bandsplit.models import fusion
 from bandsplit.runs import checkpoint
 from bandsplit.runs.predictions import Predictions
+from bandsplit.statistics import paired_interval
 from tests.conftest import Done, Shared, run
 
 HELD_OUT = ("data.holdout=4", "train.epochs=4")

@@ -16,10 +16,11 @@ import torch
 from numpy.typing import NDArray
 
 from bandsplit.errors import UserError
-from bandsplit.evaluation.measures import calibration, calibration_error
+from bandsplit.evaluation.measures import calibration
 from bandsplit.models import fusion
 from bandsplit.runs import checkpoint
 from bandsplit.runs.predictions import Predictions
+from bandsplit.statistics import calibration_error
 from tests.conftest import VAL_PER_CLASS, Done, run
 from tests.evaluation.test_evaluation import naive_counts
 from tests.reporting.synthetic import predictions

@@ -47,6 +47,7 @@ def predictions(
         out if held_out else None,
         images,
         block if block**2 == branches else branches,
+        "dct2d",
         "center",
         None,
     )

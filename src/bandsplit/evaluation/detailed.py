@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +17,6 @@ from bandsplit.evaluation.measures import (
     are_correct,
     averaged,
     calibration,
-    calibration_error,
     count_correct,
     sum_of_losses,
 )
@@ -26,6 +24,7 @@ from bandsplit.evaluation.predictions import Recorder
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.fusion import MEAN
 from bandsplit.models.precision import Precision
+from bandsplit.statistics import calibration_error, paired_interval
 
 
 @dataclass(frozen=True)
@@ -137,17 +136,3 @@ def _fused(total: Mapping[str, Any], name: str, images: int) -> Fused:
         100 * (better - worse) / images,
         paired_interval(better, worse, images),
     )
-
-
-def paired_interval(better: float, worse: float, images: int) -> tuple[float, float]:
-    """95 % interval in percent of the difference of two accuracies on the same images.
-
-    The normal approximation for paired proportions (the Wald interval that belongs to McNemar's test; Agresti,
-    *Categorical Data Analysis*, section 11.1). The images on which both agree cancel.
-
-    Args:
-        better, worse: images that only the one, and only the other, classifies correctly.
-    """
-    difference = (better - worse) / images
-    deviation = math.sqrt(max(0.0, (better + worse) / images - difference**2) / images)
-    return 100 * (difference - 1.96 * deviation), 100 * (difference + 1.96 * deviation)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,9 +10,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from bandsplit.distributed.ranks import Ranks
-
-BINS = 15
-"""Of the confidence, equally wide, for the expected calibration error."""
+from bandsplit.statistics import BINS
 
 
 class Sums:
@@ -72,12 +69,3 @@ def calibration(logits: Tensor, labels: Tensor) -> Tensor:
     counted = one_hot(torch.bucketize(confidence, inner), BINS) * (labels >= 0)[:, None]
     each = torch.stack([torch.ones_like(confidence), (predicted == labels).double(), confidence], dim=-1)
     return counted.double().T @ each
-
-
-def calibration_error(bins: Sequence[Sequence[float]]) -> float:
-    """Expected calibration error in percent: |accuracy - confidence| of each bin, weighted by its images.
-
-    Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, equation 3. `bins` as `calibration` has them.
-    """
-    images = sum(count for count, _, _ in bins)
-    return 100 * sum(abs(correct - confidence) for _, correct, confidence in bins) / images

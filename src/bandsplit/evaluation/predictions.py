@@ -102,6 +102,7 @@ class Recorder:
             _scored(held_out) if held_out and not self._save.fused_only else None,
             images,
             runs.config.split.block,
+            runs.config.split.transform,
             self._crops,
             _folder(files),
         ).write(self._save.path)

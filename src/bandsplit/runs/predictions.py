@@ -36,6 +36,9 @@ FORMAT = 2
 TOP = 5
 """How many of the largest fused logits are kept."""
 
+_PLAIN = ("fusions", "fusion", "images", "block", "transform", "crops", "folder")
+"""Fields that are JSON as they are."""
+
 DAMAGED = (
     ValueError,
     KeyError,
@@ -104,6 +107,7 @@ class Predictions:
     """Images that were evaluated: N, or more where a sample of them was saved."""
     block: int
     """Side of the pixel block: its square is the number of bands."""
+    transform: str
     crops: str
     """Those that were averaged: "center", "flip" or "ten"."""
     folder: str | None
@@ -125,7 +129,7 @@ class Predictions:
             "format": FORMAT,
             "arrays": list(arrays),
             "branches": [asdict(branch) for branch in self.branches],
-            **{key: getattr(self, key) for key in ("fusions", "fusion", "images", "block", "crops", "folder")},
+            **{key: getattr(self, key) for key in _PLAIN},
         }
         with replace_bytes(path) as file:
             np.savez(file, about=np.array(json.dumps(about)), **arrays)
@@ -168,6 +172,7 @@ class Predictions:
             held_out,
             about["images"],
             about["block"],
+            about["transform"],
             about["crops"],
             about["folder"],
         )

@@ -1,0 +1,72 @@
+"""The contact sheet: the most confident mistakes, with their images."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+
+from bandsplit.reporting.figures import WIDTH
+from bandsplit.reporting.predictions.figures import Drawn, short
+from bandsplit.reporting.predictions.results import Results
+
+COUNT, COLUMNS = 24, 6
+
+SIDE = 192
+"""Of a thumbnail, in pixels."""
+
+
+def mistakes(results: Results, folder: Path | None) -> Drawn:
+    """The wrong predictions with the highest confidence, each as "true → predicted, confidence".
+
+    Args:
+        folder: what the names of images are relative to; None: as the file says.
+    """
+    p = results.predictions
+    root = folder or (Path(p.folder) if p.folder else None)
+    if root is None:
+        return "the file does not name the folder of the images; --images does"
+    wrong = np.flatnonzero(results.predicted != p.labels)
+    if not len(wrong):
+        return "there are no mistakes"
+    if not root.is_dir():
+        return f"{root}: no such folder; --images names the folder of the images"
+    order = wrong[np.argsort(-results.confidence[wrong], kind="stable")]
+    found: dict[int, NDArray[np.uint8]] = {}
+    for row in order[: 4 * COUNT].tolist():
+        thumbnail = _thumbnail(root / p.names[row])
+        if thumbnail is not None:
+            found[row] = thumbnail
+        if len(found) == COUNT:
+            break
+    if not found:
+        return f"{root / p.names[order[0]]}: not an image; --images names the folder of the images"
+    rows = math.ceil(len(found) / COLUMNS)
+    figure = Figure(figsize=(WIDTH, 1.55 * rows), layout="constrained")
+    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    for axes, (row, thumbnail) in zip(panels, found.items(), strict=False):
+        true, predicted = (short(results.classes[c], 18) for c in (p.labels[row], results.predicted[row]))
+        axes.imshow(thumbnail)
+        axes.set_title(f"{true}\n→ {predicted}, {_percent(results.confidence[row])}", fontsize=6, loc="left")
+    for axes in figure.axes:
+        axes.axis("off")
+    return figure
+
+
+def _percent(confidence: float) -> str:
+    """Never 100 %: rounded down."""
+    return f"{math.floor(1000 * confidence) / 10:.1f} %"
+
+
+def _thumbnail(path: Path) -> NDArray[np.uint8] | None:
+    """(SIDE, SIDE, 3), the square in the middle; None if there is no such image, or Pillow cannot read it."""
+    try:
+        with Image.open(path) as image:
+            image.draft("RGB", (SIDE, SIDE))
+            return np.asarray(ImageOps.fit(image.convert("RGB"), (SIDE, SIDE)))
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return None

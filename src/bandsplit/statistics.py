@@ -1,0 +1,35 @@
+"""Statistics that follow from counts, in plain Python: the same in an evaluation and in a report on its file."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+BINS = 15
+"""Of the confidence, equally wide, for the expected calibration error."""
+
+
+def calibration_error(bins: Sequence[Sequence[float]]) -> float:
+    """Expected calibration error in percent: |accuracy - confidence| of each bin, weighted by its images.
+
+    Guo et al., *On Calibration of Modern Neural Networks*, ICML 2017, equation 3.
+
+    Args:
+        bins: (BINS, 3): images, correct ones and sum of confidences.
+    """
+    images = sum(count for count, _, _ in bins)
+    return 100 * sum(abs(correct - confidence) for _, correct, confidence in bins) / images
+
+
+def paired_interval(better: float, worse: float, images: int) -> tuple[float, float]:
+    """95 % interval in percent of the difference of two accuracies on the same images.
+
+    The normal approximation for paired proportions (the Wald interval that belongs to McNemar's test; Agresti,
+    *Categorical Data Analysis*, section 11.1). The images on which both agree cancel.
+
+    Args:
+        better, worse: images that only the one, and only the other, classifies correctly.
+    """
+    difference = (better - worse) / images
+    deviation = math.sqrt(max(0.0, (better + worse) / images - difference**2) / images)
+    return 100 * (difference - 1.96 * deviation), 100 * (difference + 1.96 * deviation)
