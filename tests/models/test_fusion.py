@@ -166,3 +166,35 @@ def test_noise_alone_gets_no_weight() -> None:
     fitted = fusion.fit(logits, labels)["learned"]
     assert max(fitted.weights) < 0.02
     assert fitted.loss == pytest.approx(np.log(7), abs=1e-3)
+
+
+def test_drop_keeps_the_branches_that_help() -> None:
+    """Not noise, and one of two that are equal; without any of the rest, the loss is higher by torch's arithmetic."""
+    for seed in range(2):
+        logits, labels = drawn((2.0, 1.5, 1.0, 0.0, 0.0, 0.0), images=4_000, seed=seed)
+        logits = np.concatenate([logits, logits[:, :1]], axis=1)
+        weights = np.array(fusion.fit(logits, labels)["drop"].weights)
+        kept = np.flatnonzero(weights)
+        assert len({0, 6} & set(kept)) == 1
+        assert {1, 2} <= set(kept)
+        assert weights[kept] == pytest.approx(fusion.least_loss(logits[:, kept], labels, np.eye(len(kept))), rel=1e-4)
+
+        def losses(which: NDArray[np.int64], logits: NDArray[np.float16] = logits, labels: object = labels) -> object:
+            a = fusion.least_loss(logits[:, which], labels, np.eye(len(which)))
+            fused = torch.einsum("k,nkc->nc", torch.from_numpy(a), torch.from_numpy(logits[:, which]).double())
+            return torch.nn.functional.cross_entropy(fused, torch.from_numpy(labels), reduction="none").numpy()
+
+        for k in kept:
+            difference = losses(kept[kept != k]) - losses(kept)
+            assert difference.mean() > difference.std() / np.sqrt(len(labels))
+
+
+def test_drop_loses_nothing_beyond_chance() -> None:
+    logits, labels = drawn((2.0, 1.0, 0.3, 0.0, 0.0, 0.0), images=12_000)
+    fitted = fusion.fit(logits[:2_000], labels[:2_000])
+    fewer, learned = (np.array(fitted[name].weights) for name in ("drop", "learned"))
+    assert np.count_nonzero(fewer) < np.count_nonzero(learned)
+    fresh, truth = logits[2_000:].astype(float), labels[2_000:]
+    right = [np.einsum("k,nkc->nc", a, fresh).argmax(1) == truth for a in (fewer, learned)]
+    better, worse = (right[0] & ~right[1]).sum(), (right[1] & ~right[0]).sum()
+    assert abs(better - worse) <= 3 * np.sqrt(better + worse)

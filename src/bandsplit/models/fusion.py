@@ -6,6 +6,7 @@
 | `rank` | a_k ∝ p (1 - p)^r, where r = 0, 1, … is the place of branch k in the order of top-1, best first |
 | `temperature` | a_k = t / branches, with t >= 0: the mean, with calibrated confidence |
 | `learned` | any a_k >= 0 |
+| `drop` | those of `learned` for the branches that help, 0 for the others |
 
 `rank` is the fusion of Liu et al., *Spectral Tensor Layers for Communication-Free Distributed Deep Learning* (IEEE
 TNNLS, 2024), but with order and p from held-out images. `temperature` is temperature scaling (Guo et al., *On
@@ -14,6 +15,11 @@ minimize the mean cross-entropy, which is convex in the weights: the log-sum-exp
 Their labels are smoothed as if there were one image more, of any class with equal probability. Otherwise the weights
 would grow without bound where they separate all of few images, and be wrong with certainty on others (Platt,
 *Probabilistic Outputs for Support Vector Machines*, 1999, section 2.2, for two classes).
+
+`drop` is backward elimination: the branch whose loss from the fusion costs least is dropped, and the others are fitted
+anew, as long as this does not raise the cross-entropy by more than one standard error of its difference, image by image
+(the one-standard-error rule of Breiman et al., *Classification and Regression Trees*, 1984, section 3.4.3, for paired
+differences). For many images this is a test of the branch's weight against 0 at two standard deviations.
 """
 
 from __future__ import annotations
@@ -32,7 +38,7 @@ Labels = NDArray[np.integer]
 """(N,), class indices."""
 
 MEAN = "mean"
-FUSIONS = (MEAN, "rank", "learned", "temperature")
+FUSIONS = (MEAN, "rank", "learned", "temperature", "drop")
 
 P = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Values of p that `rank` chooses from."""
@@ -62,11 +68,13 @@ def fit(logits: Logits, labels: Labels) -> dict[str, Fusion]:
     candidates = np.stack([rank_weights(alone, p) for p in P])
     losses, top1 = scores(logits, labels, candidates)
     best = int(np.lexsort((losses, -top1))[0])  # of equal accuracy the one with the lowest loss
+    learned = least_loss(logits, labels, np.eye(branches))
     weights = {
         MEAN: uniform,
         "rank": candidates[best],
-        "learned": least_loss(logits, labels, np.eye(branches)),
+        "learned": learned,
         "temperature": least_loss(logits, labels, uniform[:, None]),
+        "drop": without_useless(logits, labels, learned),
     }
     losses, top1 = scores(logits, labels, np.stack(list(weights.values())))
     return {
@@ -91,6 +99,27 @@ def scores(logits: Logits, labels: Labels, weights: Floats) -> tuple[Floats, Flo
         losses += (_log_sum_exp(fused) - _of_labels(fused, y)).sum(0)
         correct += (fused.argmax(-1) == y[:, None]).sum(0)
     return losses / len(labels), 100 * correct / len(labels)
+
+
+def without_useless(logits: Logits, labels: Labels, weights: Floats) -> Floats:
+    """Backward elimination: the weights (branches,) of `learned` -> those of `drop`, of which one at least is not 0."""
+    losses = _losses(logits, labels, weights)
+    while np.count_nonzero(weights) > 1:
+        used = np.flatnonzero(weights)
+        without = np.array([np.where(np.arange(len(weights)) == k, 0, weights) for k in used])
+        left = np.delete(used, scores(logits, labels, without)[0].argmin())
+        fewer = least_loss(logits, labels, np.eye(len(weights))[:, left])
+        then = _losses(logits, labels, fewer)
+        if (then - losses).mean() > (then - losses).std() / np.sqrt(len(labels)):
+            break
+        weights, losses = fewer, then
+    return weights
+
+
+def _losses(logits: Logits, labels: Labels, weights: Floats) -> Floats:
+    """Cross-entropy of each image (N,) with these weights (branches,)."""
+    fused = ((weights @ z, y) for z, y in _chunks(logits, labels))
+    return np.concatenate([_log_sum_exp(z) - _of_labels(z, y) for z, y in fused])
 
 
 def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | None = None) -> Floats:
