@@ -21,9 +21,16 @@ def main() -> None:
     )
     parser.add_argument(
         "--fusion",
-        choices=["mean", "rank", "learned", "temperature"],
-        default="mean",
-        help="how the ensemble's logits are fused; all but mean (the default) must have been fitted",
+        choices=["mean", "rank", "learned", "temperature", "drop"],
+        help="how the ensemble's logits are fused; all but mean must have been fitted (default: fusion.method of the "
+        "config)",
+    )
+    parser.add_argument(
+        "--cascade",
+        type=options.percent,
+        metavar="POINTS",
+        help="evaluate branch by branch, until an image is certain enough to lose at most so many points of top-1; "
+        "fitted with --fit-fusion",
     )
     crops = parser.add_mutually_exclusive_group()
     crops.add_argument(
@@ -72,5 +79,6 @@ def main() -> None:
             arguments.crops or "center",
             arguments.output,
             arguments.save and Save(arguments.save, arguments.save_sample, arguments.save_fused),
+            arguments.cascade,
         )
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
@@ -30,3 +31,14 @@ def count(text: str) -> int:
     if not (text.isascii() and text.isdigit() and int(text) > 0):
         raise ArgumentTypeError(f"{text!r} given, expected a positive integer")
     return int(text)
+
+
+def percent(text: str) -> float:
+    """The type of an option that takes a number between 0 and 100, both excluded."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < 100:
+        raise ArgumentTypeError(f"{text!r} given, expected a number between 0 and 100, such as 0.5")
+    return value

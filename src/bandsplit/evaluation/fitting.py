@@ -1,4 +1,4 @@
-"""Fusion fitted on the held-out images of a run, and found again beside its checkpoint."""
+"""Fusion and cascade fitted on the held-out images of a run, and found again beside its checkpoint."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ from bandsplit.evaluation import collector
 from bandsplit.evaluation.collector import Collector, Gathered
 from bandsplit.evaluation.evaluate import outputs, report_left_out
 from bandsplit.evaluation.joined import Joined
-from bandsplit.models import fusion
-from bandsplit.models.fusion import Fusion
+from bandsplit.models import cascade, fusion
+from bandsplit.models.cascade import Cascade
+from bandsplit.models.fusion import MEAN, Fusion
 from bandsplit.runs.fitted import FILE, Fitted, FittedBranch, HeldOut
 
 T = TypeVar("T")
+
+_Fit = tuple[dict[str, Fusion], Cascade | None]
 
 
 def path_of(runs: Joined) -> Path:
@@ -29,25 +32,48 @@ def path_of(runs: Joined) -> Path:
     return runs.first.checkpoint / FILE
 
 
-def find(runs: Joined, needed: str | None) -> Fitted | None:
+def find(runs: Joined, method: str | None, loss: float | None = None) -> Fitted | None:
     """The fusions that were fitted for these branches, None if there are none; every rank calls it.
 
-    Raises UserError if the file cannot be read, and if there are none but the fusion `needed` is asked for.
+    Args:
+        method: the fusion that must be among them; None: that of the config.
+        loss: what the cascade that must be among them was fitted for; None: none is needed.
+
+    Raises UserError if the file cannot be read, and if it does not have what is needed.
     """
-    return runs.ranks.from_first(partial(_find, runs, needed))
+    return runs.ranks.from_first(partial(_find, runs, method, loss))
 
 
-def _find(runs: Joined, needed: str | None) -> Fitted | None:
+def _find(runs: Joined, method: str | None, loss: float | None) -> Fitted | None:
+    needed = method or runs.config.fusion.method
     path = path_of(runs)
     fitted = Fitted.read(path)
-    if fitted is not None and fitted.branches == _branches(runs):
+    wrong = _missing(fitted, runs, needed, loss)
+    if wrong is None:
         return fitted
-    if needed is None:
+    if needed == MEAN and loss is None:
         return None
+    asked, option = f"--fusion {method}" if method else f"fusion.method = {needed!r}", ""
+    if loss is not None:
+        asked, option = f"--cascade {loss:g}", f" --cascade {loss:g}"
     dirs = " ".join(str(run.run_dir) for run in runs.runs)
-    wrong = "no such file" if fitted is None else "it was fitted for other branches"
-    how = f"fit it with python src/evaluate.py {dirs} --fit-fusion"
-    raise UserError(f"--fusion {needed}: {path}: {wrong}; {how if _has_holdout(runs) else _NO_HOLDOUT}")
+    how = f"fit it with python src/evaluate.py {dirs} --fit-fusion{option}"
+    raise UserError(f"{asked}: {path}: {wrong}; {how if _has_holdout(runs) else _NO_HOLDOUT}")
+
+
+def _missing(fitted: Fitted | None, runs: Joined, needed: str, loss: float | None) -> str | None:
+    """What the file lacks; None if nothing."""
+    if fitted is None:
+        return "no such file"
+    if fitted.branches != _branches(runs):
+        return "it was fitted for other branches"
+    if needed not in fitted.fusions:
+        return f"it has no fusion {needed!r}"
+    if loss is None:
+        return None
+    if fitted.cascade is None:
+        return "it has no cascade"
+    return None if fitted.cascade.loss == loss else f"its cascade is for a loss of {fitted.cascade.loss:g}"
 
 
 _NO_HOLDOUT = (
@@ -78,15 +104,17 @@ class HeldOutLogits:
     """All held-out images."""
 
 
-def held_out_logits(runs: Joined) -> HeldOutLogits:
+def held_out_logits(runs: Joined, loss: float | None = None) -> HeldOutLogits:
     """Logits of the held-out images, or of a sample where those of all do not fit into memory; every rank calls it.
 
-    Raises UserError if the runs have no held-out images in common.
+    Raises UserError if the runs have no held-out images in common, or too few for a cascade that may lose `loss`.
     """
     if not _has_holdout(runs):
         raise UserError(f"--fit-fusion: {runs.first.run_dir}: {_NO_HOLDOUT}")
     files, config = runs.held_out_files(), runs.config
     count = collector.fitting(len(files), len(runs.branches), len(runs.first.classes))
+    if loss is not None:
+        cascade.most_lost(count, loss)
     kept, loader = Collector(collector.sample(len(files), count, config.seed)), runs.loader(files)
     for number, (logits, labels) in enumerate(outputs(runs.ensemble, loader, runs.mesh, runs.precision)):
         kept.add(loader.rows(number), labels, logits=collector.half(logits))
@@ -94,32 +122,38 @@ def held_out_logits(runs: Joined) -> HeldOutLogits:
     return HeldOutLogits(kept.gathered(files, runs.ranks), len(files))
 
 
-def fit(runs: Joined, held_out: HeldOutLogits) -> Fitted:
+def fit(runs: Joined, held_out: HeldOutLogits, loss: float | None = None) -> Fitted:
     """Fits all fusions on the held-out images and writes them beside the checkpoint; every rank calls it.
 
     Raises UserError if the logits are not finite.
+
+    Args:
+        loss: top-1 in percent that a cascade may lose, which is then fitted too; None: no cascade.
     """
     ranks, gathered = runs.ranks, held_out.gathered
-    fusions = ranks.finish(_in_thread(partial(_fit, gathered, runs)) if gathered else None)
+    found = ranks.finish(_in_thread(partial(_fit, gathered, runs, loss)) if gathered else None)
 
     def written() -> Fitted:
         assert gathered is not None
-        assert fusions is not None
+        assert found is not None
         holdout = runs.config.data.holdout
         assert holdout is not None
         fitted_on = HeldOut(len(gathered.rows), held_out.of, holdout, runs.config.seed, runs.first.digests["train"])
-        fitted = Fitted(_branches(runs), fitted_on, fusions)
+        fitted = Fitted(_branches(runs), fitted_on, *found)
         fitted.write(path_of(runs))
         return fitted
 
     return ranks.from_first(written)
 
 
-def _fit(held_out: Gathered, runs: Joined) -> dict[str, Fusion]:
-    logits = cast(NDArray[np.float16], held_out.columns["logits"])
+def _fit(held_out: Gathered, runs: Joined, loss: float | None) -> _Fit:
+    logits, labels = cast(NDArray[np.float16], held_out.columns["logits"]), held_out.labels
     if not np.isfinite(logits).all():
         raise UserError(f"logits of {runs.first.run_dir} are not finite; try --set train.precision=fp32")
-    return fusion.fit(logits, held_out.labels)
+    fusions = fusion.fit(logits, labels)
+    if loss is None:
+        return fusions, None
+    return fusions, cascade.fit(logits, labels, np.array(fusions["learned"].weights), loss)
 
 
 def _in_thread(work: Callable[[], T]) -> Generator[None, None, T]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from bandsplit.data.crops import CROPS
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
-from bandsplit.evaluation import fitting, report
+from bandsplit.evaluation import cascade, fitting, report
 from bandsplit.evaluation.collector import Gathered
 from bandsplit.evaluation.detailed import Evaluation, evaluate_in_detail
 from bandsplit.evaluation.evaluate import report_left_out
@@ -30,13 +30,15 @@ class Request:
     checkpoint: str = "best"
     """ "best", "last" or a step."""
     overrides: Sequence[str] = ()
-    fusion: str = MEAN
-    """One of `FUSIONS`: whose accuracy is the ensemble's."""
+    fusion: str | None = None
+    """One of `FUSIONS`: whose accuracy is the ensemble's; None: `fusion.method` of the config."""
     fit_fusion: bool = False
     crops: str = "center"
     """A key of `CROPS`."""
     output: Path | None = None
     save: Save | None = None
+    cascade: float | None = None
+    """Runs the cascade that may lose that much top-1, in percent."""
 
     def check(self) -> None:
         """Raises UserError for what can be known before anything is read."""
@@ -47,6 +49,10 @@ class Request:
             raise UserError(
                 f"--save {self.save.path}: logits are saved of the center crop only; with --flip or --ten-crop, "
                 "--save-fused saves the averaged predictions"
+            )
+        if self.cascade is not None and self.crops != "center":
+            raise UserError(
+                f"--cascade {self.cascade:g}: stages are fitted to the center crop, not to --flip or --ten-crop"
             )
 
 
@@ -62,6 +68,7 @@ def evaluate_runs(request: Request) -> Evaluation:
         runs = Joined.of(request.run_dirs, request.checkpoint, request.overrides, ranks)
         files = runs.validation_files()
         recorder = Recorder(request.save, runs, files, request.crops) if request.save else None
+        fusion = request.fusion or runs.config.fusion.method
         fitted, held_out = _fitted(request, runs)
         weights = {name: each.weights for name, each in fitted.fusions.items() if name != MEAN} if fitted else {}
         loader = runs.loader(files, CROPS[request.crops])
@@ -71,15 +78,17 @@ def evaluate_runs(request: Request) -> Evaluation:
         if not math.isfinite(loss):
             raise UserError(f"the loss of {runs.first.run_dir} is {loss}; try --set train.precision=fp32")
         if recorder is not None:
-            recorder.write(evaluation.images, weights, request.fusion, held_out)
+            recorder.write(evaluation.images, weights, fusion, held_out)
+        staged = fitted.cascade if fitted and request.cascade is not None else None
+        cascaded = cascade.run(runs, runs.loader(files), staged) if staged else None
         if ranks.is_first:
-            report.show(evaluation, runs, request.crops, request.fusion, fitted, request.output)
+            report.show(evaluation, runs, request.crops, fusion, fitted, cascaded, request.output)
         return evaluation
 
 
 def _fitted(request: Request, runs: Joined) -> tuple[Fitted | None, Gathered | None]:
     """Fitted fusions, if there are any; and, on rank 0, what they were just fitted on, if it is to be saved."""
     if not request.fit_fusion:
-        return fitting.find(runs, None if request.fusion == MEAN else request.fusion), None
-    held_out = fitting.held_out_logits(runs)
-    return fitting.fit(runs, held_out), held_out.gathered if request.save else None
+        return fitting.find(runs, request.fusion, request.cascade), None
+    held_out = fitting.held_out_logits(runs, request.cascade)
+    return fitting.fit(runs, held_out, request.cascade), held_out.gathered if request.save else None

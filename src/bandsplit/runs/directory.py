@@ -29,7 +29,7 @@ from bandsplit.runs.files import make_folder, read_text, reading, replace_text, 
 MAY_CHANGE = (
     "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.check", "data.on_bad",
     "data.max_bad", "data.in_memory", "data.class_names", "train.log_every", "train.activation_checkpointing",
-    "validation.batch_size", "distillation.teacher",
+    "validation.batch_size", "distillation.teacher", "fusion.",
 )  # fmt: skip
 """Keys, or prefixes of keys, that do not affect what is computed and may change when a run is resumed."""
 

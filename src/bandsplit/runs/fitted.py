@@ -1,4 +1,4 @@
-"""fusion.json beside a checkpoint: fitted weights of the branches, and what they were fitted on."""
+"""fusion.json beside a checkpoint: fitted weights of the branches, a cascade, and what they were fitted on."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from bandsplit.errors import UserError
+from bandsplit.models.cascade import Cascade
 from bandsplit.models.fusion import Fusion
 from bandsplit.runs.files import read_text, replace_text
 
 FILE = "fusion.json"
 
-FORMAT = 1
+FORMAT = 2
+"""Format 1 had no cascade; it is still read."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,7 @@ class Fitted:
     branches: list[FittedBranch]
     held_out: HeldOut
     fusions: dict[str, Fusion]
+    cascade: Cascade | None = None
 
     def write(self, path: Path) -> None:
         """Raises UserError if it cannot be written."""
@@ -61,15 +64,19 @@ class Fitted:
             return None
         try:
             table = json.loads(text)
-            if table.pop("format") != FORMAT:
+            if table.pop("format") not in (1, FORMAT):
                 raise ValueError("it has another format")
+            cascade = table.get("cascade")
             fitted = cls(
                 [FittedBranch(**branch) for branch in table["branches"]],
                 HeldOut(**table["held_out"]),
                 {name: Fusion(**each) for name, each in table["fusions"].items()},
+                Cascade(**cascade) if cascade else None,
             )
             if any(len(each.weights) != len(fitted.branches) for each in fitted.fusions.values()):
                 raise ValueError("weights and branches differ in number")
+            if fitted.cascade is not None:
+                fitted.cascade.check(len(fitted.branches))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: cannot be understood: {error}; write it anew with --fit-fusion") from error
         return fitted

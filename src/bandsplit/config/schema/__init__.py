@@ -11,6 +11,7 @@ from bandsplit.config.schema.augment import (
 )
 from bandsplit.config.schema.base import Channels3, Fraction, Range
 from bandsplit.config.schema.data import Data, Decoder, Generate
+from bandsplit.config.schema.fusion import Fusion
 from bandsplit.config.schema.loss import BinaryCrossEntropy, CrossEntropy, Distillation, Loss, Mix
 from bandsplit.config.schema.model import Branch, Model, Stem
 from bandsplit.config.schema.optim import SGD, Adam, AdamW, Betas, Lamb, Optim, RMSprop

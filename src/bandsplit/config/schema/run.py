@@ -14,6 +14,7 @@ from pydantic import (
 from bandsplit.config.schema.augment import Augment
 from bandsplit.config.schema.base import Table, is_list, mistake
 from bandsplit.config.schema.data import Data
+from bandsplit.config.schema.fusion import Fusion
 from bandsplit.config.schema.loss import CrossEntropy, Distillation, Loss, Mix
 from bandsplit.config.schema.model import Branch, Model
 from bandsplit.config.schema.optim import Optim
@@ -43,6 +44,7 @@ class RunConfig(Table):
     parallel: Parallel = Parallel()
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
+    fusion: Fusion = Fusion()
 
     @model_validator(mode="before")
     @classmethod
@@ -94,6 +96,9 @@ class RunConfig(Table):
         if self.train.batch_size % self.train.grad_accum_steps:
             allowed = f"a multiple of train.grad_accum_steps = {self.train.grad_accum_steps}"
             raise mistake("train.batch_size", self.train.batch_size, allowed)
+        if self.fusion.method != "mean" and self.data.holdout is None:
+            allowed = "'mean', unless data.holdout takes images out of training, on which all others are fitted"
+            raise mistake("fusion.method", self.fusion.method, allowed)
         return self
 
     def _check_progressive(self) -> None:
