@@ -1,19 +1,23 @@
-"""Crops of a validation image, of which the class probabilities are averaged."""
+"""What is shown of a validation image: crops, of which the class probabilities are averaged."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from bandsplit.data.corruption import Corruption
+
 
 @dataclass(frozen=True)
 class Crop:
-    """Where a crop lies in the resized image, as a fraction of the way it can move, and whether it is mirrored."""
+    """Where a crop lies in the resized image, as a fraction of the way it can move, and what is done to it."""
 
     x: float = 0.5
     """0: left, 1: right."""
     y: float = 0.5
     """0: top, 1: bottom."""
     mirror: bool = False
+    corruption: Corruption | None = None
+    """The same for all crops of an image."""
 
 
 CENTER = (Crop(),)

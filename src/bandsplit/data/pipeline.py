@@ -19,6 +19,7 @@ from nvidia.dali.types import BatchInfo
 from bandsplit import seeds
 from bandsplit.config.schema import Decoder, RunConfig
 from bandsplit.data import augmentation
+from bandsplit.data.corruption import corrupted
 from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.order import TrainingOrder, ValidationOrder
@@ -198,6 +199,9 @@ def _validation_graph(
     images = fn.resize(images, resize_shorter=data.resize_size, interp_type=_INTERPOLATION[data.interpolation])
     x, y, mirror = _turns(crops, shard.batch_size)
     images = fn.crop(images, crop=(data.val_size, data.val_size), crop_pos_x=x, crop_pos_y=y)
+    (corruption,) = {crop.corruption for crop in crops}
+    if corruption is not None:
+        images = corrupted(images, corruption, order.batch, config.seed, data.val_size)
     return _finish(images, mirror, labels, shard, views)
 
 
