@@ -12,6 +12,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("run", type=Path, nargs="+", help="run directory; several runs form one ensemble")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step number (default: best)")
+    parser.add_argument(
+        "--data", type=Path, metavar="CONFIG", help="data config of other validation images, prepared as the run's"
+    )
     options.add_set(parser)
     parser.add_argument(
         "--fit-fusion",
@@ -43,6 +46,15 @@ def main() -> None:
         const="ten",
         help="average over the center, the four corners and their mirror images",
     )
+    parser.add_argument(
+        "--corrupt",
+        nargs="?",
+        const="all",
+        metavar="KIND,…",
+        help="also evaluate corrupted images, with five strengths of noise, blur, brightness, contrast and jpeg, or of "
+        "those that are named; with --output, writes a table and a figure beside it",
+    )
+    parser.add_argument("--latency", action="store_true", help="also measure images per second, and ms for one image")
     parser.add_argument("--output", type=Path, help="also write the results to this JSON file")
     parser.add_argument(
         "--save",
@@ -66,8 +78,10 @@ def main() -> None:
         if getattr(arguments, option) and not arguments.save:
             parser.error(f"--{option.replace('_', '-')} needs --save")
 
+    from bandsplit.distributed.ranks import rank
     from bandsplit.evaluation.predictions import Save
     from bandsplit.evaluation.runs import Request, evaluate_runs
+    from bandsplit.reporting import corruption
 
     evaluate_runs(
         Request(
@@ -80,5 +94,10 @@ def main() -> None:
             arguments.output,
             arguments.save and Save(arguments.save, arguments.save_sample, arguments.save_fused),
             arguments.cascade,
+            arguments.data,
+            arguments.corrupt,
+            arguments.latency,
         )
     )
+    if arguments.corrupt and arguments.output and rank() == 0:
+        corruption.write(arguments.output)

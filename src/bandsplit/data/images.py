@@ -74,6 +74,8 @@ class ImageFiles:
     classes: list[str]
     index: Index | None = None
     """What is known of these images and of those that are left out."""
+    answers: NDArray[np.bool_] | None = None
+    """(labels, classes): which classes are right for a label, where that may be several; None: labels are classes."""
 
     @classmethod
     def of(cls, found: Index, folder: Path) -> ImageFiles:
@@ -99,18 +101,37 @@ class ImageFiles:
         """The path of an image, relative to the folder of its part or, with lists, of the data set."""
         return self.paths.name(i) if isinstance(self.paths, Paths) else self.paths[i]
 
-    def renumbered(self, classes: Sequence[str], by: str, where: str) -> ImageFiles:
+    def renumbered(self, classes: Sequence[str], by: str, where: str, numbers: bool = False) -> ImageFiles:
         """The same images, labeled with indices into the class names that the run `by` was trained on.
 
-        The images may lack some of these classes. Raises UserError if they, found in `where`, have others.
+        The images may lack some of these classes. A label such as "a;b" stands for several classes, all of them right,
+        and ";" or an empty one for none: such images are taken out.
+
+        Args:
+            numbers: whether labels that are no class names are numbers of classes.
+
+        Raises UserError if the images, found in `where`, have other classes.
         """
         if list(classes) == self.classes:
             return self
-        if not set(self.classes) <= set(classes):
-            require_same_classes(classes, by, self.classes, where)
-        number = {name: i for i, name in enumerate(classes)}
-        new = np.array([number[name] for name in self.classes], dtype=np.int32)
-        return replace(self, labels=new[np.asarray(self.labels)], classes=list(classes))
+        number = {str(i): i for i in range(len(classes))} if numbers else {}
+        number |= {name: i for i, name in enumerate(classes)}
+        named = [[label] if label in number else [x for x in label.split(";") if x] for label in self.classes]
+        unknown = sorted({name for names in named for name in names} - number.keys())
+        if unknown and not numbers and all(name.isdecimal() for name in unknown):
+            raise UserError(
+                f"{where}: the labels are numbers, such as {unknown[0]}, and no classes that {by} was trained on; if "
+                'they count these from 0 in alphabetical order: data.labels = "numbers"'
+            )
+        if unknown:
+            found = (classes[number[name]] if name in number else name for names in named for name in names)
+            require_same_classes(classes, by, list(dict.fromkeys(found)), where)
+        labels, right = np.asarray(self.labels), [[number[name] for name in names] for names in named]
+        if all(len(each) == 1 for each in right):
+            return replace(self, labels=np.array(right, dtype=np.int32)[:, 0][labels], classes=list(classes))
+        answers = np.array([np.isin(np.arange(len(classes)), each) for each in right])
+        labeled = np.asarray(answers.any(axis=1), dtype=np.bool_)[labels]
+        return replace(self.taken(np.flatnonzero(labeled)), classes=list(classes), answers=answers)
 
 
 def scan(data: Data) -> dict[str, Index]:

@@ -11,7 +11,7 @@ import numpy as np
 from loguru import logger
 from numpy.typing import NDArray
 
-from bandsplit.config.schema import RunConfig
+from bandsplit.config.schema import Data, RunConfig
 from bandsplit.data import images, loader, pinned
 from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles
@@ -75,12 +75,20 @@ def open_data(
     return dict(stored)
 
 
-def renumbered(files: Images, classes: Sequence[str], by: str, where: str) -> Images:
-    """The same images with labels that are indices into the classes that `by` was trained on.
+def renumbered(files: Images, classes: Sequence[str], by: str, data: Data) -> Images:
+    """The images of `data` with labels that are indices into the classes that `by` was trained on.
 
-    Raises UserError if the images in `where` are of other classes.
+    Raises UserError if the images are of other classes.
     """
-    return files.renumbered(classes, by, where)
+    if isinstance(files, StoredImages):
+        return files.renumbered(classes, by, data.root)
+    numbers = data.labels == "numbers"
+    if numbers and data.classes not in (None, len(classes)):
+        raise UserError(
+            f"data.classes: {data.root} numbers {data.classes} classes, but {by} was trained on {len(classes)}, which "
+            "have other numbers"
+        )
+    return files.renumbered(classes, by, data.root, numbers)
 
 
 def keep(folder: Path, parts: Mapping[str, Images]) -> None:
@@ -151,5 +159,7 @@ def validation_loader(
     Raises UserError if a band store lacks what the crops show.
     """
     if isinstance(files, StoredImages):
+        if any(crop.corruption for crop in crops):
+            raise UserError("--corrupt: a band store holds no pixels; evaluate with --set data.kind=images")
         return BandValidationLoader(config, files, shard, crops)
     return ValidationLoader(config, files, shard, crops)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from bandsplit.data.source import AnyValidationLoader
-from bandsplit.evaluation.detailed import paired_interval
 from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.measures import Sums
 from bandsplit.models.cascade import Cascade
 from bandsplit.models.ensemble import Ensemble
+from bandsplit.statistics import paired_interval
 
 T = TypeVar("T")
 

@@ -7,16 +7,20 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 
+from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
-from bandsplit.data import holdout, source
+from bandsplit.data import holdout, index, pinned, source
 from bandsplit.data.crops import CENTER, Crop
+from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import shard_of
 from bandsplit.data.source import AnyValidationLoader, Images
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
+from bandsplit.evaluation.measures import Truth
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
 from bandsplit.runs.directory import RunDirectory
@@ -37,8 +41,13 @@ class Joined:
     mesh: Mesh
 
     @classmethod
-    def of(cls, run_dirs: Sequence[Path], which: str, overrides: Sequence[str], ranks: Ranks) -> Joined:
+    def of(
+        cls, run_dirs: Sequence[Path], which: str, overrides: Sequence[str], ranks: Ranks, data: Path | None = None
+    ) -> Joined:
         """Every rank must call it.
+
+        Args:
+            data: a data config, whose images are validated instead of those of the first run.
 
         Raises UserError if a run or checkpoint is missing, and if the runs differ in data, classes or transform.
         """
@@ -50,6 +59,10 @@ class Joined:
         groups = tuple(group for run in runs for group in run.config.split.groups)
         whole = config.split.model_copy(update={"branches": groups, "only": None})
         config = config.model_copy(update={"split": whole})
+        if data is not None:
+            path = RunDirectory(run_dirs[0]).config
+            other = ranks.each(lambda: loading.load(path, overrides, images=data))
+            config = config.model_copy(update={"data": other.data})
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
         ensemble = Ensemble(branch for run in runs for branch in run.ensemble.branches)
@@ -66,9 +79,33 @@ class Joined:
 
     def validation_files(self) -> Images:
         """The validation images, with labels that are indices into the classes of the runs; every rank calls it."""
-        files = source.open_data(self.config, self.ranks, ["val"])["val"]
-        run_dir, root = str(self.first.run_dir), self.config.data.root
-        return self.ranks.each(partial(source.renumbered, files, self.first.classes, run_dir, root))
+        config, first = self.config, self.first
+        files = source.open_data(config, self.ranks, ["val"])["val"]
+        files = self.ranks.each(partial(source.renumbered, files, first.classes, str(first.run_dir), config.data))
+        if not len(files):
+            raise UserError(f"data.root: {config.data.root}: no image in {config.data.val} is left to evaluate")
+        return files
+
+    def truth(self, files: Images) -> Truth:
+        """Which classes are right for images of `validation_files`."""
+        answers = files.answers if isinstance(files, ImageFiles) else None
+        there = np.zeros(len(self.first.classes), dtype=np.bool_)
+        there[np.unique(files.labels) if answers is None else answers.any(0)] = True
+        on_device = [
+            None if each is None else torch.from_numpy(each).to(self.ranks.device) for each in (answers, there)
+        ]
+        return Truth(on_device[0], None if there.all() else on_device[1])
+
+    def difference(self, files: Images) -> str:
+        """How the validation images differ from those that the first run was validated on; "" if they do not.
+
+        It is known of images with an index, in runs that have kept theirs.
+        """
+        began = index.read(RunDirectory(self.first.run_dir).data / "val.arrow")
+        now = files.index if isinstance(files, ImageFiles) else None
+        if began is None or now is None or began.digest == now.digest:
+            return ""
+        return str(pinned.difference(began, now))
 
     def held_out_files(self) -> Images:
         """The training images that no run was trained on; every rank calls it.
@@ -105,11 +142,15 @@ class Joined:
 
     def loader(self, files: Images, crops: Sequence[Crop] = CENTER) -> AnyValidationLoader:
         """This rank's share of images, prepared as validation images are."""
+        shard = shard_of(self.config, self.ranks, self.batch_size, self.precision.half_bands)
+        return self.ranks.each(partial(source.validation_loader, self.config, files, shard, crops))
+
+    @property
+    def batch_size(self) -> int:
+        """Images per batch of this rank."""
         config = self.config
         parts = self.ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
-        batch_size = config.validation.batch_size or max(1, config.train.batch_size // parts)
-        shard = shard_of(config, self.ranks, batch_size, self.precision.half_bands)
-        return self.ranks.each(partial(source.validation_loader, config, files, shard, crops))
+        return config.validation.batch_size or max(1, config.train.batch_size // parts)
 
 
 def _require_same_data(one: Restored, other: Restored) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -43,15 +44,40 @@ def averaged(logits: Tensor) -> Tensor:
     return logits.log_softmax(-1).logsumexp(-3) - math.log(crops)
 
 
-def are_correct(logits: Tensor, labels: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Truth:
+    """Which classes are right for the images of a data set, where that is more than a label for each."""
+
+    answers: Tensor | None = None
+    """(labels, classes), bool, where several classes may be right for a label; None: labels are classes."""
+    among: Tensor | None = None
+    """(classes,), bool: the classes of the data set, where it lacks some of the network's; None: all."""
+
+
+ONE_LABEL = Truth()
+"""Every image has one label, and all classes have images."""
+
+
+def are_right(predicted: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:
+    """Predicted classes (..., B, n) and labels (B,) -> (..., B, n), bool; `answers` as `Truth` has them.
+
+    Nothing is right for a negative label.
+    """
+    if answers is None:
+        return predicted == labels[:, None]
+    right = answers[labels.clamp(min=0)] & (labels >= 0)[:, None]  # (B, classes)
+    return right.expand(*predicted.shape[:-1], -1).gather(-1, predicted)
+
+
+def are_correct(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:
     """Logits (..., B, classes) and labels (B,) -> (..., B, 2), bool: correct within the top 1 and the top 5."""
-    top = logits.topk(min(5, logits.shape[-1]), dim=-1).indices == labels[:, None]
+    top = are_right(logits.topk(min(5, logits.shape[-1]), dim=-1).indices, labels, answers)
     return torch.stack([top[..., 0], top.any(-1)], dim=-1)
 
 
-def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+def count_correct(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:
     """Logits (..., B, classes) and labels (B,) -> (..., 2): correct within the top 1 and the top 5."""
-    return are_correct(logits, labels).sum(-2)
+    return are_correct(logits, labels, answers).sum(-2)
 
 
 def sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
@@ -59,7 +85,7 @@ def sum_of_losses(logits: Tensor, labels: Tensor) -> Tensor:
     return cross_entropy(logits.double(), labels.clamp(min=-1), reduction="sum", ignore_index=-1)
 
 
-def calibration(logits: Tensor, labels: Tensor) -> Tensor:
+def calibration(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:
     """Logits (B, classes) -> (BINS, 3), float64: images, correct ones and sum of confidences by confidence.
 
     The confidence is the largest probability of the softmax. Bin i holds those in (i / BINS, (i + 1) / BINS].
@@ -67,5 +93,6 @@ def calibration(logits: Tensor, labels: Tensor) -> Tensor:
     confidence, predicted = logits.double().softmax(-1).max(-1)
     inner = torch.linspace(0, 1, BINS + 1, dtype=torch.float64, device=logits.device)[1:-1]
     counted = one_hot(torch.bucketize(confidence, inner), BINS) * (labels >= 0)[:, None]
-    each = torch.stack([torch.ones_like(confidence), (predicted == labels).double(), confidence], dim=-1)
+    right = are_right(predicted[:, None], labels, answers)[:, 0]
+    each = torch.stack([torch.ones_like(confidence), right.double(), confidence], dim=-1)
     return counted.double().T @ each

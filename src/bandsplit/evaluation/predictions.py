@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from bandsplit.data.images import Paths
+from bandsplit.data.images import ImageFiles, Paths
 from bandsplit.data.source import Images
 from bandsplit.data.store.manifest import StoredImages
 from bandsplit.errors import UserError
@@ -40,7 +40,11 @@ class Recorder:
     """Records the predictions of this rank's images, and writes those of all ranks."""
 
     def __init__(self, save: Save, runs: Joined, files: Images, crops: str) -> None:
-        """Raises UserError if the logits do not fit into memory."""
+        """Raises UserError if the logits do not fit into memory, and where images have several labels."""
+        if isinstance(files, ImageFiles) and files.answers is not None:
+            raise UserError(
+                f"--save {save.path}: predictions are saved with one label for each image, not with several"
+            )
         count = min(save.sample or len(files), len(files))
         if not save.fused_only:
             _require_fitting(save.path, count, len(runs.branches), len(runs.first.classes))

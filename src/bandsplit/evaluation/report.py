@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pandas as pd
+
 from bandsplit.evaluation.cascade import Cascaded, branch_macs
-from bandsplit.evaluation.detailed import Evaluation
+from bandsplit.evaluation.corrupted import Corrupted
+from bandsplit.evaluation.detailed import Evaluation, Fused, Restricted
 from bandsplit.evaluation.joined import Joined
+from bandsplit.evaluation.speed import Speed
 from bandsplit.models.cascade import Cascade
 from bandsplit.models.fusion import MEAN
 from bandsplit.runs.files import replace_text
@@ -19,39 +24,52 @@ from bandsplit.runs.fitted import Fitted
 _CROPS = {"center": "", "flip": ", with their mirror images", "ten": ", ten crops each"}
 
 
-def show(
-    evaluation: Evaluation,
-    runs: Joined,
-    crops: str,
-    fusion: str,
-    fitted: Fitted | None,
-    cascaded: Cascaded | None,
-    output: Path | None,
-) -> None:
-    """Prints the results, and writes them to `output`.
+@dataclass(frozen=True)
+class Results:
+    """All that one evaluation has found; None for what was not asked for, or is not there."""
 
-    Args:
-        crops: those that were averaged.
-        fusion: whose accuracy is the ensemble's.
-    """
+    evaluation: Evaluation
+    crops: str
+    """Those that were averaged; a key of `CROPS`."""
+    fusion: str
+    """Whose accuracy is the ensemble's."""
+    fitted: Fitted | None = None
+    cascaded: Cascaded | None = None
+    speed: Speed | None = None
+    corrupted: list[Corrupted] | None = None
+
+
+def show(results: Results, runs: Joined, output: Path | None) -> None:
+    """Prints the results, and writes them to `output`."""
+    evaluation, fusion, fitted = results.evaluation, results.fusion, results.fitted
     for run in runs.runs:
         print(f"{run.config.name}, step {run.step}, {run.run_dir}")
-    fused, several = evaluation.fused[fusion], len(runs.branches) > 1
+    fused, mean, several = evaluation.fused[fusion], evaluation.fused[MEAN], len(runs.branches) > 1
     left_out = f" ({evaluation.left_out} left out, which cannot be decoded)" * bool(evaluation.left_out)
-    of = f"{evaluation.images} images{left_out}{_CROPS[crops]}"
-    print(f"{of}: loss {fused.loss:.4f}, calibration error {fused.ece:.2f} %")
-    print(_row("ensemble" if fusion == MEAN else f"ensemble ({fusion})", fused.top1, fused.top5))
+    of = f"{evaluation.images} images{left_out}{_CROPS[results.crops]}"
+    loss = "no loss, since they have several labels" if fused.loss is None else f"loss {fused.loss:.4f}"
+    print(f"{of}: {loss}, calibration error {fused.ece:.2f} %")
+    name, within = "ensemble" if fusion == MEAN else f"ensemble ({fusion})", evaluation.restricted
+    print(_row(name, fused.top1, fused.top5))
+    if within is not None:
+        print(
+            f"{_row(name, within.top1[fusion], within.top5[fusion])}   among the {within.classes} classes of the images"
+        )
     for k, branch in enumerate(runs.branches):
         row = _row(_bands(branch.bands), evaluation.branch_top1[k], evaluation.branch_top5[k])
-        top1, top5 = evaluation.cumulative_top1[k], evaluation.cumulative_top5[k]
+        top1, top5 = mean.cumulative_top1[k], mean.cumulative_top5[k]
         print(row + f"   mean up to here  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %" * several)
     if fitted is not None:
         _show_fusions(evaluation, fitted)
         _show_dropped(runs, fitted)
-        if cascaded is not None and fitted.cascade is not None:
-            _show_cascade(cascaded, fitted.cascade, fitted.held_out.images, runs)
+        if results.cascaded is not None and fitted.cascade is not None:
+            _show_cascade(results.cascaded, fitted.cascade, fitted.held_out.images, runs)
+    if results.speed is not None:
+        _show_speed(results.speed)
+    if results.corrupted is not None:
+        _show_corrupted(results.corrupted, evaluation, runs, fusion)
     if output is not None:
-        replace_text(output, json.dumps(_as_dict(evaluation, runs, crops, fusion, fitted, cascaded), indent=2) + "\n")
+        replace_text(output, json.dumps(_as_dict(results, runs), indent=2) + "\n")
 
 
 def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
@@ -64,7 +82,51 @@ def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
         gain = "" if name == MEAN else f"{each.gain:+.2f} ({low:+.2f} to {high:+.2f})"
         weights = fitted.fusions[name].weights
         shown = " ".join(f"{weight:.3f}" for weight in weights[:8]) + " …" * (len(weights) > 8)
-        print(f"{_row(name, each.top1, each.top5)}  {each.ece:>6.2f}  {each.loss:>6.4f}   {gain:>27}   {shown}")
+        print(f"{_row(name, each.top1, each.top5)}  {each.ece:>6.2f}  {_loss(each):>6}   {gain:>27}   {shown}")
+    _show_branches_by_weight(evaluation)
+
+
+def _show_branches_by_weight(evaluation: Evaluation) -> None:
+    """Accuracy by number of branches, for the fusions that weight them differently."""
+    orders = {name: each for name, each in evaluation.fused.items() if each.order != evaluation.fused[MEAN].order}
+    if orders:
+        print(f"\ntop-1 of the first branches, largest weight first:\n{'':>24}" + "".join(map("{:>20}".format, orders)))
+    for n in range(max((len(each.order) for each in orders.values()), default=0)):
+        cells = [
+            f"{f'with branch {each.order[n]}':>15} {each.cumulative_top1[n]:6.2f} %" if n < len(each.order) else ""
+            for each in orders.values()
+        ]
+        print(f"{n + 1:>24}" + "".join(map("{:>24}".format, cells)))
+
+
+def _corruption(corrupted: Sequence[Corrupted]) -> dict[str, Any]:
+    return {
+        "mean_top1": np.mean([row.top1 for row in corrupted]).item(),
+        "branch_mean_top1": np.mean([row.branch_top1 for row in corrupted], axis=0).tolist(),
+        "results": [asdict(row) for row in corrupted],
+    }
+
+
+def _show_corrupted(corrupted: Sequence[Corrupted], evaluation: Evaluation, runs: Joined, fusion: str) -> None:
+    """Top-1 of the ensemble by kind and strength, and of every branch by kind."""
+    rows = pd.DataFrame({"kind": row.kind, "strength": row.strength, "top1": row.top1} for row in corrupted)
+    table = rows.pivot(index="kind", columns="strength", values="top1").loc[rows["kind"].unique()]
+    table.insert(0, 0, evaluation.fused[fusion].top1)
+    table["mean 1 to 5"] = table.drop(columns=0).mean(axis=1)
+    table.loc["mean"] = table.mean()
+    print(f"\ntop-1 of the ensemble in percent by corruption and its strength:\n{_table(table)}")
+    if len(runs.branches) > 1:
+        names = [_bands(branch.bands) for branch in runs.branches]
+        of = pd.DataFrame([row.branch_top1 for row in corrupted], index=rows["kind"], columns=names)
+        means = of.groupby(level=0, sort=False).mean().T
+        means.insert(0, "none", evaluation.branch_top1)
+        means["mean"] = of.mean()
+        print(f"\ntop-1 of each branch in percent, mean of strengths 1 to 5:\n{_table(means)}")
+
+
+def _table(values: pd.DataFrame) -> str:
+    values = values.rename_axis(index=None, columns=None)
+    return str(values.to_string(float_format="{:.2f}".format))
 
 
 def _show_dropped(runs: Joined, fitted: Fitted) -> None:
@@ -111,37 +173,53 @@ def _show_cascade(cascaded: Cascaded, cascade: Cascade, held_out: int, runs: Joi
     )
 
 
-def _as_dict(
-    evaluation: Evaluation,
-    runs: Joined,
-    crops: str,
-    fusion: str,
-    fitted: Fitted | None,
-    cascaded: Cascaded | None,
-) -> dict[str, Any]:
+def _show_speed(speed: Speed) -> None:
+    print(
+        f"\n{speed.images_per_second:,.0f} images/s with reading, decoding and split; networks alone "
+        f"{speed.networks_images_per_second:,.0f} images/s; batches of {speed.batch_size} per rank"
+        f"\none image, from its pixels to fused logits: median {speed.latency_ms:,.1f} ms, 95 % within "
+        f"{speed.latency_p95_ms:,.1f} ms"
+    )
+
+
+def _as_dict(results: Results, runs: Joined) -> dict[str, Any]:
+    evaluation, fusion, fitted = results.evaluation, results.fusion, results.fitted
     fused = evaluation.fused[fusion]
     table: dict[str, Any] = {
         "step": runs.first.step if len(runs.runs) == 1 else [run.step for run in runs.runs],
         "val_images": evaluation.images,
         **({"left_out": evaluation.left_out} if evaluation.left_out else {}),
-        "crops": crops,
+        "crops": results.crops,
         "fusion": fusion,
         "loss": fused.loss,
         "top1": fused.top1,
         "top5": fused.top5,
         "ece": fused.ece,
+        **({"restricted": _restricted(evaluation.restricted, fusion)} if evaluation.restricted else {}),
         "branch_top1": evaluation.branch_top1,
         "branch_top5": evaluation.branch_top5,
-        "cumulative_top1": evaluation.cumulative_top1,
-        "cumulative_top5": evaluation.cumulative_top5,
+        "cumulative_top1": evaluation.fused[MEAN].cumulative_top1,
+        "cumulative_top5": evaluation.fused[MEAN].cumulative_top5,
     }
     if fitted is not None:
         table["fusions"] = {
             name: {**asdict(each), "weights": fitted.fusions[name].weights} for name, each in evaluation.fused.items()
         }
-        if cascaded is not None and fitted.cascade is not None:
-            table["cascade"] = {**asdict(fitted.cascade), **asdict(cascaded)}
+        if results.cascaded is not None and fitted.cascade is not None:
+            table["cascade"] = {**asdict(fitted.cascade), **asdict(results.cascaded)}
+    if results.speed is not None:
+        table["speed"] = asdict(results.speed)
+    if results.corrupted is not None:
+        table["corruption"] = _corruption(results.corrupted)
     return table
+
+
+def _restricted(within: Restricted, fusion: str) -> dict[str, Any]:
+    return {**asdict(within), "top1": within.top1[fusion], "top5": within.top5[fusion]}
+
+
+def _loss(fused: Fused) -> str:
+    return "" if fused.loss is None else f"{fused.loss:.4f}"
 
 
 def _row(name: str, top1: float, top5: float) -> str:

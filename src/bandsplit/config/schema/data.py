@@ -58,6 +58,9 @@ class Data(Table):
     """Below `root`: a folder with one folder per class, or a list: CSV or text with one path and label per line."""
     val: str = "val"
     """The same for validation images."""
+    labels: Literal["names", "numbers"] = "names"
+    """Evaluation: what class folders or the labels of a list are: names of classes, or their numbers, counted from 0
+    in alphabetical order of the names. A number that is the name of a class is a name."""
     classes: int | None = Field(None, ge=2)
     """Unset: as many as the training images have."""
     class_names: str | None = Field(None, min_length=1)
