@@ -14,10 +14,11 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassCalibrationError
 
 from bandsplit.config import loading
-from bandsplit.data.crops import FLIP, TEN, Crop
+from bandsplit.data.crops import CENTER, FLIP, TEN, Crop
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
+from bandsplit.evaluation.detailed import evaluate_in_detail
 from bandsplit.evaluation.evaluate import evaluate
 from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.measures import calibration, count_correct
@@ -169,3 +170,58 @@ def test_crops_are_single_evaluations_averaged_by_hand(
         assert table["loss"] == pytest.approx(float(-fused[range(50), labels].log().mean()), abs=1e-5)
         assert table["cumulative_top1"][0] == table["branch_top1"][0]
         assert table["cumulative_top1"][-1] == table["top1"]
+
+
+@pytest.mark.parametrize("crops", [CENTER, FLIP])
+def test_branches_are_added_one_by_one_largest_weight_first(
+    finished: Callable[..., Path], crops: tuple[Crop, ...]
+) -> None:
+    """Every prefix summed anew in float64; a branch of weight 0 is not used, and the mean goes from branch 0 up."""
+    weights = {"mean": [0.25] * 4, "learned": [0.2, 0.0, 0.7, 0.4], "none": [0.0] * 4}
+    used = {"mean": [0, 1, 2, 3], "learned": [2, 3, 0], "none": [0, 1, 2, 3]}
+    runs = Joined.of([finished(1)], "best", [], ALONE.ranks)
+    files = runs.validation_files()
+    given = {name: each for name, each in weights.items() if name != "mean"}
+    found = evaluate_in_detail(runs.ensemble, runs.loader(files, crops), 50, runs.mesh, runs.precision, given)
+    with torch.no_grad():
+        batches = [
+            (runs.ensemble(batch.inputs), batch.labels) for crop in crops for batch in runs.loader(files, [crop])
+        ]
+    logits, labels = torch.cat([each for each, _ in batches], 1).double(), torch.cat([each for _, each in batches])
+    z, y = logits[:, labels >= 0].unflatten(1, (len(crops), 50)), labels[labels >= 0][:50]
+    for name, order in used.items():
+        each, w = found.fused[name], weights[name]
+        assert each.order == order
+        for n in range(1, len(order) + 1):
+            scale = sum(w) / sum(w[k] for k in order[:n]) if sum(w) else 1
+            fused = sum((scale * w[k] * z[k] for k in order[:n]), torch.zeros_like(z[0]))
+            probabilities = fused.softmax(-1).mean(0) if len(crops) > 1 else fused[0]
+            counts = [2.0 * count for count in naive_counts(probabilities, y)]
+            assert [each.cumulative_top1[n - 1], each.cumulative_top5[n - 1]] == counts or name == "none"
+        assert each.cumulative_top1[-1] == each.top1
+
+
+def test_checkpoints_that_do_not_fit_are_told_in_one_message(
+    finished: Callable[..., Path], tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    run_dir = Path(shutil.copytree(finished(1), tmp_path / "run", symlinks=True))
+    config = (run_dir / "config.toml").read_text()
+
+    def refused(told: str, *arguments: object) -> None:
+        done = run_here("evaluate.py", run_dir, "--checkpoint", "26", *arguments)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
+
+    refused("--set data.classes: 11 given, but the networks of", "--set", "data.classes=11")
+    folder = run_dir / "checkpoints/step_00000026"
+    for change in (("classes = 10", "classes = 12"), ("width = 0.125", "width = 0.25")):
+        assert change[0] in config
+        (run_dir / "config.toml").write_text(config.replace(*change))
+        refused(f"{folder}: these weights do not fit the networks of the config: ")
+    (run_dir / "config.toml").write_text(config)
+    path = folder / "branch_02.pt"
+    path.write_bytes(path.read_bytes()[:-5000])
+    refused(f"{folder}: this checkpoint is damaged: branch_02.pt")
+    path.unlink()
+    refused(f"{folder}: this checkpoint is damaged: branch_02.pt is missing; there are those of steps 13, 24, 26")

@@ -19,7 +19,7 @@ from bandsplit.data.images import ImageFiles
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
 from bandsplit.evaluation.joined import Joined
-from tests.conftest import Done, run
+from tests.conftest import DATA_TOML, TRAIN_TOML, Done, run
 
 ALONE = Ranks(0, 1, 0, 1, torch.device("cpu"))
 
@@ -205,3 +205,25 @@ def test_other_images_than_those_of_the_run_are_told(
     assert told in done.stderr
     done = run_here("evaluate.py", trained.run_dir, *sets, "--data", tmp_path / "x.toml", "--fit-fusion")
     assert (done.returncode, "fusion is fitted on images of the run's own data" in done.stderr) == (2, True)
+
+
+def test_a_band_store_as_other_data(
+    trained: Trained, image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    """It is the same evaluation but for the rounding of float16; it has no pixels to corrupt."""
+    (tmp_path / "data.toml").write_text(DATA_TOML.format(root=image_root))
+    (tmp_path / "tiny.toml").write_text(TRAIN_TOML)
+    store, config = tmp_path / "store", tmp_path / "bands.toml"
+    done = run_here("data.py", "pack", tmp_path / "tiny.toml", "--to", store, "--dtype", "float16", "--workers", 1)
+    assert done.returncode == 0, done.stderr
+    config.write_text(f'kind = "bands"\nroot = "{store}"\n')
+    table, _ = evaluated(run_here, trained.run_dir, config)
+    cross_entropy = torch.nn.functional.cross_entropy
+    own = cross_entropy(torch.from_numpy(trained.fused), torch.from_numpy(trained.labels).long())
+    assert (table["val_images"], table["loss"]) == (50, pytest.approx(float(own), rel=1e-2))
+    for arguments, told in (
+        (("--corrupt",), "--corrupt: a band store holds no pixels; evaluate with --set data.kind=images"),
+        (("--set", "data.root=/nowhere"), "/nowhere"),
+    ):
+        done = run_here("evaluate.py", trained.run_dir, "--data", config, *arguments)
+        assert (done.returncode, told in done.stderr) == (2, True)

@@ -83,20 +83,21 @@ def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
         weights = fitted.fusions[name].weights
         shown = " ".join(f"{weight:.3f}" for weight in weights[:8]) + " …" * (len(weights) > 8)
         print(f"{_row(name, each.top1, each.top5)}  {each.ece:>6.2f}  {_loss(each):>6}   {gain:>27}   {shown}")
-    _show_branches_by_weight(evaluation)
+    _show_branches_by_weight(evaluation, fitted)
 
 
-def _show_branches_by_weight(evaluation: Evaluation) -> None:
+def _show_branches_by_weight(evaluation: Evaluation, fitted: Fitted) -> None:
     """Accuracy by number of branches, for the fusions that weight them differently."""
-    orders = {name: each for name, each in evaluation.fused.items() if each.order != evaluation.fused[MEAN].order}
-    if orders:
-        print(f"\ntop-1 of the first branches, largest weight first:\n{'':>24}" + "".join(map("{:>20}".format, orders)))
-    for n in range(max((len(each.order) for each in orders.values()), default=0)):
+    several = {name: each for name, each in evaluation.fused.items() if len({*fitted.fusions[name].weights}) > 1}
+    if several:
+        names = "".join(f"{name:>26}" for name in several)
+        print(f"\ntop-1 of the first branches, largest weight first:\n{'branches':>24}{names}")
+    for n in range(max((len(each.order) for each in several.values()), default=0)):
         cells = [
-            f"{f'with branch {each.order[n]}':>15} {each.cumulative_top1[n]:6.2f} %" if n < len(each.order) else ""
-            for each in orders.values()
+            f"{'+' if n else ''}{each.order[n]}  {each.cumulative_top1[n]:6.2f} %" if n < len(each.order) else ""
+            for each in several.values()
         ]
-        print(f"{n + 1:>24}" + "".join(map("{:>24}".format, cells)))
+        print(f"{n + 1:>24}" + "".join(f"{cell:>26}" for cell in cells))
 
 
 def _corruption(corrupted: Sequence[Corrupted]) -> dict[str, Any]:
@@ -117,11 +118,11 @@ def _show_corrupted(corrupted: Sequence[Corrupted], evaluation: Evaluation, runs
     print(f"\ntop-1 of the ensemble in percent by corruption and its strength:\n{_table(table)}")
     if len(runs.branches) > 1:
         names = [_bands(branch.bands) for branch in runs.branches]
-        of = pd.DataFrame([row.branch_top1 for row in corrupted], index=rows["kind"], columns=names)
+        of = pd.DataFrame([[row.top1, *row.branch_top1] for row in corrupted], rows["kind"], ["ensemble", *names])
         means = of.groupby(level=0, sort=False).mean().T
-        means.insert(0, "none", evaluation.branch_top1)
+        means.insert(0, "none", [evaluation.fused[fusion].top1, *evaluation.branch_top1])
         means["mean"] = of.mean()
-        print(f"\ntop-1 of each branch in percent, mean of strengths 1 to 5:\n{_table(means)}")
+        print(f"\ntop-1 of the ensemble and of each branch in percent, mean of strengths 1 to 5:\n{_table(means)}")
 
 
 def _table(values: pd.DataFrame) -> str:

@@ -67,17 +67,18 @@ def figure(rows: pd.DataFrame) -> Figure:
     """One panel per kind: top-1 by strength, of the ensemble in black and of each branch in color."""
     kinds = rows["kind"].unique()
     lines = -(-len(kinds) // COLUMNS)
-    drawn = Figure(figsize=(WIDTH, HEIGHT * 0.85 * lines + 0.3), layout="constrained")
+    drawn = Figure(figsize=(WIDTH, HEIGHT * lines), layout="constrained")
     grid = drawn.subplots(lines, min(COLUMNS, len(kinds)), sharex=True, sharey=True, squeeze=False)
     for axes, kind in zip(grid.flat, kinds, strict=False):
         _draw(axes, rows[rows["kind"] == kind])
-        axes.set_title(kind)
+        axes.set(title=kind, xlabel="Strength (0: not corrupted)")
+        axes.tick_params(labelbottom=True)
     for axes in grid.flat[len(kinds) :]:
         axes.remove()
     grid[0, 0].set(ylim=(0, None))
+    for axes in grid[:, 0]:
+        axes.set_ylabel("Top-1 accuracy (%)")
     add_legend(drawn, _legend(rows))
-    drawn.supxlabel("Strength (0: not corrupted)", fontsize=9)
-    drawn.supylabel("Top-1 accuracy (%)", fontsize=9)
     return drawn
 
 
