@@ -107,6 +107,10 @@ def test_images_are_prepared_as_those_of_the_run(finished: Callable[..., Path], 
     assert (other.data.root, other.data.layout, other.data.val, other.data.name) == ("/there", "list", "x.csv", "x")
     assert (other.data.resize_size, other.data.std, other.data.image_size) == (50, own.data.std, 32)
     assert (other.data.classes, other.model, other.split) == (10, own.model, own.split)
+    (tmp_path / "fused.toml").write_text(TRAIN_TOML + '[fusion]\nmethod = "learned"\n')
+    (tmp_path / "data.toml").write_text(DATA_TOML + "holdout = 4\n")
+    other = loading.load(tmp_path / "fused.toml", images=tmp_path / "x.toml")
+    assert (other.data.root, other.data.holdout, other.data.resize_size) == ("/there", 4, 40)
     (tmp_path / "x.toml").write_text('root = "/there"\nlayuot = "list"\n')
     with pytest.raises(UserError, match=r"x\.toml: data\.layuot: unknown key; did you mean data\.layout"):
         loading.load(finished(1) / "config.toml", images=tmp_path / "x.toml")
@@ -177,8 +181,9 @@ def test_images_with_several_labels_on_any_number_of_ranks(
         assert "no loss, since they have several labels" in done.stdout
         if "restricted" in table:
             assert table["restricted"]["classes"] == right[:chosen].any(0).sum()
-    done = run_here("evaluate.py", trained.run_dir, "--data", config, "--save", tmp_path / "x.npz")
-    assert (done.returncode, "with one label for each image, not with several" in done.stderr) == (2, True)
+    for option, value in (("--save", tmp_path / "x.npz"), ("--cascade", 2)):
+        done = run_here("evaluate.py", trained.run_dir, "--data", config, option, value)
+        assert (done.returncode, "not with several" in done.stderr) == (2, True)
     (tmp_path / "real.csv").write_text(f"{rows[0]}\nval/{trained.names[1]},zebra;quagga\n")
     done = run_here("evaluate.py", trained.run_dir, "--data", config)
     assert (done.returncode, "new quagga, zebra" in done.stderr) == (2, True)

@@ -21,10 +21,11 @@ from bandsplit.config.sources import Sources, Table
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from
 
-PREPARATION = (
-    "image_size", "val_image_size", "resize_size", "interpolation", "mean", "std", "threads", "prefetch", "decoder",
+OF_THE_RUN = (
+    "holdout", "image_size", "val_image_size", "resize_size", "interpolation", "mean", "std", "threads", "prefetch",
+    "decoder",
 )  # fmt: skip
-"""Keys of [data] that say how an image is prepared, not which images there are."""
+"""Keys of [data] that say how an image is prepared, or what a run was trained on; not which images there are."""
 
 
 def load(
@@ -36,7 +37,7 @@ def load(
     """Reads a train config and its data config: the one it names, relative to itself, or the file `data`.
 
     `images` is a data config whose images take the place of those of the run, but are prepared as these were: its keys
-    of PREPARATION are not used.
+    of OF_THE_RUN are not used.
     `overrides` are ``a.b=value`` with a TOML value, a bare word for a string, or ``30,60,80`` for a list.
     Raises UserError with file, key, the value given, what is allowed and the nearest valid key.
     """
@@ -54,8 +55,8 @@ def load(
         sources.add(("data",), str(data))
     if images is not None:
         own, other = table["data"], _read(Path(images))
-        kept = {key: own[key] for key in PREPARATION if key in own}
-        which = {key: value for key, value in other.items() if key not in PREPARATION}
+        kept = {key: own[key] for key in OF_THE_RUN if key in own}
+        which = {key: value for key, value in other.items() if key not in OF_THE_RUN}
         counted = {"classes": own["classes"]} if "classes" in own else {}
         table["data"] = {"name": Path(images).stem, **counted, **which, **kept}
         sources.add(("data",), str(images))

@@ -151,6 +151,12 @@ def training_loader(
     return streams.loader(train, half, states, teacher, positions)
 
 
+def require_pixels(files: Images) -> None:
+    """Raises UserError if there are none to corrupt."""
+    if isinstance(files, StoredImages):
+        raise UserError("--corrupt: a band store holds no pixels; evaluate with --set data.kind=images")
+
+
 def validation_loader(
     config: RunConfig, files: Images, shard: Shard, crops: Sequence[Crop] = CENTER
 ) -> AnyValidationLoader:
@@ -160,6 +166,6 @@ def validation_loader(
     """
     if isinstance(files, StoredImages):
         if any(crop.corruption for crop in crops):
-            raise UserError("--corrupt: a band store holds no pixels; evaluate with --set data.kind=images")
+            require_pixels(files)
         return BandValidationLoader(config, files, shard, crops)
     return ValidationLoader(config, files, shard, crops)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from loguru import logger
 
+from bandsplit.data import source
 from bandsplit.data.crops import CROPS
 from bandsplit.data.source import Images
 from bandsplit.distributed.ranks import joined, rank
@@ -87,6 +88,10 @@ def evaluate_runs(request: Request) -> Evaluation:
         runs = Joined.of(request.run_dirs, request.checkpoint, request.overrides, ranks, request.data)
         files = runs.validation_files()
         truth = runs.truth(files)
+        if request.cascade is not None and truth.answers is not None:
+            raise UserError(f"--cascade {request.cascade:g}: measured on images with one label each, not with several")
+        if request.corrupt is not None:
+            source.require_pixels(files)
         _tell_difference(request, runs, files)
         recorder = Recorder(request.save, runs, files, request.crops) if request.save else None
         fusion = request.fusion or runs.config.fusion.method

@@ -47,6 +47,7 @@ def measure(runs: Joined, images_per_second: float, weights: Sequence[float]) ->
     """
     ranks, split = runs.ranks, runs.config.split
     view, size = View.of(runs.config), runs.config.data.val_size
+    matrix = torch.from_numpy(view.matrix).to(ranks.device, torch.float32)
     fusion = torch.tensor(weights, device=ranks.device)
     dtype = torch.float16 if runs.precision.half_bands else torch.float32
 
@@ -56,7 +57,6 @@ def measure(runs: Joined, images_per_second: float, weights: Sequence[float]) ->
         return logits
 
     def split_and_fused(image: Tensor) -> Tensor:
-        matrix = transforms.transform_matrix(split.transform, split.block, split.norm)
         return fused(
             transforms.split_images(image, matrix, split.block, view.mean, view.std, groups=split.groups, dtype=dtype)
         )
