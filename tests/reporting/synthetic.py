@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from bandsplit.evaluation import collector
+from bandsplit.evaluation.measures import are_correct
 from bandsplit.models import fusion
 from bandsplit.runs.predictions import Branch, Fused, Predictions, Scored
 
@@ -33,7 +33,8 @@ def predictions(
         fusions = {name: each.weights for name, each in fusion.fit(out.logits, out.labels).items()}
     logits = torch.from_numpy(scored.logits).float().transpose(0, 1)
     fused = torch.einsum("fk,knc->fnc", torch.tensor(list(fusions.values())), logits)
-    columns = collector.top(fused, torch.from_numpy(scored.labels).long())
+    truth = torch.from_numpy(scored.labels).long()
+    columns = collector.top(fused, truth)
     block = math.isqrt(branches)
     return Predictions(
         [f"class{label}/{i}.jpg" for i, label in enumerate(scored.labels)],
@@ -43,6 +44,7 @@ def predictions(
         fusions,
         "learned" if held_out else "mean",
         Fused(*(columns[key].numpy() for key in ("classes", "confidences", "losses"))),
+        are_correct(logits, truth).transpose(0, 1).numpy(),
         scored.logits,
         out if held_out else None,
         images,
@@ -61,8 +63,4 @@ def _scored(rng: np.random.Generator, images: int, branches: int, classes: int) 
         strength = 5.0 / (1 + k) ** 0.7
         logits[np.arange(images), k, labels] += strength * (1.2 - hard)
         logits[np.arange(images), k, (labels + 1) % classes] += 0.5 * strength * hard
-    return Scored(labels, _half(logits))
-
-
-def _half(logits: NDArray[np.float64]) -> NDArray[np.float16]:
-    return logits.astype(np.float16)
+    return Scored(labels, collector.half(torch.from_numpy(logits.transpose(1, 0, 2))).numpy())

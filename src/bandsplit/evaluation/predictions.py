@@ -21,6 +21,7 @@ from bandsplit.errors import UserError
 from bandsplit.evaluation import collector
 from bandsplit.evaluation.collector import Collector, Gathered
 from bandsplit.evaluation.joined import Joined
+from bandsplit.evaluation.measures import are_correct, averaged
 from bandsplit.models.fusion import MEAN
 from bandsplit.runs.predictions import Fused, Predictions, Scored
 
@@ -61,6 +62,7 @@ class Recorder:
             labels: (B,); images with a negative label do not count.
         """
         columns = collector.top(torch.stack(list(fused.values())), labels)
+        columns["branch_correct"] = are_correct(averaged(logits), labels).transpose(0, 1)
         if not self._save.fused_only:
             columns["logits"] = collector.half(logits[:, 0])
         self._collector.add(rows, labels, **columns)
@@ -102,6 +104,7 @@ class Recorder:
                 cast(NDArray[np.float32], columns["confidences"]),
                 cast(NDArray[np.float32], columns["losses"]),
             ),
+            cast(NDArray[np.bool_], columns["branch_correct"]),
             cast(NDArray[np.float16] | None, columns.get("logits")),
             _scored(held_out) if held_out and not self._save.fused_only else None,
             images,

@@ -8,7 +8,8 @@
 | `fused_classes` | N × fusions × 5, int32 | of the five largest fused logits, largest first |
 | `fused_confidences` | N × fusions × 5, float32 | their probabilities |
 | `fused_losses` | N × fusions, float32 | cross-entropy |
-| `logits` | N × branches × classes, float16 | not with `--save-fused` |
+| `branch_correct` | N × branches × 2, bool | whether each branch alone is right, within the top 1 and the top 5 |
+| `logits` | N × branches × classes, float16 | less the largest of each branch and image; not with `--save-fused` |
 | `held_out_labels`, `held_out_logits` | as above, M images | those that fusion was fitted on; with `--fit-fusion` |
 | `about` | JSON text | the other fields of `Predictions` |
 """
@@ -76,7 +77,7 @@ class Fused:
 
 @dataclass(frozen=True, eq=False)
 class Scored:
-    """Logits of M images."""
+    """Logits of M images, less the largest of each branch and image."""
 
     labels: NDArray[np.int32]
     """(M,), class indices."""
@@ -99,8 +100,10 @@ class Predictions:
     fusion: str
     """One of `fusions`: whose accuracy is the ensemble's."""
     fused: Fused
+    branch_correct: NDArray[np.bool_]
+    """(N, branches, 2): whether each branch alone is right, within the top 1 and the top 5."""
     logits: NDArray[np.float16] | None
-    """(N, branches, classes); None if only what is fused was saved."""
+    """(N, branches, classes), less the largest of each branch and image; None if only what is fused was saved."""
     held_out: Scored | None
     """The images that `fusions` was fitted on; None unless it was fitted in the same command."""
     images: int
@@ -120,6 +123,7 @@ class Predictions:
             "labels": self.labels,
             "classes": _encoded(self.classes),
             **{f"fused_{key}": getattr(self.fused, key) for key in ("classes", "confidences", "losses")},
+            "branch_correct": self.branch_correct,
         }
         if self.logits is not None:
             arrays["logits"] = self.logits
@@ -168,6 +172,7 @@ class Predictions:
             about["fusions"],
             about["fusion"],
             Fused(*(arrays[f"fused_{key}"] for key in ("classes", "confidences", "losses"))),
+            arrays["branch_correct"],
             arrays.get("logits"),
             held_out,
             about["images"],
@@ -186,6 +191,7 @@ class Predictions:
             ("fused_classes", self.fused.classes, top, "i"),
             ("fused_confidences", self.fused.confidences, top, "f"),
             ("fused_losses", self.fused.losses, top[:2], "f"),
+            ("branch_correct", self.branch_correct, (images, branches, 2), "b"),
         ]
         if self.logits is not None:
             expected.append(("logits", self.logits, (images, branches, classes), "f"))

@@ -27,7 +27,6 @@ SHOWN = 20
 """Classes, or pairs of them, that are named."""
 _HEAT = "cividis"  # also monotone in grey
 
-NO_LOGITS = "the file has no logits of the branches"
 ONE_BRANCH = "there is one branch"
 
 
@@ -48,7 +47,7 @@ def _matrix(results: Results) -> Figure:
     side = min(WIDTH, 2.6 + 0.36 * count)
     figure = Figure(figsize=(side, 0.88 * side), layout="constrained")
     axes = figure.subplots()
-    names = [short(name, 18) for name in results.classes]
+    names = [short(name, 22) for name in results.classes]
     sns.heatmap(
         share,
         ax=axes,
@@ -207,7 +206,7 @@ def growth(results: Results) -> Drawn:
     if len(results.branches) == 1:
         return ONE_BRANCH
     if not results.growth:
-        return NO_LOGITS
+        return "the file has no logits of the branches"
     figure = Figure(figsize=(WIDTH * 0.72, HEIGHT + 0.9), layout="constrained")
     axes = figure.subplots()
     styles = zip((BLUE, ORANGE, GREEN), ("-", (0, (5, 1.5)), (0, (1.5, 1))), "osD", strict=True)
@@ -230,13 +229,9 @@ def bands(results: Results) -> Drawn:
     if results.grid is None:
         return "not every branch reads one band of its own"
     side, numbers = results.predictions.block, results.grid
-    panels: dict[str, tuple[Floats, str]] = {}
-    if results.branch_correct is not None:
-        panels["Top-1 (%)"] = (results.branch_correct[:, 0], ".1f" if side <= 4 else ".0f")
+    panels = {"Top-1 (%)": (results.branch_top[:, 0], ".1f" if side <= 4 else ".0f")}
     for name, values in _unequal(results).items():
         panels[f"Weight / sum, {name}"] = (values, ".2f")
-    if not panels:
-        return NO_LOGITS
     figure = Figure(figsize=(min(WIDTH, 0.4 + 2.2 * len(panels)), 2.5), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     vertical, horizontal = _AXES.get(results.predictions.transform, (f"Band // {side}", f"Band % {side}"))

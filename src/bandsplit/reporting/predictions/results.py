@@ -10,7 +10,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-from bandsplit.models.fusion import MEAN, Labels, Logits
+from bandsplit.models.fusion import MEAN, Labels, Logits, scores
 from bandsplit.runs.predictions import Predictions
 from bandsplit.statistics import BINS, calibration_error, paired_interval
 
@@ -49,7 +49,7 @@ class Growth:
 
 @dataclass(frozen=True, eq=False)
 class Confusions:
-    """Wrong predictions, the most frequent pair of classes first; of equal ones, that of the class with fewer images."""
+    """Wrong predictions, the most frequent pair of classes first, of equal ones that of the smaller class."""
 
     true: Counts
     """(pairs,), class indices."""
@@ -135,9 +135,9 @@ class Results:
         labels, predicted, classes = self.predictions.labels, self.predicted, len(self.classes)
         wrong = predicted != labels
         pairs, images = np.unique(labels[wrong].astype(np.int64) * classes + predicted[wrong], return_counts=True)
-        true, predicted = pairs // classes, pairs % classes
+        true, taken_for = np.divmod(pairs, classes)
         order = np.lexsort((pairs, self.class_images[true], -images))
-        return Confusions(true[order], predicted[order], images[order])
+        return Confusions(true[order], taken_for[order], images[order])
 
     @cached_property
     def taken_for(self) -> dict[int, tuple[int, int]]:
@@ -149,10 +149,10 @@ class Results:
         return first
 
     @cached_property
-    def branch_correct(self) -> Floats | None:
-        """(branches, 2), top-1 and top-5 of each branch alone; None without logits."""
-        p = self.predictions
-        return None if p.logits is None else accuracies(p.logits, p.labels)
+    def branch_top(self) -> Floats:
+        """(branches, 2), top-1 and top-5 of each branch alone."""
+        correct = self.predictions.branch_correct
+        return np.asarray(100 * correct.sum(0) / len(correct))
 
     @cached_property
     def growth(self) -> list[Growth]:
@@ -170,7 +170,7 @@ class Results:
             weights = np.array(p.fusions[fitted[0]])
             orders.append((f"{fitted[0]}, largest weight first", weights, -weights))
         if p.held_out is not None:
-            top1 = accuracies(p.held_out.logits, p.held_out.labels)[:, 0]
+            _, top1 = scores(p.held_out.logits, p.held_out.labels, np.eye(count))
             orders.append(("mean, best on held-out images first", np.ones(count), -top1))
         curves = []
         for label, weights, key in orders:
@@ -197,17 +197,6 @@ def calibration(confidence: NDArray[np.floating], correct: Correct) -> Floats:
     places = np.searchsorted(np.linspace(0, 1, BINS + 1)[1:-1], confidence)
     sums = [np.bincount(places, weights, BINS) for weights in (None, correct.astype(np.float64), confidence)]
     return np.stack(sums, axis=1).astype(np.float64)
-
-
-def accuracies(logits: Logits, labels: Labels) -> Floats:
-    """(branches, 2), top-1 and top-5 of each branch; of equal logits, those of earlier classes are larger."""
-    counts = np.zeros((logits.shape[1], 2))
-    earlier = np.arange(logits.shape[2])
-    for z, y in _chunks(logits, labels):
-        own = z[np.arange(len(y)), :, y][..., None]
-        before = (z > own).sum(-1) + ((z == own) & (earlier < y[:, None, None])).sum(-1)  # (n, branches)
-        counts += np.stack([(before == 0).sum(0), (before < 5).sum(0)], axis=1)
-    return 100 * counts / len(labels)
 
 
 def growing(logits: Logits, labels: Labels, order: Counts, weights: Floats) -> Floats:

@@ -21,7 +21,7 @@ SIDE = 192
 
 
 def mistakes(results: Results, folder: Path | None) -> Drawn:
-    """The wrong predictions with the highest confidence, each as "true → predicted, confidence".
+    """The wrong predictions with the highest confidence, below their true and predicted class.
 
     Args:
         folder: what the names of images are relative to; None: as the file says.
@@ -45,13 +45,14 @@ def mistakes(results: Results, folder: Path | None) -> Drawn:
             break
     if not found:
         return f"{root / p.names[order[0]]}: not an image; --images names the folder of the images"
-    rows = math.ceil(len(found) / COLUMNS)
-    figure = Figure(figsize=(WIDTH, 1.55 * rows), layout="constrained")
-    panels = figure.subplots(rows, COLUMNS, squeeze=False).flat
+    columns = min(COLUMNS, len(found))
+    rows = math.ceil(len(found) / columns)
+    figure = Figure(figsize=(WIDTH * columns / COLUMNS, 1.65 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, squeeze=False).flat
     for axes, (row, thumbnail) in zip(panels, found.items(), strict=False):
-        true, predicted = (short(results.classes[c], 18) for c in (p.labels[row], results.predicted[row]))
+        true, predicted = (short(results.classes[c], 22) for c in (p.labels[row], results.predicted[row]))
         axes.imshow(thumbnail)
-        axes.set_title(f"{true}\n→ {predicted}, {_percent(results.confidence[row])}", fontsize=6, loc="left")
+        axes.set_title(f"{true}\n→ {predicted}\n{_percent(results.confidence[row])}", fontsize=6.5, loc="left")
     for axes in figure.axes:
         axes.axis("off")
     return figure

@@ -20,6 +20,7 @@ def tables(results: Results) -> dict[str, pd.DataFrame]:
     return {
         "fusions": fusions(results),
         "branches": branches(results),
+        "growth": growth(results),
         "classes": classes(results),
         "confusions": confusions(results),
     }
@@ -46,12 +47,16 @@ def fusions(results: Results) -> pd.DataFrame:
 
 
 def branches(results: Results) -> pd.DataFrame:
-    """Each branch alone, and the top-1 of the mean of branches 0 to k; accuracies are missing without logits."""
-    frame = pd.DataFrame({"branch": range(len(results.branches)), "bands": results.branches})
-    if results.branch_correct is not None:
-        frame["top1"], frame["top5"] = results.branch_correct.T
-        frame["mean_up_to_here"] = results.growth[0].top1
-    return frame
+    top1, top5 = results.branch_top.T
+    return pd.DataFrame({"branch": range(len(top1)), "bands": results.branches, "top1": top1, "top5": top5})
+
+
+def growth(results: Results) -> pd.DataFrame:
+    """Top-1 of the first n branches; one column of numbers of branches and one of accuracies for each order."""
+    columns: dict[str, Sequence[float]] = {"branches": range(1, len(results.branches) + 1)}
+    for curve in results.growth:
+        columns |= {f"added, {curve.label}": curve.order, f"top1, {curve.label}": curve.top1}
+    return pd.DataFrame(columns)
 
 
 def classes(results: Results) -> pd.DataFrame:
@@ -148,10 +153,8 @@ def summary(results: Results, made: Mapping[str, pd.DataFrame]) -> str:
 
 def _branch_rows(results: Results, frame: pd.DataFrame) -> pd.DataFrame:
     rows = pd.DataFrame({"branch": frame["bands"]})
-    if "top1" in frame:
-        rows["top-1"] = frame["top1"].map("{:.2f}".format)
-        rows["top-5"] = frame["top5"].map("{:.2f}".format)
-        rows["mean up to here, top-1"] = frame["mean_up_to_here"].map("{:.2f}".format)
+    rows["top-1"] = frame["top1"].map("{:.2f}".format)
+    rows["top-5"] = frame["top5"].map("{:.2f}".format)
     for name, weights in results.predictions.fusions.items():
         if name != MEAN:
             rows[f"weight, {name}"] = [f"{weight:.3f}" for weight in weights]
