@@ -86,7 +86,7 @@ def fit(logits: Logits, labels: Labels, weights: Floats, loss: float) -> Cascade
     Raises UserError if these images are too few to vouch for the loss.
     """
     most = most_lost(len(labels), loss)
-    needed = np.concatenate([_needed_of(logits, labels, *pair) for pair in (_HALVES, _HALVES[::-1])])
+    needed = np.concatenate([_needed_of(logits, labels, weights, *pair) for pair in (_HALVES, _HALVES[::-1])])
     threshold = float(np.sort(needed)[::-1][most])
     order, scales = _stages_of(logits, labels, weights)
     return Cascade(order, weights[order].tolist(), scales, threshold, loss)
@@ -130,13 +130,16 @@ def _stages_of(logits: Logits, labels: Labels, weights: Floats) -> tuple[list[in
     return order, [float(fusion.least_loss(z[:, None], labels, one)[0]) for z in fused]
 
 
-def _needed_of(logits: Logits, labels: Labels, fitted_on: slice, images: slice) -> Floats:
+def _needed_of(logits: Logits, labels: Labels, weights: Floats, fitted_on: slice, images: slice) -> Floats:
     """For each of the `images`, the threshold at which it is not lost, by stages fitted on others.
 
     That is the highest confidence at which it could leave with a wrong prediction, if the last stage is right; else 0.
+
+    Args:
+        weights: (branches,), to start the fit from.
     """
     some, known = logits[fitted_on], labels[fitted_on]
-    weights = fusion.least_loss(some, known, np.eye(logits.shape[1]))
+    weights = fusion.least_loss(some, known, np.eye(logits.shape[1]), start=weights)
     order, scales = _stages_of(some, known, weights)
     confidence, predicted = _traced(logits[images], order, weights[order].tolist(), scales)
     before = np.maximum.accumulate(confidence, axis=1)[:, :-1]

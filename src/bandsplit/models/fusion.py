@@ -43,6 +43,9 @@ FUSIONS = (MEAN, "rank", "learned", "temperature", "drop")
 P = tuple(round(0.05 * i, 2) for i in range(1, 20))
 """Values of p that `rank` chooses from."""
 
+_RESTARTS = 10
+"""Of L-BFGS-B, whose line search may fail far from the optimum."""
+
 _AT_ONCE = 2**22
 """Logits that are converted to float64 at a time."""
 
@@ -103,17 +106,21 @@ def scores(logits: Logits, labels: Labels, weights: Floats) -> tuple[Floats, Flo
 
 def without_useless(logits: Logits, labels: Labels, weights: Floats) -> Floats:
     """Backward elimination: the weights (branches,) of `learned` -> those of `drop`, of which one at least is not 0."""
-    losses = _losses(logits, labels, weights)
-    while np.count_nonzero(weights) > 1:
-        used = np.flatnonzero(weights)
-        without = np.array([np.where(np.arange(len(weights)) == k, 0, weights) for k in used])
-        left = np.delete(used, scores(logits, labels, without)[0].argmin())
-        fewer = least_loss(logits, labels, np.eye(len(weights))[:, left])
-        then = _losses(logits, labels, fewer)
+    used = np.flatnonzero(weights) if weights.any() else np.array([0])
+    z, a = logits[:, used], weights[used]
+    losses = _losses(z, labels, a)
+    while len(used) > 1:
+        without = a * (1 - np.eye(len(a)))
+        left = np.delete(np.arange(len(a)), scores(z, labels, without)[0].argmin())
+        fewer = z[:, left]
+        refitted = least_loss(fewer, labels, np.eye(len(left)), start=a[left])
+        then = _losses(fewer, labels, refitted)
         if (then - losses).mean() > (then - losses).std() / np.sqrt(len(labels)):
             break
-        weights, losses = fewer, then
-    return weights
+        used, z, a, losses = used[left], fewer, refitted, then
+    kept = np.zeros(len(weights))
+    kept[used] = a
+    return kept
 
 
 def _losses(logits: Logits, labels: Labels, weights: Floats) -> Floats:
@@ -125,11 +132,12 @@ def _losses(logits: Logits, labels: Labels, weights: Floats) -> Floats:
 def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | None = None) -> Floats:
     """The weights (branches,) of the least mean cross-entropy, with smoothed labels, among `basis` @ t with t >= 0.
 
-    The loss is convex in t, so every start (parameters,) ends at the same loss. L-BFGS-B (Byrd et al., *A Limited
+    The loss is convex in t, so every start ends at the same loss. L-BFGS-B (Byrd et al., *A Limited
     Memory Algorithm for Bound Constrained Optimization*, 1995).
 
     Args:
         basis: (branches, parameters).
+        start: (parameters,), a t to start from.
     """
     scale = 1 / max(1e-12, float(np.sqrt(np.mean([np.mean(z.var(-1)) for z, _ in _chunks(logits, labels)]))))
 
@@ -138,15 +146,20 @@ def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | No
         return loss, scale * gradient @ basis
 
     count = basis.shape[1]
-    result = scipy.optimize.minimize(
-        objective,
-        np.full(count, 1 / count) if start is None else start,
-        jac=True,
-        method="L-BFGS-B",
-        bounds=[(0, None)] * count,
-        options={"ftol": 0, "gtol": 1e-9, "maxiter": 1000, "maxcor": 30},
-    )
-    return np.asarray(scale * basis @ result.x)
+    t = np.full(count, 1 / count) if start is None else start / scale
+    for _ in range(_RESTARTS):
+        result = scipy.optimize.minimize(
+            objective,
+            t,
+            jac=True,
+            method="L-BFGS-B",
+            bounds=[(0, None)] * count,
+            options={"ftol": 0, "gtol": 1e-9, "maxiter": 1000, "maxcor": 30},
+        )
+        t = result.x
+        if np.abs(t - np.maximum(t - result.jac, 0)).max() < 1e-6:
+            break
+    return np.asarray(scale * basis @ t)
 
 
 def smoothing(images: int) -> float:
