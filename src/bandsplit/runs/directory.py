@@ -26,12 +26,16 @@ from bandsplit.data.images import require_same_classes
 from bandsplit.errors import UserError
 from bandsplit.runs.files import make_folder, read_text, reading, replace_text, set_aside
 
-MAY_CHANGE = (
-    "parallel.", "checkpoint.", "data.root", "data.threads", "data.prefetch", "data.check", "data.on_bad",
-    "data.max_bad", "data.in_memory", "data.class_names", "train.log_every", "train.activation_checkpointing",
-    "validation.batch_size", "distillation.teacher", "fusion.",
+NO_EFFECT = (
+    "parallel.", "checkpoint.", "data.threads", "data.prefetch", "data.check", "data.on_bad", "data.max_bad",
+    "data.in_memory", "data.class_names", "train.log_every", "train.activation_checkpointing", "validation.batch_size",
+    "fusion.",
 )  # fmt: skip
-"""Keys, or prefixes of keys, that do not affect what is computed and may change when a run is resumed."""
+"""Keys, or prefixes of keys, that do not affect what is computed."""
+
+MAY_CHANGE = (*NO_EFFECT, "data.root", "distillation.teacher")
+"""Those that may change when a run is resumed: also the places of what is then compared with what the run began with.
+"""
 
 PACKAGES = ("torch", "torchvision", "nvidia.dali", "numpy")
 """Import names of the packages whose versions environment.json records."""
@@ -50,6 +54,8 @@ class RunDirectory:
         """Indexes of the images that the run began with."""
         self.environment = self.path / "environment.json"
         self.metrics = self.path / "metrics.jsonl"
+        self.branches = self.path / "branches.json"
+        """What the branches read and cost."""
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.bad_images = self.path / "bad_images.csv"

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.utils.flop_counter import FlopCounterMode
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
@@ -17,6 +16,7 @@ from bandsplit.distributed import ranks
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
 from bandsplit.errors import UserError
 from bandsplit.models import batch_norm
+from bandsplit.models.costs import costs_of, forward_macs
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.networks import count_parameters
 from bandsplit.models.precision import Precision
@@ -52,10 +52,9 @@ def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) ->
     images = max(2, batch_size)  # plain batch norm rejects 1 image, which is valid if ranks share statistics
     x = torch.empty(images, channels, size, size, device="meta")
     labels = torch.empty(images, dtype=torch.int64, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        logits = branch(x)
-        cross_entropy(logits, labels)
-    macs = counter.get_total_flops() // 2 // images
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+        cross_entropy(branch(x), labels)
+    macs = forward_macs(branch, channels, size)
     return BranchCost(channels, count_parameters(branch), macs, sum(kept.values()) * batch_size // images)
 
 
@@ -144,14 +143,9 @@ def _show_teacher(config: RunConfig) -> None:
         print(f"teacher   unknown: {directory.path} is not a run directory")
         return
     teacher = loading.load(directory.config)
-    size = config.data.image_size // teacher.split.block
-    with torch.device("meta"):
-        branches = list(Ensemble.of(teacher).branches)
-    macs = sum(
-        branch_cost(branch, 3 * len(group), size, 2).macs
-        for branch, group in zip(branches, teacher.split.groups, strict=True)
-    )
-    weights = 4 * sum(count_parameters(branch) for branch in branches) / MIB
+    costs = costs_of(teacher)
+    macs = sum(cost.macs[teacher.data.image_size] for cost in costs)
+    weights = 4 * sum(cost.parameters for cost in costs) / MIB
     print(
         f"teacher   {teacher.name}, {teacher.networks} with block {teacher.split.block}: {macs / 1e9:.3f} GMACs per "
         f"image forward, {weights:,.2f} MiB"

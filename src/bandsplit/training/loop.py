@@ -19,6 +19,7 @@ from bandsplit.runs.metrics import Metrics, Stopwatch
 from bandsplit.runs.saver import Saver
 from bandsplit.training import interruption, schedules, state
 from bandsplit.training.bad_images import BadImages
+from bandsplit.training.branches import describe
 from bandsplit.training.console import Console, log_finished, log_start, log_stop
 from bandsplit.training.meter import Meter, Progress
 from bandsplit.training.session import Plan, Session
@@ -62,6 +63,8 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         events = Events(metrics.write, console) if console else Events()
         bad_images = stack.enter_context(BadImages(directory.bad_images, session, events.emit, progress.step))
 
+        describes = ranks.from_first(lambda: not directory.branches.exists())
+
         # ------------------------------------------------------------------ loop
         meter.start(progress)
         stopped_by = 0
@@ -77,6 +80,10 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             session.loader.resize(config.image_size_at(progress.step // plan.steps_per_epoch))
             with meter.waiting_for_data():
                 parts = session.feed.take(streams.parts, ahead=not saves)
+            if describes:
+                with watch.paused():
+                    describe(directory, session, parts)
+                describes = False
             labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
             for i, learner in enumerate(session.learners):
                 session.seed_branch(i, step)
