@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -48,13 +49,20 @@ def finished(top1: Sequence[float], pace: float = 1.0, branches: Sequence[float]
 
 
 def write_run(
-    folder: Path, events: Sequence[Event], *, name: str = "net", seed: int = 0, batch_size: int = 256, tail: str = ""
+    folder: Path,
+    events: Sequence[Event],
+    *,
+    name: str = "net",
+    seed: int = 0,
+    batch_size: int = 256,
+    tail: str = "",
+    threads: int = 2,
 ) -> Path:
     folder.mkdir(parents=True)
     config = {
         "name": name,
         "seed": seed,
-        "data": {"name": "imagenet"},
+        "data": {"name": "imagenet", "threads": threads},
         "split": {"block": 2, "branches": "each"},
         "train": {"epochs": 90, "batch_size": batch_size},
     }
@@ -79,6 +87,13 @@ def test_runs_that_differ_only_in_the_seed_are_one_group(tmp_path: Path) -> None
     assert len(group.runs) == 3
     assert group.label == "net"
     assert group.legend == "net, mean ± 2 SD, n = 3"
+
+
+def test_keys_without_effect_on_results_do_not_split_a_group(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / str(n), finished([50]), seed=n, threads=n) for n in (1, 2)]
+    (group,) = groups_of(*folders)
+    assert (group.label, len(group.runs)) == ("net", 2)
+    assert group.remarks == ["net: one group of runs that differ in data.threads"]
 
 
 def test_configurations_of_one_name_are_told_apart_by_the_keys_that_differ(tmp_path: Path) -> None:
@@ -135,17 +150,26 @@ def test_table_is_exact_for_a_small_example(tmp_path: Path) -> None:
     ]
     folders.append(write_run(tmp_path / "plain", finished([70], branches=[70]), name="plain"))
     folders.append(write_run(tmp_path / "new", [train(50, 90.0)], name="new"))
-    table = tables.markdown_table(groups_of(*folders))
-    *rows, _blank, caption = table.splitlines()
+    table = tables.results_table(groups_of(*folders))
+    *rows, _blank, caption = table.markdown().splitlines()
     assert all(len(row) == len(rows[0]) for row in rows)
     assert [" ".join(row.split()) for row in rows] == [
-        "| configuration | n | epochs | steps | top-1 | top-5 | best branch top-1 | hours |",
-        f"| {'-' * 34} | -: | -----: | ----: | {'-' * 11}: | {'-' * 11}: | {'-' * 16}: | {'-' * 10}: |",
+        "| configuration | n | epochs | steps | top-1 | top-5 | best branch | hours |",
+        f"| {'-' * 34} | -: | -----: | ----: | {'-' * 11}: | {'-' * 11}: | {'-' * 11}: | {'-' * 10}: |",
         "| net | 3 | 2 | 200 | 61.00 ± 2.00 | 81.00 ± 2.00 | 47.00 ± 4.00 | 2.00 ± 2.00 |",
         "| plain | 1 | 1 | 100 | 70.00 | 90.00 | — | 0.028 |",
         "| new (in progress, epoch 0.5 of 90) | 1 | 0.5 | 50 | — | — | — | 0.025 |",
     ]
     assert "last validation" in caption
+    numbers = table.numbers.set_index("configuration")
+    assert list(numbers.loc["net", ["n", "top1", "top1_two_sd", "best_branch_top1", "hours_two_sd"]]) == [
+        3,
+        61,
+        2,
+        47,
+        2,
+    ]
+    assert numbers.loc["plain", ["top1_two_sd", "best_branch_top1"]].isna().all()
 
 
 def steps(run: runs.Run) -> list[int]:
@@ -212,7 +236,7 @@ def test_a_loss_that_is_not_finite_is_a_gap_in_the_line(tmp_path: Path, bad: flo
     assert group.runs[1].remarks == []
     loss = figures.LOSS[0]
     for runs_of_it in (group.runs[:1], group.runs):
-        part = runs.Group(group.name, group.notes, group.color, runs_of_it)
+        part = replace(group, runs=runs_of_it)
         mean = figures.group_curve(part, "step", loss)["mean"]
         assert list(mean.isna()) == [False, False, True, True, False, False]
         figure = figures.curves_figure([part], "step", [loss])
@@ -259,7 +283,12 @@ def test_command_writes_every_figure_and_the_table(tmp_path: Path) -> None:
     assert "growing (in progress, epoch 1 of 90)" in result.stdout
     assert (tmp_path / "out" / "table.md").read_text(encoding="utf-8") in result.stdout
     names = {"accuracy_time", "accuracy_step", "loss", "throughput", "branches"}
-    assert {path.stem for path in (tmp_path / "out").glob("*.svg")} == names
+    for name in ("accuracy_macs", "frequency"):
+        assert f"{name}: left out, these runs have no data for it" in result.stdout
+    for ending in ("svg", "pdf"):
+        assert {path.stem for path in (tmp_path / "out").glob(f"*.{ending}")} == names
+    for ending in ("md", "csv", "tex"):
+        assert {path.stem for path in (tmp_path / "out").glob(f"*.{ending}")} == {"table", "costs"}
     for name in names:
         assert "<svg" in (tmp_path / "out" / f"{name}.svg").read_text(encoding="utf-8")
         with Image.open(tmp_path / "out" / f"{name}.png") as image:
@@ -319,7 +348,8 @@ def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(
     (write_run(folder / "half", finished([50])) / "metrics.jsonl").unlink()
     (folder / "gone").symlink_to(tmp_path / "nowhere")
     report.report(sorted(folder.iterdir()), tmp_path / "out")
-    assert [line.replace(f"{folder}/", "") for line in capsys.readouterr().out.splitlines() if "left out" in line] == [
+    lines = capsys.readouterr().out.replace(f"{folder}/", "").splitlines()
+    assert [line for line in lines if "left out" in line and "no data" not in line] == [
         "left out: broken/config.toml: not valid TOML: Invalid value (at end of document)",
         "left out: gone: no such folder; expected a run directory, as written by src/train.py",
         "left out: half: not a run directory, metrics.jsonl is missing",

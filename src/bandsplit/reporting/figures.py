@@ -35,6 +35,8 @@ def mean_curve(runs: Sequence[pd.Series]) -> pd.DataFrame:
 
 
 WIDTH, HEIGHT = 7.0, 2.6  # inches: text width of a page, and height of one row of panels
+SHORT = 12  # points of a curve that has a marker at each of them
+FEW = 9  # branches whose numbers are written at the ends of their lines
 
 STYLE = {
     **sns.axes_style("ticks"),
@@ -56,6 +58,7 @@ STYLE = {
     "legend.frameon": False,
     "savefig.dpi": 200,
     "svg.hashsalt": "bandsplit",  # reproducible SVG files
+    "pdf.fonttype": 42,  # TrueType, which journals ask for
 }
 
 
@@ -68,10 +71,17 @@ class Panel:
     label: str
     scale: float = 1.0
     bottom: float | None = None
+    limits: tuple[float, float] = (-math.inf, math.inf)
+    """Beyond which only bands of ± 2 SD can reach."""
     running_mean: bool = False  # for values logged every few steps, which are noisy
 
 
-ACCURACY = (Panel("validation", "top1", "Top-1 accuracy (%)"), Panel("validation", "top5", "Top-5 accuracy (%)"))
+PERCENT = (-2.0, 102.0)  # markers at 0 and 100 are whole
+
+ACCURACY = (
+    Panel("validation", "top1", "Top-1 accuracy (%)", limits=PERCENT),
+    Panel("validation", "top5", "Top-5 accuracy (%)", limits=PERCENT),
+)
 
 LOSS = (
     Panel("train", "loss", "Training loss (mean of branches)", running_mean=True),
@@ -81,11 +91,13 @@ LOSS = (
 THROUGHPUT = (
     Panel("train", "images_per_second", "Throughput (images/s)", bottom=0, running_mean=True),
     Panel("train", "data_wait", "Waiting for data (% of time)", scale=100, bottom=0, running_mean=True),
+    Panel("train", "peak_memory_mib", "Peak memory of rank 0 (GiB)", scale=2**-10, bottom=0),
 )
 
 FIGURES = {
     "accuracy_time": ("seconds", ACCURACY),
     "accuracy_step": ("step", ACCURACY),
+    "accuracy_macs": ("macs", ACCURACY),
     "loss": ("step", LOSS),
     "throughput": ("step", THROUGHPUT),
 }
@@ -95,7 +107,7 @@ def group_curve(group: Group, x: str, panel: Panel) -> pd.DataFrame:
     """The mean curve of one column over a group's runs; empty if any run has no values yet."""
     curves = []
     for run in group.runs:
-        frame = getattr(run, panel.event).reindex(columns=[x, panel.column])
+        frame = getattr(run, panel.event).reindex(columns=[x, panel.column]).dropna(subset=[x])
         column = frame.set_index(x)[panel.column].astype(float) * panel.scale
         curve = column.where(np.isfinite(column))
         if curve.isna().all():
@@ -111,23 +123,40 @@ def running_mean(series: pd.Series) -> pd.Series:
 
 
 def axis_unit(x: str, largest: float) -> tuple[float, str]:
-    """Divisor and axis label for `seconds` or `step`, in the unit that suits the largest value."""
+    """Divisor and axis label for `seconds`, `step` or `macs`, in the unit that suits the largest value."""
     if x == "step":
         return (1000, "Step (thousands)") if largest >= 10_000 else (1, "Step")
+    if x == "macs":
+        power = next((power for power in (18, 15, 12) if largest >= 10**power), 9)
+        return 10**power, f"Training compute ({'GTPE'[power // 3 - 3]}MACs)"
     unit, divisor = ("h", 3600) if largest >= 2 * 3600 else ("min", 60) if largest >= 120 else ("s", 1)
     return divisor, f"Training time ({unit})"
 
 
 def draw_curve(axes: Axes, curve: pd.DataFrame, divisor: float, **line: Any) -> None:
-    """A mean line with its ± 2 SD band. Curves of few points get markers, so that a single point is visible."""
-    x = curve.index / divisor
-    axes.plot(x, curve["mean"], marker="o" if len(curve) <= 12 else None, markersize=3, **line)
+    """A mean line with its ± 2 SD band. Short curves have a marker at every point, longer ones at about eight."""
+    x, every = curve.index / divisor, len(curve) // 8 if len(curve) > SHORT else 1
+    axes.plot(x, curve["mean"], markevery=every, **line)
     low, high = curve["mean"] - curve["two_sigma"], curve["mean"] + curve["two_sigma"]
     axes.fill_between(x, low, high, color=line["color"], alpha=0.2, linewidth=0)
 
 
+def short_marks(curve: pd.DataFrame) -> dict[str, Any]:
+    """Markers for short curves, so that a single point is visible."""
+    return {"marker": "o", "markersize": 3} if len(curve) <= SHORT else {}
+
+
 def line_style(group: Group) -> dict[str, Any]:
-    return {"color": group.color, "linestyle": "-" if group.runs[0].ended else (0, (4, 1.5)), "linewidth": 1.3}
+    """Color and marker say which configuration it is; a broken line, that its runs have not ended."""
+    return {
+        "color": group.color,
+        "linestyle": "-" if group.runs[0].ended else (0, (4, 1.5)),
+        "linewidth": 1.3,
+        "marker": group.marker,
+        "markersize": 4,
+        "markeredgecolor": "white",
+        "markeredgewidth": 0.5,
+    }
 
 
 def curves_figure(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> Figure | None:
@@ -144,6 +173,8 @@ def curves_figure(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> F
             if len(curve):
                 draw_curve(axes, curve, divisor, **line_style(group))
         axes.set(xlabel=x_label, ylabel=panel.label, xlim=(0, None), ylim=(panel.bottom, None))
+        low, high = axes.get_ylim()
+        axes.set_ylim(max(low, panel.limits[0]), min(high, panel.limits[1]))
     rows = add_legend(figure, [Line2D([], [], label=group.legend, **line_style(group)) for group in groups])
     figure.set_size_inches(WIDTH, HEIGHT + 0.2 * rows)
     return figure
@@ -169,14 +200,14 @@ def branches_figure(groups: Sequence[Group]) -> Figure | None:
     groups = [group for group in groups if all(branch_frame(run).shape[1] > 1 for run in group.runs)]
     if not groups:
         return None
-    columns = min(len(groups), 2)
+    columns = min(len(groups), 2 if len(groups) <= 6 else 3)
     rows = math.ceil(len(groups) / columns)
-    figure = Figure(figsize=(WIDTH * (0.2 + 0.4 * columns), HEIGHT * rows + 0.2), layout="constrained")
+    figure = Figure(figsize=(WIDTH * min(1, 0.2 + 0.4 * columns), HEIGHT * rows + 0.2), layout="constrained")
     grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False)
     divisor, x_label = axis_unit("step", max(run.steps for group in groups for run in group.runs))
     for axes, group in zip(grid.flat, groups, strict=False):
         draw_branches(axes, group, divisor)
-        axes.set(xlabel=x_label, ylabel=ACCURACY[0].label, title=group.title)
+        axes.set(xlabel=x_label, ylabel=ACCURACY[0].label, title=group.title(80 // columns))
         axes.tick_params(labelbottom=True, labelleft=True)
     grid[0, 0].set(xlim=(0, None), ylim=(0, None))  # after all panels are drawn: setting a limit ends autoscaling
     for axes in grid.flat[len(groups) :]:
@@ -188,18 +219,25 @@ def branches_figure(groups: Sequence[Group]) -> Figure | None:
 def draw_branches(axes: Axes, group: Group, divisor: float) -> None:
     """One thin line per branch, from dark (first) to bright (last), with a color bar; the ensemble on top."""
     frames = [branch_frame(run) for run in group.runs]
+    settings = group.runs[0].settings
     colors = sns.color_palette("viridis", frames[0].shape[1])
+    numbers = json.loads(settings["split.only"]) if "split.only" in settings else range(len(colors))
     for branch, color in enumerate(colors):
         curve = mean_curve([frame[branch] for frame in frames])
-        axes.plot(curve.index / divisor, curve["mean"], color=color, linewidth=0.9)
-    draw_curve(axes, group_curve(group, "step", ACCURACY[0]), divisor, color="black", linewidth=2)
+        axes.plot(curve.index / divisor, curve["mean"], color=color, linewidth=0.9, **short_marks(curve))
+        if len(colors) <= FEW:
+            end = curve.index[-1] / divisor, curve["mean"].iloc[-1]
+            shift = 3 + 6 * (branch % 3), 0  # so that the numbers of lines that end together do not overlap
+            axes.annotate(
+                str(numbers[branch]), end, shift, textcoords="offset points", color=color, size=7, va="center"
+            )
+    ensemble = group_curve(group, "step", ACCURACY[0])
+    draw_curve(axes, ensemble, divisor, color="black", linewidth=2, **short_marks(ensemble))
     bounds = np.arange(len(colors) + 1) - 0.5
     shades = ScalarMappable(BoundaryNorm(bounds, len(colors)), ListedColormap(colors))
-    settings = group.runs[0].settings
     label = "Band" if settings["split.branches"] == "each" else "Branch"
     ticks = range(0, len(colors), max(1, len(colors) // 8))
     bar = axes.figure.colorbar(shades, ax=axes, label=label, ticks=ticks)
-    numbers = json.loads(settings["split.only"]) if "split.only" in settings else range(len(colors))
     bar.ax.set_yticklabels([str(numbers[k]) for k in ticks])
     bar.ax.tick_params(which="both", length=0)
     bar.outline.set_visible(False)

@@ -3,37 +3,63 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import seaborn as sns
 import tomli
 
 from bandsplit.errors import UserError
 from bandsplit.reporting.events import read_events
-from bandsplit.runs.directory import flatten
+from bandsplit.runs.directory import NO_EFFECT, flatten
 
 NEEDED = ("name", "train.epochs", "split.branches")
 """Required keys of config.toml. All other keys only serve to group runs."""
 
+MARKERS = "osD^vP<X>p*h"
+"""Of the lines of groups, so that they are told apart without color."""
+
+
+@dataclass(frozen=True)
+class Branches:
+    """What branches.json says of all branches of a run together."""
+
+    parameters: int
+    macs: dict[int, int]
+    """Multiply-accumulates of a forward pass over one image, by the side of the training image in pixels."""
+    energy: list[float]
+    """Mean square of each band over the first training batch; NaN where no branch reads it."""
+
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run directory. `settings` is its configuration as {"train.epochs": "90", ...}, without the seed."""
+    """One run directory. `settings` is its configuration as {"train.epochs": "90", ...}, without the seed and keys
+    without effect on results, which are in `other`."""
 
+    folder: Path
     settings: dict[str, str]
+    other: dict[str, str]
     train: pd.DataFrame
     validation: pd.DataFrame
+    branches: Branches | None
+    """None for runs that were trained before branches.json was written."""
     ended: bool
     steps: int
     epoch: float
     seconds: float
     remarks: list[str]
     """Warnings for the user about data that the figures leave out."""
+
+    @property
+    def macs(self) -> float | None:
+        """Multiply-accumulates of training up to the last line; None if unknown."""
+        return None if self.train.empty else self.train["macs"].iloc[-1]
 
 
 def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
@@ -59,8 +85,9 @@ def read_run(folder: Path) -> Run:
         for name in ("config.toml", "metrics.jsonl"):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: not a run directory, {name} is missing")
-        settings = read_settings(folder / "config.toml")
+        settings, other = read_settings(folder / "config.toml")
         events, remarks = read_events(folder / "metrics.jsonl")
+        branches, damage = read_branches(folder / "branches.json")
     except OSError as error:
         raise UserError(f"{folder}: cannot be read: {error}") from error
     train, validation = (
@@ -68,13 +95,55 @@ def read_run(folder: Path) -> Run:
     )
     if train.empty and validation.empty:
         raise UserError(f"{folder / 'metrics.jsonl'}: no training or validation events yet; try again in a minute")
+    add_macs(train, validation, branches)
     last = events[-1]
-    ended = last["event"] == "end"
-    return Run(settings, train, validation, ended, last["step"], last["epoch"], last["seconds"], remarks)
+    return Run(
+        folder,
+        settings,
+        other,
+        train,
+        validation,
+        branches,
+        last["event"] == "end",
+        last["step"],
+        last["epoch"],
+        last["seconds"],
+        remarks + damage,
+    )
 
 
-def read_settings(path: Path) -> dict[str, str]:
-    """The configuration of a run as {"train.epochs": "90", ...}, without the seed."""
+def read_branches(path: Path) -> tuple[Branches | None, list[str]]:
+    """What branches.json says, if there is one, and a warning if it is damaged."""
+    if not path.exists():
+        return None, []
+    try:
+        table = json.loads(path.read_text(encoding="utf-8"))
+        each = table["branches"]
+        macs = {int(size): sum(branch["macs"][size] for branch in each) for size in each[0]["macs"]}
+        energy = [math.nan if value is None else float(value) for value in table["band_energy"]]
+        return Branches(sum(branch["parameters"] for branch in each), macs, energy), []
+    except (ValueError, KeyError, TypeError, IndexError):
+        return None, [f"{path}: damaged; figures and columns of costs and energies are left out"]
+
+
+def add_macs(train: pd.DataFrame, validation: pd.DataFrame, branches: Branches | None) -> None:
+    """Adds a column `macs`: multiply-accumulates of training up to a line; NaN where unknown.
+
+    3 times the images times the forward pass of all branches at the size of these images: a backward pass takes two
+    products of the size of a forward pass, one for gradients of the weights and one for those of the inputs.
+    """
+    for frame in (train, validation):
+        frame["macs"] = math.nan
+    if branches is None or not {"images", "image_size"} <= set(train.columns):
+        return
+    images = train["images"].astype(float)
+    train["macs"] = (3 * images.diff().fillna(images) * train["image_size"].map(branches.macs)).cumsum()
+    if "images" in validation:
+        validation["macs"] = np.interp(validation["images"].astype(float), images, train["macs"])
+
+
+def read_settings(path: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """The configuration of a run as {"train.epochs": "90", ...}, without the seed: keys that affect results, others."""
     try:
         table = tomli.loads(path.read_text(encoding="utf-8"))
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -87,7 +156,8 @@ def read_settings(path: Path) -> dict[str, str]:
     missing = [key for key in NEEDED if key not in settings]
     if missing:
         raise UserError(f"{path}: not the config of a run, {missing[0]} is missing")
-    return settings
+    other = {key: value for key, value in settings.items() if key.startswith(NO_EFFECT)}
+    return {key: value for key, value in settings.items() if key not in other}, other
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,6 +167,7 @@ class Group:
     name: str
     notes: list[str]
     color: tuple[float, float, float]
+    marker: str
     runs: list[Run]
 
     @property
@@ -107,9 +178,18 @@ class Group:
     def legend(self) -> str:
         return f"{self.label}, mean ± 2 SD, n = {len(self.runs)}" if len(self.runs) > 1 else self.label
 
+    def title(self, width: int) -> str:
+        """The label, and n if there are several, in lines of about `width` characters."""
+        text = f"{self.label}, n = {len(self.runs)}" if len(self.runs) > 1 else self.label
+        parts = text.replace(" (", "\n(", 1).split("\n")
+        return "\n".join(textwrap.fill(part, width, break_long_words=False) for part in parts)
+
     @property
-    def title(self) -> str:
-        return "\n".join(textwrap.fill(line, 40) for line in self.legend.replace(" (", "\n(", 1).split("\n"))
+    def remarks(self) -> list[str]:
+        """Names the keys in which the runs differ without effect on results."""
+        keys = sorted({key for run in self.runs for key in run.other})
+        differing = [key for key in keys if len({run.other.get(key) for run in self.runs}) > 1]
+        return [f"{self.label}: one group of runs that differ in {', '.join(differing)}"] if differing else []
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
@@ -120,12 +200,12 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             configurations.append(run.settings)
     groups = []
     palette = sns.color_palette("colorblind" if len(configurations) <= 10 else "husl", len(configurations))
-    for settings, color in zip(configurations, palette, strict=True):
+    for number, (settings, color) in enumerate(zip(configurations, palette, strict=True)):
         for ended in (True, False):
             members = [run for run in runs if run.settings == settings and run.ended == ended]
             if members:
                 notes = differing_keys(settings, configurations) + progress(members)
-                groups.append(Group(settings["name"], notes, color, members))
+                groups.append(Group(settings["name"], notes, color, MARKERS[number % len(MARKERS)], members))
     return groups
 
 

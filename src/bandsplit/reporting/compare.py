@@ -1,0 +1,301 @@
+"""Two sets of runs compared: what it takes to reach an accuracy, and the difference of the last accuracies."""
+
+from __future__ import annotations
+
+import json
+import math
+import zipfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import Locator, LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+from bandsplit.errors import UserError
+from bandsplit.reporting.figures import WIDTH, add_legend, axis_unit, line_style
+from bandsplit.reporting.runs import Group, Run
+from bandsplit.reporting.tables import MISSING, Table, mean_two_sigma
+
+PREDICTIONS = "predictions.npz"
+"""Predictions of a run, in its directory: evaluate.py --save."""
+
+RESAMPLES = 2000
+
+QUANTITIES = ("seconds", "step", "macs")
+
+CAPTION = (
+    "An accuracy is reached at the first validation with at least this top-1 of the ensemble; times are training time "
+    "without validation. The last of each quantity is the highest accuracy that all runs reach. ± is twice the sample "
+    "standard deviation over the runs. Ratio: mean of A over mean of B."
+)
+
+
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One of the two sets of runs, all of one configuration."""
+
+    name: str
+    """A or B."""
+    group: Group
+
+    @property
+    def runs(self) -> list[Run]:
+        return self.group.runs
+
+
+def side(name: str, folders: Sequence[Path], groups: Sequence[Group]) -> Side:
+    """The runs in these folders. Raises UserError if they are of several groups, or without a validation."""
+    wanted = {folder.resolve() for folder in folders}
+    found = [(group, [run for run in group.runs if run.folder.resolve() in wanted]) for group in groups]
+    found = [(group, runs) for group, runs in found if runs]
+    given = ",".join(map(str, folders))
+    if len(found) > 1:
+        labels = "; ".join(group.label for group, _ in found)
+        raise UserError(f"--compare {given}: these runs differ in more than their seeds: {labels}")
+    ((group, runs),) = found
+    for run in runs:
+        if run.validation.empty:
+            raise UserError(f"--compare {run.folder}: no validation yet")
+    return Side(name, Group(group.name, group.notes, group.color, group.marker, runs))
+
+
+# Reaching an accuracy -------------------------------------------------------------------------------------------------
+
+
+def reached(run: Run, x: str, top1: float) -> float | None:
+    """`seconds`, `step` or `macs` at the first validation with at least this top-1; None if there is none, or no x."""
+    at = run.validation[run.validation["top1"] >= top1][x]
+    return None if at.empty or math.isnan(at.iloc[0]) else float(at.iloc[0])
+
+
+def levels(runs: Sequence[Run]) -> list[float]:
+    """Round accuracies above the first validation of some run, and the highest that all runs reach (0.01 steps)."""
+    lowest = min(run.validation["top1"].iloc[0] for run in runs)
+    highest = math.floor(100 * min(run.validation["top1"].max() for run in runs)) / 100
+    ticks = MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(lowest, max(highest, lowest + 1e-9))
+    return [*(float(tick) for tick in ticks if lowest < tick < highest), highest]
+
+
+@dataclass(frozen=True)
+class Effort:
+    """What each run of A and B needs to reach each accuracy, in one unit."""
+
+    label: str
+    """With the unit."""
+    values: dict[float, tuple[list[float | None], list[float | None]]]
+
+    def ratio(self, top1: float) -> float:
+        """Mean of A over mean of B; NaN where a run does not reach it."""
+        a, b = (np.mean([math.nan if value is None else value for value in each]) for each in self.values[top1])
+        return float(a / b)
+
+
+def efforts(a: Side, b: Side) -> dict[str, Effort]:
+    """By `seconds`, `step` and, if known for all runs, `macs`."""
+    found = {}
+    for x in QUANTITIES:
+        values = {
+            top1: ([reached(run, x, top1) for run in a.runs], [reached(run, x, top1) for run in b.runs])
+            for top1 in levels([*a.runs, *b.runs])
+        }
+        known = [value for sides in values.values() for each in sides for value in each if value is not None]
+        if not known:
+            continue
+        divisor, label = axis_unit(x, max(known))
+        scaled = {top1: (_divided(of_a, divisor), _divided(of_b, divisor)) for top1, (of_a, of_b) in values.items()}
+        found[x] = Effort(label, scaled)
+    return found
+
+
+def _divided(values: Sequence[float | None], divisor: float) -> list[float | None]:
+    return [None if value is None else value / divisor for value in values]
+
+
+# The difference of accuracies -----------------------------------------------------------------------------------------
+
+
+def difference_over_seeds(a: Sequence[float], b: Sequence[float]) -> tuple[float, tuple[float, float] | None]:
+    """Difference of means, and its 95 % interval by Welch's t where both sides have several values that vary."""
+    from scipy import stats
+
+    difference = float(np.mean(a) - np.mean(b))
+    if min(len(a), len(b)) < 2 or np.ptp(a) == np.ptp(b) == 0:
+        return difference, None
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval(0.95)
+    return difference, (float(interval.low), float(interval.high))
+
+
+def difference_over_images(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[float, tuple[float, float]]:
+    """Difference of mean correctness (N,) of the same images, and its 95 % interval: paired bootstrap over images."""
+    from scipy import stats
+
+    def mean_difference(a: Any, b: Any, axis: int) -> Any:
+        return np.mean(a - b, axis=axis)
+
+    found = stats.bootstrap(
+        (a, b),
+        mean_difference,
+        n_resamples=RESAMPLES,
+        batch=100,
+        vectorized=True,
+        paired=True,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    interval = found.confidence_interval
+    return float(np.mean(a - b)), (float(interval.low), float(interval.high))
+
+
+def correct(runs: Sequence[Run]) -> pd.Series | str:
+    """Share of the runs that classify each image correctly, by name of the image; or why it is not known."""
+    columns = []
+    for run in runs:
+        path = run.folder / PREDICTIONS
+        if not path.is_file():
+            return f"{path} is not there"
+        try:
+            columns.append(_correct(path))
+        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
+            return f"{path} cannot be read: {error}"
+    if any(set(column.index) != set(columns[0].index) for column in columns):
+        return f"{PREDICTIONS} of {', '.join(str(run.folder) for run in runs)} are of different images"
+    return pd.concat(columns, axis=1).mean(axis=1)
+
+
+def _correct(path: Path) -> pd.Series:
+    """Whether the fused prediction of each image is its label."""
+    with np.load(path, allow_pickle=False) as arrays:
+        if "fused_classes" in arrays:
+            about = json.loads(str(arrays["about"]))
+            predicted = arrays["fused_classes"][:, list(about["fusions"]).index(about["fusion"]), 0]
+        else:
+            predicted = arrays["logits"].astype(np.float32).mean(axis=1).argmax(axis=1)
+        names = [bytes(name) for name in arrays["names"]]
+        return pd.Series((predicted == arrays["labels"]).astype(float), index=names)
+
+
+def difference_notes(a: Side, b: Side) -> list[str]:
+    """Sentences on the difference in top-1, A − B, with the intervals that the data allow."""
+    last = [[float(run.validation["top1"].iloc[-1]) for run in side.runs] for side in (a, b)]
+    difference, interval = difference_over_seeds(*last)
+    how = f"Welch's t over {len(last[0])} and {len(last[1])} runs"
+    notes = [f"Top-1 at the last validation: A {mean_two_sigma(last[0])}, B {mean_two_sigma(last[1])}; A − B = "]
+    if interval:
+        notes[0] += f"{_points(difference, interval)} ({how})."
+    elif min(map(len, last)) < 2:
+        notes[0] += f"{_points(difference)}. No interval over seeds, which takes two runs on both sides."
+    else:
+        notes[0] += f"{_points(difference)}. No interval over seeds: the runs of a side do not differ."
+    return [*notes, _predictions_note(correct(a.runs), correct(b.runs))]
+
+
+def _predictions_note(a: pd.Series | str, b: pd.Series | str) -> str:
+    if isinstance(a, str) or isinstance(b, str):
+        return f"No interval over images: {a if isinstance(a, str) else b}."
+    if set(a.index) != set(b.index) or a.index.has_duplicates or b.index.has_duplicates:
+        return f"No interval over images: {PREDICTIONS} of A and of B are of different images."
+    pair = 100 * a.to_numpy(), 100 * b.reindex(a.index).to_numpy()
+    return (
+        f"Saved predictions of the same {len(a):,} images: A {pair[0].mean():.2f}, B {pair[1].mean():.2f}; A − B = "
+        f"{_points(*difference_over_images(*pair))} (paired bootstrap over images, {RESAMPLES:,} resamples)."
+    )
+
+
+def _points(difference: float, interval: tuple[float, float] | None = None) -> str:
+    spread = ", 95 % interval {:+.2f} to {:+.2f}".format(*interval) if interval else ""
+    return f"{difference:+.2f} points{spread}".replace("-", "−")
+
+
+# Table and figure -----------------------------------------------------------------------------------------------------
+
+
+def compare_table(a: Side, b: Side) -> Table:
+    """One row per quantity and accuracy: what A and B need to reach it, and the ratio."""
+    text: list[dict[str, str]] = []
+    numbers = []
+    for x, effort in efforts(a, b).items():
+        for top1, sides in effort.values.items():
+            first = not text or text[-1]["unit"] != effort.label
+            digits = 0 if effort.label == "Step" else 2
+            ratio = effort.ratio(top1)
+            text.append(
+                {
+                    "unit": effort.label,
+                    "to reach": effort.label if first else "",
+                    "top-1 (%)": f"{top1:.10g}",
+                    **{name: mean_two_sigma(values, digits) for name, values in zip("AB", sides, strict=True)},
+                    "A / B": MISSING if math.isnan(ratio) else f"{ratio:.2f}",
+                }
+            )
+            series = {name: pd.Series(values, dtype=float) for name, values in zip("ab", sides, strict=True)}
+            numbers.append(
+                {"quantity": x, "unit": effort.label, "top1": top1, "ratio": ratio}
+                | {name: each.mean(skipna=False) for name, each in series.items()}
+                | {f"{name}_two_sd": 2 * each.std(ddof=1, skipna=False) for name, each in series.items()}
+            )
+    notes = [f"{side.name}: {side.group.label}, n = {len(side.runs)}." for side in (a, b)]
+    cells = pd.DataFrame(text).drop(columns="unit")
+    return Table(cells, pd.DataFrame(numbers), CAPTION, notes + difference_notes(a, b))
+
+
+def compare_figure(a: Side, b: Side) -> Figure:
+    """What A and B need to reach each accuracy, side by side, with the ratio A / B of each at the right edge."""
+    by_x = efforts(a, b)
+    figure = Figure(layout="constrained")
+    panels = figure.subplots(1, len(by_x), sharey=True, squeeze=False)[0]
+    for axes, effort in zip(panels, by_x.values(), strict=True):
+        draw_effort(axes, effort, a, b)
+    panels[0].set_ylabel("Top-1 to reach (%)")
+    lines = [Line2D([], [], label=f"{side.name}: {side.group.legend}", **_marks(side)) for side in (a, b)]
+    rows = add_legend(figure, lines)
+    figure.set_size_inches(WIDTH, 1.4 + 0.22 * len(levels([*a.runs, *b.runs])) + 0.2 * rows)
+    return figure
+
+
+def draw_effort(axes: Axes, effort: Effort, a: Side, b: Side) -> None:
+    """A mark for the mean of each side at each accuracy, with a bar of ± 2 SD, joined by a gray line."""
+    places = list(range(len(effort.values)))
+    sides = [
+        [[math.nan if value is None else value for value in effort.values[top1][n]] for top1 in effort.values]
+        for n in (0, 1)
+    ]
+    means = [np.mean(values, axis=1) for values in sides]
+    axes.hlines(places, *means, color="0.75", linewidth=1.5, zorder=1)
+    for side, values, mean in zip((a, b), sides, means, strict=True):
+        spread = 2 * np.std(values, axis=1, ddof=1) if len(side.runs) > 1 else None
+        axes.errorbar(mean, places, xerr=spread, elinewidth=0.8, capsize=2, **_marks(side))
+    for place, top1 in zip(places, effort.values, strict=True):
+        ratio = effort.ratio(top1)
+        axes.annotate(
+            MISSING if math.isnan(ratio) else f"{ratio:.2f}",
+            (1.02, place),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            size=8,
+        )
+    axes.set(xlabel=effort.label, yticks=places, yticklabels=[f"{top1:.10g}" for top1 in effort.values])
+    axes.set_xscale("log")  # on which equal ratios are equal distances
+    axes.xaxis.set_major_locator(_ticks(means))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    axes.set_title("A / B", loc="right")
+
+
+def _ticks(means: Sequence[NDArray[np.float64]]) -> Locator:
+    """At most about five ticks of a logarithmic axis."""
+    ratio = np.nanmax(means) / np.nanmin(means)
+    return LogLocator(subs=(1, 3) if ratio > 8 else (1, 2, 5)) if ratio > 3 else MaxNLocator(5)
+
+
+def _marks(side: Side) -> dict[str, Any]:
+    """A is filled and B is hollow, so that runs of one configuration can be compared too."""
+    style = line_style(side.group)
+    face = style["color"] if side.name == "A" else "white"
+    return {**style, "linestyle": "", "markersize": 5.5, "markerfacecolor": face, "markeredgecolor": style["color"]}

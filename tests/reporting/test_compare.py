@@ -1,0 +1,151 @@
+"""report.py --compare, and its tables in LaTeX."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy import stats
+
+from bandsplit.errors import UserError
+from bandsplit.reporting import compare, report
+from bandsplit.reporting.compare import Side
+from tests.reporting.test_report import command, curve, finished, groups_of, write_run
+
+
+def side(name: str, *folders: Path) -> Side:
+    return compare.side(name, folders, groups_of(*folders))
+
+
+def save_predictions(folder: Path, right: Sequence[bool], order: Sequence[int] | None = None, first: int = 0) -> None:
+    """Predictions of two branches and three classes, whose mean is right where `right` says so."""
+    n = len(right)
+    labels = np.arange(n) % 3
+    fused = np.where(right, labels, (labels + 1) % 3)
+    logits = np.full((n, 2, 3), -1.0, dtype=np.float16)
+    logits[np.arange(n), :, fused] = 4
+    logits[:, 0] = np.roll(logits[:, 0], 1, axis=1) / 2  # the first branch alone is wrong
+    names = np.array([f"{first + i}.jpg" for i in range(n)], dtype=np.bytes_)
+    rows = np.arange(n) if order is None else np.array(order)
+    np.savez(folder / "predictions.npz", names=names[rows], labels=labels[rows], logits=logits[rows])
+
+
+def test_time_and_steps_to_reach_an_accuracy(tmp_path: Path) -> None:
+    """The first validation that reaches it counts; A takes half the time of B, and as many steps."""
+    a = side("A", *(write_run(tmp_path / f"a{n}", finished([10, 30, 50, 40]), seed=n) for n in (0, 1)))
+    b = side("B", write_run(tmp_path / "b", finished([20, 39, 60], pace=2.0), name="other"))
+    assert compare.levels([*a.runs, *b.runs]) == [20, 30, 40, 50]
+    found = compare.efforts(a, b)
+    assert set(found) == {"seconds", "step"}
+    assert found["step"].values == {
+        20: ([200, 200], [100]), 30: ([200, 200], [200]), 40: ([300, 300], [300]), 50: ([300, 300], [300])
+    }  # fmt: skip
+    assert found["seconds"].label == "Training time (min)"
+    assert [found["seconds"].ratio(top1) for top1 in (20, 30, 40, 50)] == [1, 0.5, 0.5, 0.5]
+    numbers = compare.compare_table(a, b).numbers.set_index(["quantity", "top1"])
+    assert list(numbers.loc[("step", 30), ["a", "a_two_sd", "b", "ratio"]]) == [200, 0, 200, 1]
+
+
+def test_the_interval_over_seeds_is_welchs() -> None:
+    a, b = [70.0, 71.0, 73.0], [60.0, 64.0]
+    difference, interval = compare.difference_over_seeds(a, b)
+    va, vb = np.var(a, ddof=1) / 3, np.var(b, ddof=1) / 2
+    freedom = (va + vb) ** 2 / (va**2 / 2 + vb**2 / 1)
+    half = stats.t.ppf(0.975, freedom) * (va + vb) ** 0.5
+    assert difference == pytest.approx(71 + 1 / 3 - 62)
+    assert interval == pytest.approx((difference - half, difference + half))
+    assert compare.difference_over_seeds([70.0], b)[1] is None
+    assert compare.difference_over_seeds([70.0, 70.0], [60.0, 60.0])[1] is None
+
+
+def test_the_paired_interval_over_images_is_that_of_the_discordant_ones() -> None:
+    """With many images it approaches the normal interval of paired proportions, and pairing makes it narrower."""
+    rng = np.random.default_rng(1)
+    a = (rng.random(4000) < 0.7).astype(float)
+    b = np.where(rng.random(4000) < 0.9, a, 1 - a)
+    difference, interval = compare.difference_over_images(a, b)
+    half = 1.96 * np.std(a - b) / len(a) ** 0.5
+    assert difference == pytest.approx(a.mean() - b.mean())
+    assert interval == pytest.approx((difference - half, difference + half), abs=0.1 * half)
+    assert half < 0.6 * 1.96 * (np.var(a) + np.var(b)) ** 0.5 / len(a) ** 0.5
+
+
+def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
+    right = np.array([True] * 60 + [False] * 40)
+    folders = [write_run(tmp_path / name, finished([50]), name=name) for name in "ab"]
+    a, b = (side(name, folder) for name, folder in zip("AB", folders, strict=True))
+    told = compare.difference_notes(a, b)
+    assert told[0].endswith("A − B = +0.00 points. No interval over seeds, which takes two runs on both sides.")
+    assert told[1] == f"No interval over images: {folders[0] / 'predictions.npz'} is not there."
+    save_predictions(folders[0], right)
+    save_predictions(folders[1], right, order=range(99, -1, -1))
+    equal = compare.correct(b.runs)
+    assert isinstance(equal, pd.Series)
+    assert equal.loc[b"3.jpg"] == 1
+    assert equal.loc[b"99.jpg"] == 0
+    same = (
+        "Saved predictions of the same 100 images: A 60.00, B 60.00; A − B = +0.00 points, 95 % interval +0.00 to +0.00"
+    )
+    assert compare.difference_notes(a, b)[1].startswith(same)
+    save_predictions(folders[1], right, first=1)
+    assert "of A and of B are of different images" in compare.difference_notes(a, b)[1]
+    (folders[1] / "predictions.npz").write_bytes(b"PK\3\4")
+    assert f"{folders[1] / 'predictions.npz'} cannot be read" in compare.difference_notes(a, b)[1]
+
+
+def test_command_compares_sets_of_runs(tmp_path: Path) -> None:
+    a = [write_run(tmp_path / f"a{n}", finished([50, 60 + n]), seed=n) for n in range(2)]
+    b = [write_run(tmp_path / f"b{n}", finished([40, 50 + n], pace=2.0), seed=n, name="slow") for n in range(2)]
+    result = command("--compare", *(",".join(map(str, each)) for each in (a, b)), "--output", tmp_path / "out")
+    assert result.returncode == 0, result.stderr
+    text = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
+    assert text in result.stdout
+    assert "A: net, n = 2.\n\nB: slow, n = 2." in text
+    assert "A − B = +10.00 points, 95 % interval" in text
+    assert {path.suffix for path in (tmp_path / "out").glob("compare.*")} == {
+        ".md",
+        ".csv",
+        ".tex",
+        ".png",
+        ".svg",
+        ".pdf",
+    }
+
+
+def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+    good, other = (write_run(tmp_path / name, finished([50]), name=name) for name in ("good", "other"))
+    with pytest.raises(UserError, match="these runs differ in more than their seeds: good; other"):
+        report.report([], tmp_path / "out", ([good, other], [good]))
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        report.report([good], tmp_path / "out", ([good], [tmp_path / "nowhere"]))
+    early = write_run(tmp_path / "early", curve([50])[:1], name="early")
+    with pytest.raises(UserError, match=f"--compare {early}: no validation yet"):
+        report.report([], tmp_path / "out", ([good], [early]))
+    assert command().returncode == 2
+    assert "no run directory is given" in command().stderr
+
+
+def test_latex_tables_compile(tmp_path: Path) -> None:
+    """With names that hold characters with a meaning in LaTeX, and labels that are longer than a line."""
+    if shutil.which("pdflatex") is None:
+        pytest.skip("no pdflatex")
+    name = r"50%_of & #1 $x^2$ {~} \n"
+    folders = [write_run(tmp_path / str(n), finished([50, 60 + n]), seed=n, name=name) for n in range(2)]
+    folders.append(write_run(tmp_path / "b_%", curve([55]), name=name, batch_size=512))
+    groups = groups_of(*folders)
+    sides = [compare.side("A", folders[:2], groups), compare.side("B", folders[2:], groups)]
+    for table, each in report.make_tables(groups, sides).items():
+        each.write(tmp_path, table)
+    inputs = "\n".join(rf"\input{{{table}}}" for table in ("table", "costs", "compare"))
+    document = rf"\documentclass{{article}}\usepackage{{booktabs,graphicx}}\begin{{document}}{inputs}\end{{document}}"
+    (tmp_path / "paper.tex").write_text(document)
+    command = ["pdflatex", "-interaction=nonstopmode", "-halt-on-error", "paper.tex"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, errors="replace")
+    assert done.returncode == 0, done.stdout
+    assert "Overfull" not in done.stdout
+    assert "undefined" not in done.stdout
