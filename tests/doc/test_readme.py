@@ -78,7 +78,7 @@ RULES: dict[str, Rule] = {
     r"torchrun src/train\.py --set data\.holdout=\S+ --run-dir runs/demo-\w+": in_two_epochs,
     r"torchrun src/evaluate\.py runs/demo-\w+ --(save|fit-fusion|fusion)(?!.*--cascade).*": as_it_is,
     r"torchrun src/evaluate\.py runs/demo-\w+ --fit-fusion --cascade \S+": with_few_images,
-    r"python src/report\.py( runs/demo-\w+)+ --output runs/plots": as_it_is,
+    r"python src/report\.py( --compare)?( runs/demo-\w+)+ --output runs/\w+": as_it_is,
     r"python src/report\.py runs/demo-\w+/predictions\.npz": as_it_is,
     r"python src/find_lr\.py": as_it_is,
     r"python src/train\.py config/train/\w+\.toml .*--dry-run.*": as_it_is,

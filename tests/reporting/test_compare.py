@@ -12,10 +12,11 @@ import pandas as pd
 import pytest
 from scipy import stats
 
+from bandsplit.cli.report import main
 from bandsplit.errors import UserError
 from bandsplit.reporting import compare, report
 from bandsplit.reporting.compare import Side
-from tests.reporting.test_report import command, curve, finished, groups_of, write_run
+from tests.reporting.test_report import curve, finished, groups_of, write_run
 
 
 def side(name: str, *folders: Path) -> Side:
@@ -98,13 +99,16 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
     assert f"{folders[1] / 'predictions.npz'} cannot be read" in compare.difference_notes(a, b)[1]
 
 
-def test_command_compares_sets_of_runs(tmp_path: Path) -> None:
+def test_command_compares_sets_of_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     a = [write_run(tmp_path / f"a{n}", finished([50, 60 + n]), seed=n) for n in range(2)]
     b = [write_run(tmp_path / f"b{n}", finished([40, 50 + n], pace=2.0), seed=n, name="slow") for n in range(2)]
-    result = command("--compare", *(",".join(map(str, each)) for each in (a, b)), "--output", tmp_path / "out")
-    assert result.returncode == 0, result.stderr
+    both = [",".join(map(str, each)) for each in (a, b)]
+    monkeypatch.setattr("sys.argv", ["report.py", "--compare", *both, "--output", str(tmp_path / "out")])
+    main()
     text = (tmp_path / "out/compare.md").read_text(encoding="utf-8")
-    assert text in result.stdout
+    assert text in capsys.readouterr().out
     assert "A: net, n = 2.\n\nB: slow, n = 2." in text
     assert "A − B = +10.00 points, 95 % interval" in text
     assert {path.suffix for path in (tmp_path / "out").glob("compare.*")} == {
@@ -117,7 +121,9 @@ def test_command_compares_sets_of_runs(tmp_path: Path) -> None:
     }
 
 
-def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
+def test_what_cannot_be_compared_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     good, other = (write_run(tmp_path / name, finished([50]), name=name) for name in ("good", "other"))
     with pytest.raises(UserError, match="these runs differ in more than their seeds: good; other"):
         report.report([], tmp_path / "out", ([good, other], [good]))
@@ -126,8 +132,10 @@ def test_what_cannot_be_compared_is_told(tmp_path: Path) -> None:
     early = write_run(tmp_path / "early", curve([50])[:1], name="early")
     with pytest.raises(UserError, match=f"--compare {early}: no validation yet"):
         report.report([], tmp_path / "out", ([good], [early]))
-    assert command().returncode == 2
-    assert "no run directory is given" in command().stderr
+    monkeypatch.setattr("sys.argv", ["report.py"])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert "no run directory is given" in capsys.readouterr().err
 
 
 def test_latex_tables_compile(tmp_path: Path) -> None:

@@ -54,6 +54,8 @@ def report(folders: Sequence[Path], output: Path | None = None, compared: Compar
                 if figure is None:
                     print(f"{name}: left out, these runs have no data for it")
                     continue
+                figure.draw_without_rendering()
+                figure.set_layout_engine("none")  # laid out once, for all formats
                 for ending, metadata in FORMATS.items():
                     figure.savefig(output / f"{name}.{ending}", metadata=metadata)
         for name, table in tables.items():
