@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 from collections.abc import Sequence
@@ -93,6 +94,12 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
         "Saved predictions of the same 100 images: A 60.00, B 60.00; A − B = +0.00 points, 95 % interval +0.00 to +0.00"
     )
     assert compare.difference_notes(a, b)[1].startswith(same)
+    with np.load(folders[1] / "predictions.npz") as arrays:
+        kept = {key: arrays[key] for key in ("names", "labels")}
+    top = np.stack([kept["labels"], (kept["labels"] + 1) % 3], axis=1)[:, :, None]  # of two fusions: the first is right
+    about = json.dumps({"fusions": {"mean": [1, 1], "learned": [0, 1]}, "fusion": "learned"})
+    np.savez(folders[1] / "predictions.npz", **kept, fused_classes=top, about=np.array(about))
+    assert "A 60.00, B 0.00; A − B = +60.00 points" in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], right, first=1)
     assert "of A and of B are of different images" in compare.difference_notes(a, b)[1]
     (folders[1] / "predictions.npz").write_bytes(b"PK\3\4")

@@ -189,6 +189,7 @@ def test_a_line_that_is_still_being_written_is_not_damaged(tmp_path: Path) -> No
         '{"event": "train", "step": 1}',
         '{"event": "train", "step": "1", "epoch": NaN, "seconds": 1}',
         '{"event": "validation", "step": 1, "epoch": 1, "seconds": 1}',
+        '{"event": "validation", "step": 1, "epoch": 1, "seconds": 1, "branch_top1": [1], "top1": NaN}',
         "[]",
         "1",
         "{}",

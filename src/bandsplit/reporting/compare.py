@@ -98,7 +98,7 @@ class Effort:
 
 
 def efforts(a: Side, b: Side) -> dict[str, Effort]:
-    """By `seconds`, `step` and, if known for all runs, `macs`."""
+    """By `seconds`, `step` and, if any run knows it, `macs`."""
     found = {}
     for x in QUANTITIES:
         values = {

@@ -43,8 +43,10 @@ def _parse(line: str) -> Event | None:
         position = [event.get(key) for key in ("step", "epoch", "seconds")]
         if not all(isinstance(value, int | float) and math.isfinite(value) for value in position):
             return None
-        if event["event"] == "validation" and not isinstance(event.get("branch_top1"), list):
-            return None
+        if event["event"] == "validation":
+            top1, branches = event.get("top1"), event.get("branch_top1")
+            if not isinstance(branches, list) or not isinstance(top1, int | float) or not math.isfinite(top1):
+                return None
     return event
 
 
