@@ -83,6 +83,8 @@ class RunConfig(Table):
         if self.train.activation_checkpointing and (others := [m.arch for m in models if not m.can_recompute]):
             allowed = f"false with {others[0]!r}; true is supported by torchvision's networks, but for inception_v3"
             raise mistake("train.activation_checkpointing", True, allowed)
+        if self.train.activation_checkpointing and self.train.compile:
+            raise mistake("train.compile", True, "false with train.activation_checkpointing = true")
         self._check_progressive()
         self._check_bands()
         if self.schedule.warmup_epochs >= self.train.epochs:

@@ -20,6 +20,9 @@ class Train(Table):
     activation_checkpointing: bool = False
     """Whether each residual block, or stage, of a network keeps only its input and is computed again in the backward
     pass: about a third of the activations, for a fourth to a third more time; results are the same."""
+    compile: bool = False
+    """Whether torch.compile generates the code of a training step, with CUDA graphs on a GPU; takes a minute or more at
+    the start. Branches of the same kind are compiled once. Validation runs the networks as they are."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 autocast on a GPU, fp32 on a CPU; `tf32`: fp32 with TF32 arithmetic on a GPU; `fp16`: autocast with
     loss scaling."""
