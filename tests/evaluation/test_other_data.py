@@ -224,7 +224,7 @@ def test_a_band_store_as_other_data(
     config.write_text(f'kind = "bands"\nroot = "{store}"\n')
     table, _ = evaluated(run_here, trained.run_dir, config)
     cross_entropy = torch.nn.functional.cross_entropy
-    own = cross_entropy(torch.from_numpy(trained.fused), torch.from_numpy(trained.labels).long())
+    own = cross_entropy(torch.from_numpy(trained.fused), torch.tensor(trained.labels).long())
     assert (table["val_images"], table["loss"]) == (50, pytest.approx(float(own), rel=1e-2))
     for arguments, told in (
         (("--corrupt",), "--corrupt: a band store holds no pixels; evaluate with --set data.kind=images"),
