@@ -45,6 +45,7 @@ def test_predictions_are_the_same_on_any_number_of_ranks(
     one = saved[0]
     assert one.folder == str(image_root / "val")
     assert one.names == [str(p.relative_to(image_root / "val")) for p in sorted((image_root / "val").rglob("*.jpg"))]
+    assert one.class_names == one.classes
     assert [one.classes[label] for label in one.labels] == [Path(name).parts[0] for name in one.names]
     assert logits_of(one).shape == (10 * VAL_PER_CLASS, 4, 10)
     assert [branch.bands for branch in one.branches] == [(0,), (1,), (2,), (3,)]
@@ -157,10 +158,14 @@ def test_of_several_crops_only_what_is_fused_is_saved(
     done = run_here("evaluate.py", finished(1), "--ten-crop", "--save", path)
     assert done.returncode == 2
     assert "logits are saved of the center crop only; with --flip or --ten-crop, --save-fused" in done.stderr
-    done = run_here("evaluate.py", finished(1), "--ten-crop", "--save", path, "--save-fused", "--output", output)
+    names = tmp_path / "names.json"
+    names.write_text(json.dumps([f"name {c}" for c in range(10)]))
+    more = ("--output", output, "--set", f"data.class_names={names}")
+    done = run_here("evaluate.py", finished(1), "--ten-crop", "--save", path, "--save-fused", *more)
     assert done.returncode == 0, done.stderr
     saved, told = Predictions.read(path), json.loads(output.read_text())
     assert saved.crops == "ten"
+    assert saved.class_names == [f"name {c}" for c in range(10)]
     assert told["top1"] == 2.0 * (saved.fused.classes[:, 0, 0] == saved.labels).sum()
     assert told["loss"] == pytest.approx(saved.fused.losses.mean(dtype=np.float64), abs=1e-6)
     done = run_here("evaluate.py", finished(1), "--save-fused")

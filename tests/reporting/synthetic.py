@@ -39,6 +39,7 @@ def predictions(
     return Predictions(
         [f"class{label}/{i}.jpg" for i, label in enumerate(scored.labels)],
         scored.labels,
+        [f"class{c}" for c in range(classes)],
         list(names) if names else [f"class{c}" for c in range(classes)],
         [Branch("runs/synthetic", 100, (k,)) for k in range(branches)],
         fusions,

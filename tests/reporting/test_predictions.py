@@ -192,14 +192,17 @@ def test_an_ensemble_without_mistakes() -> None:
 
 
 def test_odd_names_of_classes_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Bars, dollars, line breaks, bytes that are not UTF-8, and long ones."""
-    names = ["a|b", "$x_", "\udcff", "new\nline", "tench, Tinca tinca, of the fresh waters of Europe"]
-    predictions(100, 2, 5, held_out=20, names=names).write(tmp_path / "x.npz")
+    """Bars, dollars, line breaks, bytes that are not UTF-8, two of one name, and long ones."""
+    names = ["a|b", "$x_", "\udcff", "new\nline", "crane", "crane", "tench, Tinca tinca, of the fresh waters of Europe"]
+    predictions(100, 2, 7, held_out=20, names=names).write(tmp_path / "x.npz")
     report.report([tmp_path / "x.npz"])
     text = (tmp_path / "x/summary.md").read_text()
     assert all(shown in text for shown in (r"a\|b", "$x_", "�", "new line", "fresh waters"))
     assert {line.count("|") - line.count(r"\|") for line in text.split("## Most")[1].splitlines()[2:]} == {5}
-    assert pd.read_csv(tmp_path / "x/classes.csv")["class"].tolist() == ["a|b", "$x_", "�", *names[3:]]
+    told = pd.read_csv(tmp_path / "x/classes.csv")
+    cranes = ["crane (class4)", "crane (class5)"]
+    assert told["class"].tolist() == ["a|b", "$x_", "�", "new\nline", *cranes, names[-1]]
+    assert told["folder"].tolist() == [f"class{c}" for c in range(7)]
     assert short(names[-1], 24) == "tench, Tinca tinca, of…"
 
 

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from bandsplit.data import class_names
 from bandsplit.data.images import ImageFiles, Paths
 from bandsplit.data.source import Images
 from bandsplit.data.store.manifest import StoredImages
@@ -41,7 +42,11 @@ class Recorder:
     """Records the predictions of this rank's images, and writes those of all ranks."""
 
     def __init__(self, save: Save, runs: Joined, files: Images, crops: str) -> None:
-        """Raises UserError if the logits do not fit into memory, and where images have several labels."""
+        """Every rank makes one.
+
+        Raises UserError if the logits do not fit into memory, where images have several labels, and if the readable
+        names of the classes cannot be read.
+        """
         if isinstance(files, ImageFiles) and files.answers is not None:
             raise UserError(
                 f"--save {save.path}: predictions are saved with one label for each image, not with several"
@@ -50,6 +55,7 @@ class Recorder:
         if not save.fused_only:
             _require_fitting(save.path, count, len(runs.branches), len(runs.first.classes))
         self._save, self._runs, self._files, self._crops = save, runs, files, crops
+        self._names = runs.ranks.from_first(partial(class_names.readable, files.classes, runs.config.data))
         self._collector = Collector(collector.sample(len(files), count, runs.config.seed))
 
     def add(self, rows: NDArray[np.int64], logits: Tensor, fused: Mapping[str, Tensor], labels: Tensor) -> None:
@@ -96,6 +102,7 @@ class Recorder:
             [files.name(i) for i in gathered.rows.tolist()],
             gathered.labels,
             files.classes,
+            self._names,
             runs.branches,
             {MEAN: mean, **{name: list(weights) for name, weights in fusions.items()}},
             fusion,

@@ -4,7 +4,7 @@
 |---|---|---|
 | `names` | N, bytes | path of each image, relative to `folder` of `about` |
 | `labels` | N, int32 | indices into `classes` |
-| `classes` | classes, bytes | names |
+| `classes`, `class_names` | classes, bytes | names, and those that people read |
 | `fused_classes` | N × fusions × 5, int32 | of the five largest fused logits, largest first |
 | `fused_confidences` | N × fusions × 5, float32 | their probabilities |
 | `fused_losses` | N × fusions, float32 | cross-entropy |
@@ -16,6 +16,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import zipfile
@@ -94,6 +95,8 @@ class Predictions:
     labels: NDArray[np.int32]
     """(N,), indices into `classes`."""
     classes: list[str]
+    class_names: list[str]
+    """Those that people read, which need not differ from each other."""
     branches: list[Branch]
     fusions: dict[str, list[float]]
     """Weights of the branches, in the order of `fused`."""
@@ -122,6 +125,7 @@ class Predictions:
             "names": _encoded(self.names),
             "labels": self.labels,
             "classes": _encoded(self.classes),
+            "class_names": _encoded(self.class_names),
             **{f"fused_{key}": getattr(self.fused, key) for key in ("classes", "confidences", "losses")},
             "branch_correct": self.branch_correct,
         }
@@ -149,7 +153,9 @@ class Predictions:
                     return predictions
             except FileNotFoundError:
                 raise UserError(f"{path}: no such file") from None
-            except DAMAGED as error:
+            except (*DAMAGED, OSError) as error:
+                if isinstance(error, OSError) and error.errno != errno.EINVAL:  # a place before the file
+                    raise
                 raise UserError(
                     f"{path}: not the predictions of src/evaluate.py --save, or damaged: {error}"
                 ) from error
@@ -168,6 +174,7 @@ class Predictions:
             _decoded(arrays["names"]),
             arrays["labels"],
             _decoded(arrays["classes"]),
+            _decoded(arrays["class_names"]),
             [Branch(b["run"], b["step"], tuple(b["bands"])) for b in about["branches"]],
             about["fusions"],
             about["fusion"],
@@ -199,6 +206,8 @@ class Predictions:
             labels, logits = self.held_out.labels, self.held_out.logits
             expected.append(("held_out_labels", labels, (len(labels),), "i"))
             expected.append(("held_out_logits", logits, (len(labels), branches, classes), "f"))
+        if len(self.class_names) != classes:
+            raise ValueError(f"{classes} classes and {len(self.class_names)} names of classes")
         if not images or not branches:
             raise ValueError("no images or no branches in it")
         for name, array, shape, kind in expected:

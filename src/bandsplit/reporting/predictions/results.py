@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,8 +66,11 @@ class Results:
 
     @cached_property
     def classes(self) -> list[str]:
-        """Names of the classes as they are shown."""
-        return [printable(name) for name in self.predictions.classes]
+        """Names of the classes as they are shown; those that several classes have are told apart by the class."""
+        p = self.predictions
+        times = Counter(p.class_names)
+        named = [f"{name} ({c})" if times[name] > 1 else name for name, c in zip(p.class_names, p.classes, strict=True)]
+        return [printable(name) for name in named]
 
     @cached_property
     def branches(self) -> list[str]:

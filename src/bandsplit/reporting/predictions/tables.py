@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import pandas as pd
 
 from bandsplit.models.fusion import MEAN
-from bandsplit.reporting.predictions.results import Results
+from bandsplit.reporting.predictions.results import Results, printable
 
 WORST = 10
 """Rows of the summary's tables of classes and of confusions."""
@@ -52,11 +52,13 @@ def branches(results: Results) -> pd.DataFrame:
 
 
 def growth(results: Results) -> pd.DataFrame:
-    """Top-1 of the first n branches; one column of numbers of branches and one of accuracies for each order."""
-    columns: dict[str, Sequence[float]] = {"branches": range(1, len(results.branches) + 1)}
-    for curve in results.growth:
-        columns |= {f"added, {curve.label}": curve.order, f"top1, {curve.label}": curve.top1}
-    return pd.DataFrame(columns)
+    """Top-1 of the first n branches, in several orders; `added` is the number of the branch that comes n-th."""
+    rows = [
+        {"order": curve.label, "branches": n, "added": branch, "top1": top1}
+        for curve in results.growth
+        for n, (branch, top1) in enumerate(zip(curve.order, curve.top1, strict=True), start=1)
+    ]
+    return pd.DataFrame(rows, columns=["order", "branches", "added", "top1"])
 
 
 def classes(results: Results) -> pd.DataFrame:
@@ -64,6 +66,7 @@ def classes(results: Results) -> pd.DataFrame:
     worst = [results.taken_for.get(c) for c in range(len(results.classes))]
     return pd.DataFrame(
         {
+            "folder": [printable(name) for name in results.predictions.classes],
             "class": results.classes,
             "images": results.class_images,
             "correct": results.class_correct,
