@@ -203,7 +203,8 @@ def test_odd_names_of_classes_are_shown(tmp_path: Path, capsys: pytest.CaptureFi
     cranes = ["crane (class4)", "crane (class5)"]
     assert told["class"].tolist() == ["a|b", "$x_", "�", "new\nline", *cranes, names[-1]]
     assert told["folder"].tolist() == [f"class{c}" for c in range(7)]
-    assert short(names[-1], 24) == "tench, Tinca tinca, of…"
+    assert (short(names[-1], 24), short(names[-1], 20)) == ("tench, Tinca tinca, of…", "tench, Tinca tinca…")
+    assert (short("n01440764_tench", 10), short("tench", 5)) == ("n01440764…", "tench")
 
 
 def test_files_that_cannot_be_read_are_named(

@@ -265,11 +265,11 @@ _AXES = {
 
 
 def short(name: str, width: int) -> str:
-    return (
-        textwrap.shorten(name, width, placeholder="…")
-        if " " in name
-        else name[: width - 1] + "…" * (len(name) >= width)
-    )
+    """At most `width` characters, cut between words where there are some."""
+    if len(name) <= width:
+        return name
+    cut = textwrap.shorten(name, width, placeholder="…")
+    return cut.replace(",…", "…") if len(cut) > 1 else name[: width - 1] + "…"
 
 
 def _name(results: Results, c: int) -> str:
