@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +17,8 @@ from bandsplit.cli.report import main
 from bandsplit.errors import UserError
 from bandsplit.reporting import compare, report
 from bandsplit.reporting.compare import Side
+from bandsplit.runs.predictions import Fused
+from tests.reporting.synthetic import predictions
 from tests.reporting.test_report import curve, finished, groups_of, write_run
 
 
@@ -24,17 +26,24 @@ def side(name: str, *folders: Path) -> Side:
     return compare.side(name, folders, groups_of(*folders))
 
 
-def save_predictions(folder: Path, right: Sequence[bool], order: Sequence[int] | None = None, first: int = 0) -> None:
-    """Predictions of two branches and three classes, whose mean is right where `right` says so."""
-    n = len(right)
-    labels = np.arange(n) % 3
-    fused = np.where(right, labels, (labels + 1) % 3)
-    logits = np.full((n, 2, 3), -1.0, dtype=np.float16)
-    logits[np.arange(n), :, fused] = 4
-    logits[:, 0] = np.roll(logits[:, 0], 1, axis=1) / 2  # the first branch alone is wrong
-    names = np.array([f"{first + i}.jpg" for i in range(n)], dtype=np.bytes_)
-    rows = np.arange(n) if order is None else np.array(order)
-    np.savez(folder / "predictions.npz", names=names[rows], labels=labels[rows], logits=logits[rows])
+def save_predictions(folder: Path, right: Sequence[bool], step: int = 1, first: int = 0) -> None:
+    """Predictions of two fusions, in use the one that is right where `right` says so; the other one is not there.
+
+    `step`: -1 to save the images in reverse order; `first`: number in the name of the first image.
+    """
+    made = predictions(images=len(right), held_out=50)
+    used = list(made.fusions).index(made.fusion)
+    wrong = (made.labels + 1) % len(made.classes)
+    classes = made.fused.classes.copy()
+    classes[:, :, 0] = np.where(right, wrong, made.labels)[:, None]
+    classes[:, used, 0] = np.where(right, made.labels, wrong)
+    names = [f"{first + i}.jpg" for i in range(len(right))]
+    replace(
+        made,
+        names=names[::step],
+        labels=made.labels[::step],
+        fused=Fused(classes[::step], made.fused.confidences, made.fused.losses),
+    ).write(folder / "predictions.npz")
 
 
 def test_time_and_steps_to_reach_an_accuracy(tmp_path: Path) -> None:
@@ -85,25 +94,24 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
     assert told[0].endswith("A − B = +0.00 points. No interval over seeds, which takes two runs on both sides.")
     assert told[1] == f"No interval over images: {folders[0] / 'predictions.npz'} is not there."
     save_predictions(folders[0], right)
-    save_predictions(folders[1], right, order=range(99, -1, -1))
+    save_predictions(folders[1], right, step=-1)
     equal = compare.correct(b.runs)
     assert isinstance(equal, pd.Series)
-    assert equal.loc[b"3.jpg"] == 1
-    assert equal.loc[b"99.jpg"] == 0
+    assert equal.loc["3.jpg"] == 1
+    assert equal.loc["99.jpg"] == 0
     same = (
         "Saved predictions of the same 100 images: A 60.00, B 60.00; A − B = +0.00 points, 95 % interval +0.00 to +0.00"
     )
     assert compare.difference_notes(a, b)[1].startswith(same)
-    with np.load(folders[1] / "predictions.npz") as arrays:
-        kept = {key: arrays[key] for key in ("names", "labels")}
-    top = np.stack([kept["labels"], (kept["labels"] + 1) % 3], axis=1)[:, :, None]  # of two fusions: the first is right
-    about = json.dumps({"fusions": {"mean": [1, 1], "learned": [0, 1]}, "fusion": "learned"})
-    np.savez(folders[1] / "predictions.npz", **kept, fused_classes=top, about=np.array(about))
-    assert "A 60.00, B 0.00; A − B = +60.00 points" in compare.difference_notes(a, b)[1]
+    save_predictions(folders[1], ~right)
+    assert "A 60.00, B 40.00; A − B = +20.00 points" in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], right, first=1)
     assert "of A and of B are of different images" in compare.difference_notes(a, b)[1]
     (folders[1] / "predictions.npz").write_bytes(b"PK\3\4")
-    assert f"{folders[1] / 'predictions.npz'} cannot be read" in compare.difference_notes(a, b)[1]
+    assert (
+        f"{folders[1] / 'predictions.npz'}: not the predictions of src/evaluate.py --save, or damaged"
+        in compare.difference_notes(a, b)[1]
+    )
 
 
 def test_command_compares_sets_of_runs(
@@ -142,7 +150,7 @@ def test_what_cannot_be_compared_is_told(
     monkeypatch.setattr("sys.argv", ["report.py"])
     with pytest.raises(SystemExit, match="2"):
         main()
-    assert "no run directory is given" in capsys.readouterr().err
+    assert "no run directory or file of predictions is given" in capsys.readouterr().err
 
 
 def test_latex_tables_compile(tmp_path: Path) -> None:

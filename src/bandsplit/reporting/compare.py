@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import json
 import math
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from bandsplit.errors import UserError
 from bandsplit.reporting.figures import WIDTH, add_legend, axis_unit, line_style
 from bandsplit.reporting.runs import Group, Run
 from bandsplit.reporting.tables import MISSING, Table, mean_two_sigma
+from bandsplit.runs.predictions import Predictions
 
 PREDICTIONS = "predictions.npz"
 """Predictions of a run, in its directory: evaluate.py --save."""
@@ -161,24 +160,14 @@ def correct(runs: Sequence[Run]) -> pd.Series | str:
         if not path.is_file():
             return f"{path} is not there"
         try:
-            columns.append(_correct(path))
-        except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-            return f"{path} cannot be read: {error}"
+            saved = Predictions.read(path)
+        except UserError as error:
+            return str(error)
+        predicted = saved.fused.classes[:, list(saved.fusions).index(saved.fusion), 0]
+        columns.append(pd.Series((predicted == saved.labels).astype(float), index=saved.names))
     if any(set(column.index) != set(columns[0].index) for column in columns):
         return f"{PREDICTIONS} of {', '.join(str(run.folder) for run in runs)} are of different images"
     return pd.concat(columns, axis=1).mean(axis=1)
-
-
-def _correct(path: Path) -> pd.Series:
-    """Whether the fused prediction of each image is its label."""
-    with np.load(path, allow_pickle=False) as arrays:
-        if "fused_classes" in arrays:
-            about = json.loads(str(arrays["about"]))
-            predicted = arrays["fused_classes"][:, list(about["fusions"]).index(about["fusion"]), 0]
-        else:
-            predicted = arrays["logits"].astype(np.float32).mean(axis=1).argmax(axis=1)
-        names = [bytes(name) for name in arrays["names"]]
-        return pd.Series((predicted == arrays["labels"]).astype(float), index=names)
 
 
 def difference_notes(a: Side, b: Side) -> list[str]:
