@@ -319,7 +319,7 @@ class _Facts:
         if not len(rows):
             return
         root, names = str(self._found.folder), self._found.names
-        files = (f"{root}/{os.fsdecode(names[i].as_py())}" for i in rows.tolist())
+        files = (os.path.join(root, os.fsdecode(names[i].as_py())) for i in rows.tolist())  # noqa: PTH118
         processes = min(available_cpus(), -(-len(rows) // _PER_PROCESS))
         verdicts = check.examine(files, processes, decode=LEVELS[wanted] == "decode")
         bad = 0
