@@ -228,8 +228,9 @@ _LABEL_COLUMNS = ("label", "class", "target", "category", "y", "wnid", "synset")
 def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Found:
     """The images that a list names, in its order: CSV (`.csv`) or text with one path and label per line.
 
-    Paths are absolute, or relative to `root`; blanks within them are allowed, since the label is what follows the last blank or tab
-    of a line.  Labels are class names or indices.  A CSV file may have a header, and further columns when it has one.
+    Paths are absolute, or relative to `root`; blanks within them are allowed, since the label is what follows the last
+    blank or tab of a line.  Labels are class names or indices.  A CSV file may have a header, and further columns when
+    it has one.
 
     Args:
         classes: of the training images, so that labels of a validation list mean the same; None: what the list has.
