@@ -74,6 +74,9 @@ def test_the_stages_are_those_of_the_logits(fitted_run: Path) -> None:
             assert stages.tolist() == expected.stages.tolist()
             assert predicted.tolist() == expected.predicted.tolist()
     assert {0, 3} < seen
+    nothing = running.Staged(runs.ensemble, chain, 7)
+    nothing.add([x[:0] for x in inputs])
+    assert [len(each) for each in (*nothing.finish(), runs.ensemble([x[:0] for x in inputs])[0])] == [0, 0, 0]
 
 
 def test_counts_are_the_same_on_any_number_of_ranks(

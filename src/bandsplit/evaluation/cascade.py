@@ -66,6 +66,9 @@ class Staged:
         batch = len(inputs[0])
         rows = torch.arange(self._count, self._count + batch, device=inputs[0].device)
         self._count += batch
+        if not batch:  # a rank may have no image at all
+            self._left.append((rows, rows, 0))
+            return
         self._enter(0, _Images(rows, [inputs[k] for k in self._cascade.order], torch.zeros_like(rows)[:, None]))
 
     def finish(self) -> tuple[Tensor, Tensor]:
