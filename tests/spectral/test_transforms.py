@@ -17,7 +17,7 @@ from bandsplit.spectral.view import View
 from bandsplit.training import losses, optimizers
 
 BLOCKS = [1, 2, 4, 6]
-KINDS = ["dct2d", "dct1d", "hadamard", "identity"]
+KINDS = ["dct2d", "dct1d", "hadamard", "identity", "random"]
 ALL = [(kind, block) for kind in KINDS for block in BLOCKS if (kind, block) != ("hadamard", 6)]
 
 
@@ -214,7 +214,9 @@ def test_hadamard_needs_a_power_of_2(block: int) -> None:
 
 
 def test_transform_matrix_names_what_is_wrong() -> None:
-    with pytest.raises(ValueError, match="kind = 'dct': allowed are 'dct2d', 'dct1d', 'hadamard' and 'identity'"):
+    with pytest.raises(
+        ValueError, match="kind = 'dct': allowed are 'dct2d', 'dct1d', 'hadamard', 'identity' and 'random'"
+    ):
         transforms.transform_matrix("dct", 2)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="norm = 'l2': allowed are 'ortho' and 'none'"):
         transforms.transform_matrix("dct2d", 2, "l2")  # type: ignore[arg-type]

@@ -23,6 +23,7 @@ AXES = {
     "hadamard": ("v (horizontal)", "u (vertical)"),
     "dct1d": ("k mod s", "k div s"),
     "identity": ("column", "row"),
+    "random": ("k mod s", "k div s"),
 }
 """What column and row of band k = u s + v mean, by transform: see doc/method.md."""
 

@@ -17,7 +17,7 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-Kind = Literal["dct2d", "dct1d", "hadamard", "identity"]
+Kind = Literal["dct2d", "dct1d", "hadamard", "identity", "random"]
 Norm = Literal["ortho", "none"]
 Matrix = npt.NDArray[np.floating] | Tensor
 
@@ -31,6 +31,7 @@ def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArra
     | dct1d | DCT-II of the flattened block, as in the authors' code | X_k = 2 Σ x_n cos(πk(2n+1) / 2N) |
     | hadamard | separable Walsh-Hadamard, k = u * block + v: u vertical sign changes, v horizontal | entries ±1 |
     | identity | pixel k (polyphase components) | no difference |
+    | random | of one random rotation or reflection for each block size: the control without structure | no difference |
 
     Hadamard rows are in sequency (Walsh) order, by the number of sign changes per axis, so that band k covers the same
     part of the spectrum as band k of dct2d. Up to order they are the rows of `scipy.linalg.hadamard(N)`, which uses
@@ -47,7 +48,8 @@ def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArra
     Raises:
         ValueError: unknown kind or norm, block below 1, or hadamard with a block that is not a power of 2.
 
-    Sources: DCT-II: Ahmed, Natarajan and Rao (1974), scaled as in `scipy.fft.dct`; sequency order: Walsh (1923).
+    Sources: random: uniform over all orthonormal matrices, by QR with signs (Mezzadri, *How to Generate Random Matrices
+    from the Classical Compact Groups*, 2007). DCT-II: Ahmed, Natarajan and Rao (1974), scaled as in `scipy.fft.dct`; sequency order: Walsh (1923).
     """
     if block < 1:
         raise ValueError(f"block = {block}: must be at least 1")
@@ -61,7 +63,9 @@ def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArra
         return _on_both_axes(_walsh_matrix(block, norm))
     if kind == "identity":
         return np.eye(block * block)
-    raise ValueError(f"kind = {kind!r}: allowed are 'dct2d', 'dct1d', 'hadamard' and 'identity'")
+    if kind == "random":
+        return _random_matrix(block * block)
+    raise ValueError(f"kind = {kind!r}: allowed are 'dct2d', 'dct1d', 'hadamard', 'identity' and 'random'")
 
 
 def flip_matrix(matrix: npt.NDArray[np.floating]) -> npt.NDArray[np.float64]:
@@ -99,6 +103,12 @@ def _dct_matrix(length: int, norm: Norm) -> npt.NDArray[np.float64]:
         matrix *= np.sqrt(1 / (2 * length))
         matrix[0] *= np.sqrt(1 / 2)
     return matrix
+
+
+def _random_matrix(length: int) -> npt.NDArray[np.float64]:
+    """An orthonormal matrix (length, length), always the same for this length."""
+    q, r = np.linalg.qr(np.random.default_rng(0).standard_normal((length, length)))
+    return np.asarray(q * np.sign(np.diag(r)))
 
 
 def _walsh_matrix(length: int, norm: Norm) -> npt.NDArray[np.float64]:

@@ -97,7 +97,7 @@ class BandManifest(_Model):
     code_version: str
     data: str
     """Name of the data set."""
-    transform: Literal["dct2d", "dct1d", "hadamard", "identity"]
+    transform: Literal["dct2d", "dct1d", "hadamard", "identity", "random"]
     norm: Literal["ortho", "none"]
     block: int
     mean: tuple[float, float, float]
