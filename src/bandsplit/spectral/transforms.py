@@ -48,9 +48,9 @@ def transform_matrix(kind: Kind, block: int, norm: Norm = "ortho") -> npt.NDArra
     Raises:
         ValueError: unknown kind or norm, block below 1, or hadamard with a block that is not a power of 2.
 
-    Sources: DCT-II: Ahmed, Natarajan and Rao (1974), scaled as in `scipy.fft.dct`; sequency order: Walsh (1923); random:
-    uniform over all orthonormal matrices, by QR with signs (Mezzadri, *How to Generate Random Matrices from the
-    Classical Compact Groups*, 2007).
+    Sources: DCT-II: Ahmed, Natarajan and Rao (1974), scaled as in `scipy.fft.dct`; sequency order: Walsh (1923);
+    random: uniform over all orthonormal matrices, by QR with signs (Mezzadri, *How to Generate Random Matrices from
+    the Classical Compact Groups*, 2007).
     """
     if block < 1:
         raise ValueError(f"block = {block}: must be at least 1")
