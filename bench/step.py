@@ -90,15 +90,16 @@ def main() -> None:
 
 
 def bench(arguments: argparse.Namespace) -> None:
-    count, sets = arguments.batch, [*arguments.set, f"train.batch_size={arguments.batch}"]
+    sets, synthetic = [*arguments.set, f"train.batch_size={arguments.batch}"], arguments.images is None
+    configs = [loading.load(path, sets, arguments.images) for path in arguments.config]
     with joined() as ranks:
-        subjects = [of_config(path, sets, ranks, arguments.images) for path in arguments.config]
+        subjects = [of_config(config, ranks, synthetic) for config in configs]
         if not arguments.no_peers:
-            subjects += peers(arguments.config[0], sets, ranks.device, arguments.images)
+            subjects += peers(configs[0], ranks.device, synthetic)
         seconds, peaks = timed(subjects, arguments.rounds, arguments.steps, ranks.device)
-        precision = Precision(loading.load(arguments.config[0], sets).train.precision, ranks.device)
+        precision = Precision(configs[0].train.precision, ranks.device)
         gemm = {subject.name: 3 * seconds_of(subject.products, precision) for subject in subjects}
-    show(subjects, seconds, gemm, peaks, count)
+    show(subjects, seconds, gemm, peaks, arguments.batch)
     waits = {subject.name: subject.waited for subject in subjects}
     results = {"seconds": seconds, "waits": waits, "peak_bytes": peaks, "gemm_seconds": gemm}
     common.write(arguments.output, {key: str(value) for key, value in vars(arguments).items()}, results)
@@ -107,11 +108,10 @@ def bench(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------- subjects
 
 
-def of_config(path: Path, overrides: Sequence[str], ranks: Ranks, images: Path | None) -> Subject:
-    """The branches of a config, trained one after the other as the training loop does."""
-    config = loading.load(path, overrides, images)
+def of_config(config: RunConfig, ranks: Ranks, synthetic: bool) -> Subject:
+    """The branches of a config, trained one after the other as the training loop does, on random inputs or its data."""
     waited: list[float] = []
-    if images is None:
+    if synthetic:
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
         _, learners = learners_of(config, config.train.batch_size, precision, Mesh(ranks, len(config.split.groups)))
@@ -162,33 +162,36 @@ def random_batch(config: RunConfig, precision: Precision, device: torch.device) 
     return Batch(inputs, torch.randint(config.classes, (count,), device=device))
 
 
-def peers(path: Path, overrides: Sequence[str], device: torch.device, images: Path | None) -> list[Subject]:
+def peers(config: RunConfig, device: torch.device, synthetic: bool) -> list[Subject]:
     """The network of a config on whole images, trained with the means of torchvision and of timm alone."""
-    config = loading.load(path, overrides, images)
-    precision = Precision(config.train.precision, device)
-    torchvisions = torchvision.models.get_model(config.model.arch, num_classes=config.classes)
-    timms = timm.create_model(config.model.arch, num_classes=config.classes)
+    nets: dict[str, nn.Module] = {
+        "torchvision": torchvision.models.get_model(config.model.arch, num_classes=config.classes),
+        "timm": timm.create_model(config.model.arch, num_classes=config.classes),
+    }
     sgd = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
-    return [
-        plain(
-            "torchvision", torchvisions, torch.optim.SGD(torchvisions.parameters(), **sgd), config, precision, images
-        ),
-        plain("timm", timms, timm.optim.create_optimizer_v2(timms, opt="sgd", **sgd), config, precision, images),
-    ]
+    optimizers = {
+        "torchvision": torch.optim.SGD(nets["torchvision"].parameters(), **sgd),
+        "timm": timm.optim.create_optimizer_v2(nets["timm"], opt="sgd", **sgd),
+    }
+    precision = Precision(config.train.precision, device)
+    return [plain(name, net, optimizers[name], config, precision, synthetic) for name, net in nets.items()]
 
 
 def plain(
-    name: str, net: nn.Module, optimizer: Any, config: RunConfig, precision: Precision, images: Path | None
+    name: str,
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    config: RunConfig,
+    precision: Precision,
+    synthetic: bool,
 ) -> Subject:
     net.to(precision.device).train()
     side, count, device = config.data.image_size, config.train.batch_size, precision.device
-    batches: Iterator[Any] = (
-        repeat(
-            (torch.randn(count, 3, side, side, device=device), torch.randint(config.classes, (count,), device=device))
-        )
-        if images is None
-        else image_folder(config)
-    )
+    batches: Iterator[Any]
+    if synthetic:
+        batches = repeat((torch.randn(count, 3, side, side), torch.randint(config.classes, (count,))))
+    else:
+        batches = image_folder(config)
     waited: list[float] = []
 
     def loss_of(x: Tensor, labels: Tensor) -> Tensor:

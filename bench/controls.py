@@ -1,0 +1,340 @@
+"""Bands against controls of equal cost: trains every arm in every fold for every budget, and compares them.
+
+    python bench/controls.py --images FOLDER … [--work runs/controls] [--arms …] [--folds 2] [--budgets 1,2]
+    python bench/controls.py --only report
+
+An arm is a config of config/controls. A budget is a multiple of the time in which the first arm, rgb128, trains for 10
+epochs; each arm trains for as many epochs as its own time per step allows. doc/controls.md has the protocol.
+
+FOLDER: class folders; several are pooled. --work holds everything: links to the images in folds, times, runs, and the
+results, which one file for each finished run makes; what is there is not repeated, so the same command continues. On a
+cluster, script/slurm/controls.sh runs --shard I/N in each task of an array.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import step
+import torch
+from loguru import logger
+from tqdm import tqdm
+
+from bandsplit.cli import entry
+from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
+from bandsplit.cpus import available_cpus
+from bandsplit.data import folders
+from bandsplit.distributed.ranks import joined
+from bandsplit.errors import UserError
+from bandsplit.runs.files import replace_text
+from bandsplit.runs.predictions import Predictions
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+CONFIGS = REPOSITORY / "config/controls"
+BASELINE = "rgb128"
+EPOCHS = 10
+"""Of the baseline in budget 1."""
+FOLDS = 5
+LRS = (0.05, 0.1)
+TEACHERS = {"coarse2_distilled": "coarse2_x4", "each_distilled": BASELINE}
+
+VARIANTS: dict[str, dict[str, list[str]]] = {
+    "rgb80": {"at 104": ["data.val_image_size=104", "data.resize_size=116"]},
+    "rgb64": {"at 80": ["data.val_image_size=80", "data.resize_size=90"]},
+}
+"""Further evaluations of an arm, at larger images than it was trained on (FixRes: Touvron et al., NeurIPS 2019)."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One run."""
+
+    arm: str
+    fold: str
+    """ "0" to "4", or "lr": a part of the training images of fold 0."""
+    budget: float
+    lr: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        return f"{self.arm}/fold{self.fold}-x{self.budget:g}-lr{self.lr:g}-seed{self.seed}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders of class folders")
+    parser.add_argument("--work", type=Path, default=Path("runs/controls"))
+    parser.add_argument("--arms", nargs="+", help="names of configs in config/controls (default: all)")
+    parser.add_argument("--folds", type=int, default=2, help=f"how many of {FOLDS} (default: 2)")
+    parser.add_argument("--budgets", default="1,2", help="multiples of the time of the baseline (default: 1,2)")
+    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once, one thread each")
+    parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th run, from the I-th")
+    parser.add_argument("--only", choices=["prepare", "time", "train", "report"], help="one of the stages")
+    arguments = parser.parse_args()
+    entry.run(lambda: run(arguments))
+
+
+def run(arguments: argparse.Namespace) -> None:
+    work, only = arguments.work, arguments.only
+    arms = arguments.arms or sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "base")
+    work.mkdir(parents=True, exist_ok=True)
+    if only in (None, "prepare"):
+        prepare(arguments.images, work)
+    if only in (None, "time"):
+        measure(arms, work)
+    if only in (None, "train"):
+        number, of = map(int, arguments.shard.split("/"))
+        budgets = [float(each) for each in arguments.budgets.split(",")]
+        train(arms, work, range(arguments.folds), budgets, range(arguments.seeds), arguments.jobs, (number - 1, of))
+    if only in (None, "report"):
+        from controls_report import report
+
+        report(work)
+
+
+# ---------------------------------------------------------------------------------------------------- images
+
+
+def prepare(roots: Sequence[Path], work: Path) -> None:
+    """Links all images into WORK/folds: FOLDS folds, stratified by class, and one within the training images of fold 0.
+
+    An image is in the validation images of exactly one of the folds.
+    """
+    if (work / "images.csv").exists():
+        return
+    if not roots:
+        raise UserError(f"--images: not given, and {work} holds no images yet")
+    pooled = sorted(
+        (os.fsdecode(name).partition("/")[0], str(found.folder / os.fsdecode(name)))
+        for found in map(folders.walk, roots)
+        for name in found.names.to_pylist()
+    )
+    frame = pd.DataFrame(pooled, columns=["class", "path"])
+    rng = np.random.default_rng(0)
+    place = frame.groupby("class")["path"].transform(lambda paths: rng.permutation(len(paths)))
+    frame["fold"] = place % FOLDS
+    frame["name"] = [f"{number:06d}{Path(path).suffix.lower()}" for number, path in enumerate(frame["path"])]
+    unfinished = work / "folds.unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    for fold in range(FOLDS):
+        link(frame, frame["fold"] == fold, unfinished / str(fold))
+    inner = frame[frame["fold"] != 0]
+    link(inner, place[inner.index] // FOLDS % 5 == 0, unfinished / "lr")
+    unfinished.rename(work / "folds")
+    frame.to_csv(work / "images.csv", index=False)
+    logger.info("{} images of {} classes in {} folds", len(frame), frame["class"].nunique(), FOLDS)
+
+
+def link(frame: pd.DataFrame, val: pd.Series, root: Path) -> None:
+    for (name, label, path), out in zip(frame[["name", "class", "path"]].itertuples(index=False), val, strict=True):
+        target = root / ("val" if out else "train") / label / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.symlink_to(path)
+
+
+def config_of(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
+    return loading.load(CONFIGS / f"{arm}.toml", overrides)
+
+
+# ---------------------------------------------------------------------------------------------------- time
+
+
+def measure(arms: Sequence[str], work: Path) -> None:
+    """Seconds of a step of every arm, one thread, in interleaved rounds; run it on an idle machine.
+
+    An arm of growing images is timed at each of its sizes. With new arms, all are timed again, so that all times are of
+    one run.
+    """
+    path = work / "times.json"
+    known = times_of(work) if path.exists() else {}
+    if set(arms) <= set(known):
+        return
+    torch.set_num_threads(1)
+    subjects, sizes = [], {}
+    with joined() as ranks:
+        for arm in sorted({*arms, *known}):
+            config = config_of(arm, [f"data.root={(work / 'folds/0').absolute()}"])
+            sizes[arm] = sorted({config.image_size_at(epoch) for epoch in range(config.train.epochs)})
+            for size in sizes[arm]:
+                plain = config.with_values({"data": {"image_size": size}, "augment": {"progressive": None}})
+                plain = plain.model_copy(update={"name": f"{arm} {size}", "distillation": None})
+                subjects.append(step.of_config(plain, ranks, synthetic=False))
+        seconds, _ = step.timed(subjects, 7, 1, ranks.device)
+    found = {
+        arm: {str(size): float(np.median(seconds[f"{arm} {size}"]["step"])) for size in of} for arm, of in sizes.items()
+    }
+    path.write_text(json.dumps(found, indent=2) + "\n")
+
+
+def times_of(work: Path) -> dict[str, dict[str, float]]:
+    """Seconds of a step by arm and image size."""
+    times: dict[str, dict[str, float]] = json.loads((work / "times.json").read_text())
+    return times
+
+
+def seconds_of(arm: str, epochs: int, steps: int, times: dict[str, dict[str, float]]) -> float:
+    """Training time of an arm for that many epochs of `steps` steps; of a distilled one without its teacher."""
+    config = config_of(arm, grown(arm, epochs))
+    return steps * sum(times[arm][str(config.image_size_at(epoch))] for epoch in range(epochs))
+
+
+def grown(arm: str, epochs: int) -> list[str]:
+    """Overrides that set the number of epochs, three quarters of which growing images take to reach their size."""
+    sets = [f"train.epochs={epochs}"]
+    if "progressive" in (CONFIGS / f"{arm}.toml").read_text():
+        sets.append(f"augment.progressive.ramp_end={max(1, round(0.75 * epochs))}")
+    return sets
+
+
+def epochs_of(arm: str, budget: float, steps: int, times: dict[str, dict[str, float]]) -> int:
+    """As many epochs as fit into a budget, at least two; what training a teacher takes is taken off first."""
+    allowed = budget * seconds_of(BASELINE, EPOCHS, steps, times)
+    if arm in TEACHERS:
+        teacher = TEACHERS[arm]
+        allowed -= seconds_of(teacher, epochs_of(teacher, budget / 2, steps, times), steps, times)
+    epochs = 2
+    while seconds_of(arm, epochs + 1, steps, times) <= allowed * 1.02:
+        epochs += 1
+    return epochs
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def train(
+    arms: Sequence[str],
+    work: Path,
+    folds: Sequence[int],
+    budgets: Sequence[float],
+    seeds: Sequence[int],
+    jobs: int,
+    shard: tuple[int, int],
+) -> None:
+    """Trains and evaluates what has no results yet, several runs at once: learning rates first, then fold by fold."""
+    choose = [Task(arm, "lr", 0.5, lr, 0) for arm in arms for lr in LRS]
+    run_all(choose, work, jobs, shard)
+    rates = {arm: best_lr(arm, work) for arm in arms}
+    missing = [arm for arm, lr in rates.items() if lr is None]
+    if missing:  # other shards are not finished yet
+        raise UserError(f"{work}: no learning rate yet for {', '.join(missing)}; start the same command again later")
+    tasks = [
+        Task(arm, str(fold), budget, rate, seed)
+        for budget in budgets
+        for seed in seeds
+        for fold in folds
+        for arm, rate in rates.items()
+        if rate is not None
+    ]
+    needed = [replace(t, arm=TEACHERS[t.arm], budget=t.budget / 2, lr=LRS[0]) for t in tasks if t.arm in TEACHERS]
+    run_all(needed, work, jobs, shard)
+    run_all(tasks, work, jobs, shard)
+
+
+def run_all(tasks: Sequence[Task], work: Path, jobs: int, shard: tuple[int, int]) -> None:
+    todo = [task for task in dict.fromkeys(tasks) if not result_of(task, work).exists()][shard[0] :: shard[1]]
+    with ThreadPoolExecutor(jobs) as pool:
+        for _ in tqdm(pool.map(partial(run_one, work=work), todo), total=len(todo), unit="run", disable=None):
+            pass
+
+
+def result_of(task: Task, work: Path) -> Path:
+    return work / "results" / f"{task.name.replace('/', '-')}.json"
+
+
+def run_one(task: Task, work: Path) -> None:
+    """Trains a run, or goes on with it, evaluates its last checkpoint, and writes its result."""
+    times, root = times_of(work), (work / "folds" / task.fold).absolute()
+    images = sum(1 for _ in (root / "train").rglob("*.*"))
+    config = config_of(task.arm)
+    steps = int(images * (1 - (config.data.holdout or 0)) // config.train.batch_size)
+    epochs = epochs_of(task.arm, task.budget, steps, times)
+    run_dir = work / "runs" / task.name
+    keys = [*grown(task.arm, epochs), f"optim.lr={task.lr}", f"seed={task.seed}", f"data.root={root}"]
+    env = {"CONTROLS": str(root), "TEACHER": ""}
+    if task.arm in TEACHERS:
+        teacher = replace(task, arm=TEACHERS[task.arm], budget=task.budget / 2, lr=LRS[0])
+        env["TEACHER"] = str((work / "runs" / teacher.name).absolute())
+    if (run_dir / "config.toml").exists():
+        call("train.py", "--resume", "--run-dir", run_dir, env=env)
+    else:
+        call("train.py", CONFIGS / f"{task.arm}.toml", "--run-dir", run_dir, *sets(keys), env=env)
+    evaluations = {
+        variant: evaluated(run_dir, config, task, variant, overrides, env)
+        for variant, overrides in {"": [], **VARIANTS.get(task.arm, {})}.items()
+    }
+    seconds = seconds_of(task.arm, epochs, steps, times)
+    if task.arm in TEACHERS:
+        seconds += seconds_of(teacher.arm, epochs_of(teacher.arm, teacher.budget, steps, times), steps, times)
+    table = {**asdict(task), "epochs": epochs, "steps": epochs * steps, "seconds": seconds, "evaluations": evaluations}
+    result = result_of(task, work)
+    result.parent.mkdir(exist_ok=True)
+    replace_text(result, json.dumps(table) + "\n")
+    shutil.rmtree(run_dir / "checkpoints") if task.arm not in TEACHERS.values() else None
+
+
+def evaluated(
+    run_dir: Path, config: RunConfig, task: Task, variant: str, overrides: Sequence[str], env: dict[str, str]
+) -> dict[str, Any]:
+    """Accuracy of the last weights by fusion, and the numbers of the images that each classifies correctly."""
+    saved = run_dir / "predictions.npz"
+    fit = ["--fit-fusion"] if config.data.holdout and not overrides and task.fold != "lr" else []
+    call("evaluate.py", run_dir, "--checkpoint", "last", "--save", saved, *fit, *sets(overrides), env=env)
+    found = Predictions.read(saved)
+    numbers = np.array([int(Path(name).stem) for name in found.names])
+    correct = found.fused.classes[:, :, 0] == found.labels[:, None]
+    return {
+        "images": len(numbers),
+        "branch_top1": (100 * found.branch_correct[:, :, 0].mean(0)).tolist(),
+        "fusions": {
+            name: {
+                "weights": weights,
+                "top1": 100 * float(correct[:, n].mean()),
+                "loss": float(found.fused.losses[:, n].mean()),
+                "correct": numbers[correct[:, n]].tolist(),
+            }
+            for n, (name, weights) in enumerate(found.fusions.items())
+        },
+    }
+
+
+def call(script: str, *arguments: object, env: dict[str, str]) -> None:
+    """Raises UserError with the last lines of its output if a command fails."""
+    command = [sys.executable, str(REPOSITORY / "src" / script), *map(str, arguments)]
+    done = subprocess.run(command, env={**os.environ, **env, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+    if done.returncode:
+        raise UserError(f"{' '.join(command)}: exit code {done.returncode}:\n{done.stderr[-2000:]}")
+
+
+def sets(overrides: Sequence[str]) -> list[str]:
+    return [argument for override in overrides for argument in ("--set", override)]
+
+
+def best_lr(arm: str, work: Path) -> float | None:
+    """Of LRS, that of the higher accuracy on the split inside fold 0; None if not all have been tried."""
+    top1 = {}
+    for lr in LRS:
+        result = result_of(Task(arm, "lr", 0.5, lr, 0), work)
+        if not result.exists():
+            return None
+        top1[lr] = json.loads(result.read_text())["evaluations"][""]["fusions"]["mean"]["top1"]
+    return max(top1, key=lambda lr: top1[lr])
+
+
+if __name__ == "__main__":
+    main()
