@@ -130,7 +130,7 @@ def time_to(seconds: Sequence[float], top1: Sequence[float], target: float) -> f
 
 
 def time_ratio(curve: Curve, base: Curve, budget: float) -> tuple[float, float, float]:
-    """Time in which a curve reaches what the baseline reaches at a budget, to that of the baseline, and a 95 % interval.
+    """Time to reach what the baseline reaches at a budget, to the baseline's time, and its 95 % interval.
 
     The horizontal distance of two accuracy-time curves; the bootstrap draws the images that both were evaluated on.
     """
