@@ -20,10 +20,10 @@ from bandsplit.evaluation import cascade as running
 from bandsplit.evaluation.joined import Joined
 from bandsplit.models import cascade, fusion
 from bandsplit.models.cascade import Cascade
+from bandsplit.models.costs import forward_macs
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.fitted import Fitted
-from bandsplit.training.dry_run import branch_cost
 from tests.conftest import Done, run
 from tests.evaluation.test_fitting import ALONE, HELD_OUT
 
@@ -106,7 +106,7 @@ def test_counts_are_the_same_on_any_number_of_ranks(
 
 def test_multiplications_are_those_of_the_dry_run(fitted_run: Path) -> None:
     runs = Joined.of([fitted_run], "best", [], ALONE)
-    expected = [branch_cost(branch.to("meta"), 3, 16, 2).macs for branch in runs.ensemble.branches]
+    expected = [forward_macs(branch.to("meta"), 3, 16) for branch in runs.ensemble.branches]
     assert running.branch_macs(Joined.of([fitted_run], "best", [], ALONE)) == expected
 
 

@@ -234,7 +234,7 @@ class Streams:
         self.own = range(ranks.rank * each, (ranks.rank + 1) * each)
         self.batch_size = config.rank_batch_size(count)
         """Images per batch of one stream."""
-        self.parts = each * config.train.grad_accum_steps
+        self.parts = each * config.grad_accum_steps
         """Batches this rank takes per optimizer step: its streams times grad_accum_steps."""
         self._config, self._ranks = config, ranks
 

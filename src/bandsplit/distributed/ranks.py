@@ -179,6 +179,11 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Number of ranks on this node, from torchrun's environment; 1 without torchrun. Needs no process group."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
 def rank() -> int:
     """Rank of this process, from torchrun's environment; 0 without torchrun. Needs no process group."""
     return int(os.environ.get("RANK", "0"))
@@ -198,15 +203,14 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
         UserError: a node has fewer GPUs than ranks, the ranks cannot connect, or a collective failed.
         ReportedElsewhere: a collective failed, and another rank reports it.
     """
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    device = _device(local_rank, local_world_size)
+    local_rank, of_node = int(os.environ.get("LOCAL_RANK", "0")), local_world_size()
+    device = _device(local_rank, of_node)
     torch.set_num_threads(min(torch.get_num_threads(), available_cpus()))  # torch ignores CPU quotas
     if world_size() == 1:
-        yield Ranks(rank(), 1, local_rank, local_world_size, device)
+        yield Ranks(rank(), 1, local_rank, of_node, device)
         return
     store = _store()
-    if local_world_size == world_size():
+    if of_node == world_size():
         # After a restart, torchrun reuses the store, which may still hold addresses of the previous attempt, so each
         # attempt gets a prefix. This works on one node only, because nodes count their restarts separately; with
         # several nodes, set TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 instead.
@@ -224,7 +228,7 @@ def joined(timeout_seconds: int = 300) -> Iterator[Ranks]:
             device_id=device if on_gpu else None,
         )
         hosts = dist.new_group(backend="gloo", timeout=hosts_timeout) if on_gpu else dist.group.WORLD
-        yield Ranks(rank(), world_size(), local_rank, local_world_size, device, hosts, timeout)
+        yield Ranks(rank(), world_size(), local_rank, of_node, device, hosts, timeout)
     except Exception as error:
         if _comes_from_others(error):
             logger.opt(exception=error).error("a collective failed: {}", error)

@@ -149,7 +149,7 @@ class Joined:
     def batch_size(self) -> int:
         """Images per batch of this rank."""
         config = self.config
-        parts = self.ranks.world_size * config.train.grad_accum_steps  # need not divide the batch
+        parts = self.ranks.world_size * config.grad_accum_steps  # need not divide the batch
         return config.validation.batch_size or max(1, config.train.batch_size // parts)
 
 

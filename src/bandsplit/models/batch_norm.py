@@ -83,7 +83,7 @@ def _key_of_one_image(config: RunConfig, replicas: int) -> str:
     if config.model.bn_batch_size == 1:
         return "model.bn_batch_size: 1 given: batch norm over one image"
     shares = [f"{replicas} ranks"] * (replicas > 1)
-    shares += [f"train.grad_accum_steps = {config.train.grad_accum_steps}"] * (config.train.grad_accum_steps > 1)
+    shares += [f"train.grad_accum_steps = {config.grad_accum_steps}"] * (config.grad_accum_steps > 1)
     of = f" with {' and '.join(shares)}" if shares else ""
     return f"train.batch_size: {config.train.batch_size} given{of}: batch norm over one image"
 
@@ -95,7 +95,7 @@ def _ways_to_more_values(config: RunConfig, replicas: int) -> list[str]:
         ways += ["a larger model.bn_batch_size, 'rank' or 'all'"]
     else:
         ways += ["a larger train.batch_size"]
-        ways += ["a smaller train.grad_accum_steps"] * (config.train.grad_accum_steps > 1)
+        ways += ["a smaller train.grad_accum_steps"] * (config.grad_accum_steps > 1)
         ways += ["fewer ranks"] * (replicas > 1)
         ways += ["model.bn_batch_size = 'all'"] * (replicas > 1 and config.model.source == "torchvision")
         ways += ["a larger parallel.branch_groups"] * (len(possible_groups(config, replicas)) > 1)

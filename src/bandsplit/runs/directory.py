@@ -79,7 +79,11 @@ class RunDirectory:
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
         # keys added since the run began load as their defaults, which match what the run was computed with
         began = loading.load(self.config)
-        found = {"split": {"sigma": began.split.sigma}} if config.split.sigma is None else {}
+        found: dict[str, dict[str, Any]] = {}
+        if config.split.sigma is None:
+            found["split"] = {"sigma": began.split.sigma}
+        if config.train.grad_accum_steps == "auto":
+            found["train"] = {"grad_accum_steps": began.train.grad_accum_steps}
         before, now = (flatten(resolved(each)) for each in (began, config.with_values(found)))
         if config.data.classes is None:  # counted in the data, which are compared by name
             before.pop("data.classes", None)

@@ -83,7 +83,7 @@ class BadImages:
 
     def _step(self, record: BadImage) -> int:
         """The first step without the image."""
-        return record["batch"] // self._session.config.train.grad_accum_steps + 1
+        return record["batch"] // self._session.config.grad_accum_steps + 1
 
     def _line(self, record: BadImage) -> list[str]:
         files = [self._shown(record["file"]), record["reason"], self._shown(record["replacement_file"])]

@@ -6,11 +6,13 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from loguru import logger
 from tqdm import tqdm
 
 from bandsplit.distributed.traffic import step_traffic
 from bandsplit.runs.directory import RunDirectory
+from bandsplit.training.memory import MIB, Memory
 from bandsplit.training.session import Session
 from bandsplit.training.state import ResumePoint, device_name
 
@@ -59,6 +61,14 @@ def log_stop(number: int, step: int) -> None:
     """Logs the signal that stopped the run, and the last step."""
     name = signal.Signals(number).name
     logger.info(f"stopped by {name} after step {step}; the same command with --resume continues")
+
+
+def log_memory(memory: Memory, device: torch.device) -> None:
+    """Logs what a step took on rank 0."""
+    peak = (
+        f", {torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB by the allocator" if device.type == "cuda" else ""
+    )
+    logger.info(f"memory of a step: {memory}{peak}")
 
 
 def log_finished(point: ResumePoint, directory: RunDirectory) -> None:

@@ -1,12 +1,10 @@
-"""Dry run: cost, memory and steps of a config, computed on torch's meta device. Nothing is allocated or written."""
+"""Dry run: cost, memory and steps of a config, from tensors that hold no data. Nothing is allocated or written."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
 
 import torch
-from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
@@ -16,46 +14,12 @@ from bandsplit.distributed import ranks
 from bandsplit.distributed.traffic import branch_groups, possible_groups, step_traffic
 from bandsplit.errors import UserError
 from bandsplit.models import batch_norm
-from bandsplit.models.costs import costs_of, forward_macs
-from bandsplit.models.ensemble import Ensemble
-from bandsplit.models.networks import count_parameters
+from bandsplit.models.costs import costs_of
 from bandsplit.models.precision import Precision
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.restored import teachers_directory
-
-MIB = 2**20
-
-
-@dataclass(frozen=True)
-class BranchCost:
-    """Cost of one branch on one rank."""
-
-    channels: int
-    parameters: int
-    macs: int
-    """Multiply-accumulates of a forward pass over one image."""
-    activation_bytes: int
-    """Bytes saved by the forward pass for the backward pass, for the batch of one rank in float32."""
-
-
-def branch_cost(branch: nn.Module, channels: int, size: int, batch_size: int) -> BranchCost:
-    """Cost of a branch on the meta device, for inputs (batch_size, channels, size, size)."""
-    kept: dict[int, int] = {}
-    weights = {parameter.untyped_storage()._cdata for parameter in branch.parameters()}
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage.nbytes()
-        return tensor
-
-    images = max(2, batch_size)  # plain batch norm rejects 1 image, which is valid if ranks share statistics
-    x = torch.empty(images, channels, size, size, device="meta")
-    labels = torch.empty(images, dtype=torch.int64, device="meta")
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        cross_entropy(branch(x), labels)
-    macs = forward_macs(branch, channels, size)
-    return BranchCost(channels, count_parameters(branch), macs, sum(kept.values()) * batch_size // images)
+from bandsplit.training import accumulation, memory
+from bandsplit.training.memory import MIB
 
 
 def show(config: RunConfig, planned_ranks: int | None = None) -> None:
@@ -73,18 +37,18 @@ def show(config: RunConfig, planned_ranks: int | None = None) -> None:
     on_gpu = torch.cuda.is_available() or planned_ranks is not None
     precision, other = (Precision(config.train.precision, torch.device(name)) for name in _devices(on_gpu))
     half = precision.half_bands
-    batch_size = config.rank_batch_size(world_size)
     size = config.data.image_size // config.split.block
-    with torch.device("meta"):
-        branches = list(Ensemble.of(config).branches)
-    parameters = [count_parameters(branch) for branch in branches]
+    costs = costs_of(config)
+    parameters = [cost.parameters for cost in costs]
+    macs = [cost.macs[config.data.image_size] for cost in costs]
     groups = branch_groups(config, world_size, parameters, half)
+    auto = config.train.grad_accum_steps == "auto"
+    if auto and not on_gpu:
+        steps = accumulation.by_estimate(config, world_size, groups, precision)
+        config = config.with_values({"train": {"grad_accum_steps": steps}})
+    batch_size = config.rank_batch_size(world_size)
     at_once = batch_size * groups
     bn_batch_size = batch_norm.bn_batch_size(config, at_once, world_size // groups)
-    costs = [
-        branch_cost(branch, 3 * len(group), size, at_once)
-        for branch, group in zip(branches, config.split.groups, strict=True)
-    ]
     print(f"{config.name}: {config.networks}, {config.data.name} at {config.data.image_size} pixels")
     print(
         f"split     block {config.split.block}, {config.split.transform}: "
@@ -92,19 +56,21 @@ def show(config: RunConfig, planned_ranks: int | None = None) -> None:
     )
     device = ("GPU" if torch.cuda.is_available() else "GPU (assumed with --world-size)") if on_gpu else "CPU"
     print(f"device    {device}, train.precision = {config.train.precision!r}: {_name(precision.dtype)}, {_bands(half)}")
-    parts = f"{world_size} rank{'s' * (world_size > 1)} x {config.train.grad_accum_steps} x {batch_size}"
+    parts = f"{world_size} rank{'s' * (world_size > 1)} x {config.grad_accum_steps} x {batch_size}"
     print(f"batch     {config.train.batch_size} images = {parts} (ranks x accumulation x images at once)")
+    if auto:
+        how = "is found when the run starts" if on_gpu else "by the memory of this machine"
+        print(f"          train.grad_accum_steps = 'auto': accumulation {how}")
     print(f"weights   {sum(parameters):,} parameters, {sum(parameters) * 4 / MIB:,.2f} MiB in float32")
-    print(f"compute   {sum(cost.macs for cost in costs) / 1e9:.3f} GMACs per image forward, all branches")
-    for cost, number in _alike(costs):
+    print(f"compute   {sum(macs) / 1e9:.3f} GMACs per image forward, all branches")
+    channels = [3 * len(group) for group in config.split.groups]
+    for (width, weights, forward), number in Counter(zip(channels, parameters, macs, strict=True)).items():
         print(
-            f"          {number} x {cost.channels} channels: {cost.parameters:,} parameters, "
-            f"{cost.parameters * 4 / MIB:,.2f} MiB, "
-            f"{cost.macs / 1e9:.3f} GMACs, {cost.activation_bytes / MIB:,.0f} MiB activations"
+            f"          {number} x {width} channels: {weights:,} parameters, {weights * 4 / MIB:,.2f} MiB, "
+            f"{forward / 1e9:.3f} GMACs"
         )
     _show_teacher(config)
-    own = costs[: len(costs) // groups]
-    print(f"memory    {_memory_bytes(config, own, size, at_once) / MIB:,.0f} MiB per rank in float32 (estimate)")
+    print(f"memory    per rank, estimated: {memory.estimate(config, world_size, groups, precision)}")
     _show_ranks(config, world_size, groups, parameters, half)
     otherwise = branch_groups(config, world_size, parameters, other.half_bands)
     if otherwise != groups:
@@ -167,21 +133,6 @@ def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: lis
             f"{mark:>11}{groups:>6}  {sent.branches:>17}  {sent.gradients / 1e6:>12,.1f}  "
             f"{sent.bands / 1e6:>{len(bands)},.1f}  {config.rank_batch_size(world_size) * groups:>33}"
         )
-
-
-def _alike(costs: list[BranchCost]) -> list[tuple[BranchCost, int]]:
-    return [(cost, costs.count(cost)) for cost in dict.fromkeys(costs)]
-
-
-def _memory_bytes(config: RunConfig, costs: list[BranchCost], size: int, batch_size: int) -> int:
-    """Estimate for one rank: weights, optimizer state and EMA of all `costs`, gradients and activations of the largest
-    branch, and the bands of the current batch and of the prefetched ones."""
-    weights = 4 * sum(cost.parameters for cost in costs)
-    largest = max(4 * cost.parameters + cost.activation_bytes for cost in costs)
-    bands = 4 * batch_size * config.train.grad_accum_steps * size * size * sum(cost.channels for cost in costs)
-    kept = {"sgd": 1 if getattr(config.optim, "momentum", 0) else 0, "rmsprop": 2}.get(config.optim.type, 2)
-    kept += config.train.ema_decay is not None
-    return weights * (1 + kept) + largest + bands * (1 + config.data.prefetch)
 
 
 def _show_sizes(config: RunConfig) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from functools import partial
 from pathlib import Path
 
@@ -17,10 +17,10 @@ from bandsplit.runs.events import Events
 from bandsplit.runs.logs import logged
 from bandsplit.runs.metrics import Metrics, Stopwatch
 from bandsplit.runs.saver import Saver
-from bandsplit.training import interruption, schedules, state
+from bandsplit.training import interruption, memory, schedules, state
 from bandsplit.training.bad_images import BadImages
 from bandsplit.training.branches import describe
-from bandsplit.training.console import Console, log_finished, log_start, log_stop
+from bandsplit.training.console import Console, log_finished, log_memory, log_start, log_stop
 from bandsplit.training.meter import Meter, Progress
 from bandsplit.training.session import Plan, Session
 
@@ -67,7 +67,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
 
         # ------------------------------------------------------------------ loop
         meter.start(progress)
-        stopped_by = 0
+        launched_at, stopped_by = progress.step, 0
         while progress.step < plan.total_steps and not stopped_by:
             stopped_by, minutes_are_over = saver.agree(interrupted.signal)
             step = progress.step + 1
@@ -85,10 +85,15 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                     describe(directory, session, parts)
                 describes = False
             labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
-            for i, learner in enumerate(session.learners):
-                session.seed_branch(i, step)
-                outcome = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, teacher_logits)
-                meter.note(i, outcome, step)
+            watched = session.watched_step() if console and progress.step == launched_at + 1 else None
+            with watched or nullcontext():
+                for i, learner in enumerate(session.learners):
+                    session.seed_branch(i, step)
+                    outcome = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, teacher_logits)
+                    meter.note(i, outcome, step)
+            if watched:
+                bands = memory.bytes_of_bands(parts[0].inputs, len(parts), config)
+                log_memory(watched.memory(bands), ranks.device)
             progress.advance(config.train.batch_size, plan.steps_per_epoch)
             if console:
                 console.step()

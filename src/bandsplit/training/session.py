@@ -23,7 +23,9 @@ from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import parameters_of_branches
 from bandsplit.models.precision import Precision
 from bandsplit.runs.restored import Teacher
+from bandsplit.training import accumulation
 from bandsplit.training.learner import learners_of
+from bandsplit.training.memory import StepMemory
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Plan:
         parameters = parameters_of_branches(config)
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
+        config = accumulation.with_steps(config, mesh, precision)
         return cls(config, ranks, train_files, len(held_out), files["val"], precision, teacher, parameters, mesh)
 
     @property
@@ -132,6 +135,10 @@ class Session:
         batch_size = self.config.validation.batch_size or self.streams.batch_size
         shard = shard_of(self.config, self.plan.ranks, batch_size, self.plan.precision.half_bands)
         return source.validation_loader(self.config, self.plan.val_files, shard)
+
+    def watched_step(self) -> StepMemory:
+        """Context that measures the memory of a step of all learners."""
+        return StepMemory(self.networks, self.learners, reduced=self.mesh.replicas > 1)
 
     def seed_branch(self, i: int, step: int) -> None:
         """Seeds torch (dropout, stochastic depth) for a step of branch `i`, independent of other local branches."""

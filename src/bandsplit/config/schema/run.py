@@ -95,8 +95,8 @@ class RunConfig(Table):
         if self.train.precision == "fp16" and self.train.on_nonfinite == "lower_lr":
             allowed = "'stop' or 'skip' with fp16, where loss scaling produces gradients that are not finite"
             raise mistake("train.on_nonfinite", "lower_lr", allowed)
-        if self.train.batch_size % self.train.grad_accum_steps:
-            allowed = f"a multiple of train.grad_accum_steps = {self.train.grad_accum_steps}"
+        if self.train.batch_size % self.grad_accum_steps:
+            allowed = f"a multiple of train.grad_accum_steps = {self.grad_accum_steps}"
             raise mistake("train.batch_size", self.train.batch_size, allowed)
         if self.fusion.method != "mean" and self.data.holdout is None:
             allowed = "'mean', unless data.holdout takes images out of training, on which all others are fitted"
@@ -179,6 +179,12 @@ class RunConfig(Table):
         return self.model_copy(update=tables)
 
     @property
+    def grad_accum_steps(self) -> int:
+        """`train.grad_accum_steps`; 1 where it is still to be found."""
+        steps = self.train.grad_accum_steps
+        return 1 if steps == "auto" else steps
+
+    @property
     def networks(self) -> str:
         """The networks of this run in words: `4 x resnet18`, or `1 x resnet34, 3 x resnet18 of width 0.5`."""
         models = [self.model_of(number) for number in self.split.numbers]
@@ -216,12 +222,12 @@ class RunConfig(Table):
 
         Raises UserError if the batch cannot be divided evenly over `world_size` ranks.
         """
-        parts = world_size * self.train.grad_accum_steps
+        parts = world_size * self.grad_accum_steps
         if self.train.batch_size % parts:
             below = self.train.batch_size // parts * parts
             raise UserError(
                 f"train.batch_size: {self.train.batch_size} given, "
-                f"but {world_size} ranks with train.grad_accum_steps = {self.train.grad_accum_steps} need a multiple "
+                f"but {world_size} ranks with train.grad_accum_steps = {self.grad_accum_steps} need a multiple "
                 f"of {parts}, for example {' or '.join(str(b) for b in (below, below + parts) if b)}"
             )
         return self.train.batch_size // parts

@@ -15,8 +15,9 @@ class Train(Table):
     epochs: int = Field(ge=1)
     batch_size: int = Field(ge=1)
     """Images per optimizer step, over all ranks."""
-    grad_accum_steps: int = Field(1, ge=1)
-    """Forward and backward passes per optimizer step, each on a part of the rank's images, to save memory."""
+    grad_accum_steps: Annotated[Literal["auto"] | int, count_or("train.grad_accum_steps", "auto")] = 1
+    """Forward and backward passes per optimizer step, each on a part of the rank's images, to save memory. "auto": the
+    smallest number whose parts fit, found when a run starts and kept in its config."""
     activation_checkpointing: bool = False
     """Whether each residual block, or stage, of a network keeps only its input and is computed again in the backward
     pass: about a third of the activations, for a fourth to a third more time; results are the same."""

@@ -1,0 +1,231 @@
+"""Memory of a rank by kind: measured in a step, and estimated by the same measurement of a step without data."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
+
+from bandsplit.config.schema import Model, RunConfig
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.distributed.ranks import Ranks
+from bandsplit.models import batch_norm, networks
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.precision import Precision
+from bandsplit.training import optimizers
+from bandsplit.training.learner import Learner
+
+MIB = 2**20
+
+_CPU = torch.device("cpu")
+_ALONE = Mesh(Ranks(0, 1, 0, 1, _CPU), 1)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of the tensors of one rank: the most of each kind."""
+
+    weights: int
+    """Parameters and running statistics of all branches of the rank, and their EMA."""
+    optimizer: int
+    gradients: int
+    """Of one branch at a time; of all branches where replicas reduce them."""
+    activations: int
+    """What a step makes beside gradients: kept for the backward pass, or worked with."""
+    bands: int
+    """The batches of a step, and those that are prefetched."""
+    step: int
+    """The most of gradients and activations at the same time."""
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.optimizer + self.bands + self.step
+
+    def __str__(self) -> str:
+        kinds = ("weights", "optimizer", "gradients", "activations", "bands")
+        each = ", ".join(f"{kind} {getattr(self, kind) / MIB:,.0f}" for kind in kinds)
+        return f"{self.total / MIB:,.0f} MiB (at most: {each})"
+
+
+class StepMemory(TorchDispatchMode):
+    """Context of a step, not the first, that notes when tensors which operations make come and go. No device sync.
+
+    Some optimizers make their state in the first step.
+    """
+
+    def __init__(self, networks: nn.Module, learners: Sequence[Learner], reduced: bool) -> None:
+        """`networks`: those of the learners, with their EMA; `reduced`: whether DDP keeps the gradients of all."""
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._networks, self._learners, self._reduced = networks, learners, reduced
+        self._living: dict[int, _Storage] = {}
+        """Storages that the step has made, by their address."""
+        self._changes: list[tuple[_Storage, int]] = []
+        """Storages, with their bytes where they are made, and minus that where they are known to be freed."""
+        self._known = {_address(x) for x in [*networks.parameters(), *networks.buffers(), *self._optimizer_state()]}
+        self._trained = [p for learner in learners for group in learner.optimizer.param_groups for p in group["params"]]
+        self._hooks = [p.register_post_accumulate_grad_hook(self._note_gradient) for p in self._trained]
+
+    def _optimizer_state(self) -> list[Tensor]:
+        return [x for learner in self._learners for x in optimizers.state_of(learner.optimizer).values()]
+
+    def _note_gradient(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        if storage := self._living.get(_address(parameter.grad)):
+            storage.is_gradient = True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        tree_map_only(Tensor, self._note, made)
+        return made
+
+    def _note(self, tensor: Tensor) -> None:
+        if (address := _address(tensor)) in self._known or address in self._living:  # not reused while it is watched
+            return
+        for freed in [key for key, storage in self._living.items() if storage.freed]:
+            storage = self._living.pop(freed)
+            self._changes.append((storage, -storage.bytes))
+        storage = _Storage(tensor.untyped_storage())
+        self._living[address] = storage
+        self._changes.append((storage, storage.bytes))
+
+    def memory(self, bands: int) -> Memory:
+        """What the step took; call it once, after the step."""
+        for hook in self._hooks:
+            hook.remove()
+        live, most, step = {True: 0, False: 0}, {True: 0, False: 0}, 0
+        for storage, change in self._changes:
+            kind = storage.is_gradient
+            live[kind] += change
+            most[kind] = max(most[kind], live[kind])
+            step = max(step, sum(live.values()))
+        buckets = _bytes(self._trained) if self._reduced else 0
+        return Memory(
+            weights=_bytes([*self._networks.parameters(), *self._networks.buffers()]),
+            optimizer=_bytes(self._optimizer_state()),
+            gradients=buckets or most[True],
+            activations=most[False],
+            bands=bands,
+            step=buckets + step,
+        )
+
+
+class _Storage:
+    """A storage that a step has made."""
+
+    def __init__(self, storage: torch.UntypedStorage) -> None:
+        self.bytes = storage.nbytes()
+        self.is_gradient = False
+        self._reference = StorageWeakRef(storage)  # type: ignore[no-untyped-call]
+
+    @property
+    def freed(self) -> bool:
+        return bool(self._reference.expired())  # type: ignore[no-untyped-call]
+
+
+def _address(tensor: Tensor) -> int:
+    address: int = tensor.untyped_storage()._cdata
+    return address
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum({_address(x): x.untyped_storage().nbytes() for x in tensors}.values())
+
+
+def bytes_of_bands(inputs: Iterable[Tensor], parts: int, config: RunConfig) -> int:
+    """Bytes of the batches of a step and of those that are prefetched.
+
+    `inputs`: of all branches, of one of `parts` equal parts that a rank takes for a step.
+    """
+    return round(_bytes(inputs) * parts * (1 + config.data.prefetch / config.grad_accum_steps))
+
+
+def estimate(config: RunConfig, world_size: int, groups: int, precision: Precision) -> Memory:
+    """Memory of the rank that needs the most, from a step of each kind of branch with tensors that hold no data.
+
+    Raises UserError if the batch cannot be divided over the ranks or into batches of batch norm.
+    """
+    at_once, reduced = config.rank_batch_size(world_size) * groups, world_size > groups
+    norm_over = batch_norm.bn_batch_size(config, at_once, world_size // groups)
+    found: dict[tuple[Model, int], Memory] = {}
+    branches = []
+    for number, group in zip(config.split.numbers, config.split.groups, strict=True):
+        kind = (config.model_of(number), len(group))
+        if kind not in found:
+            found[kind] = of_branch(config, number, at_once, min(norm_over, at_once), reduced, precision)
+        branches.append(found[kind])
+    count = len(branches) // groups
+    ranks = [_in_turn(branches[first : first + count], reduced) for first in range(0, len(branches), count)]
+    return max(ranks, key=lambda memory: memory.total)
+
+
+def of_branch(
+    config: RunConfig, number: int, at_once: int, norm_over: int, reduced: bool, precision: Precision
+) -> Memory:
+    """Memory of one branch alone, from a step with tensors that hold no data.
+
+    Args:
+        config: the run.
+        number: the branch's index in the full ensemble.
+        at_once: images in one forward pass.
+        norm_over: images of these over which batch norm computes its statistics.
+        reduced: whether several ranks train it.
+        precision: of the run; bf16 stands for fp16.
+    """
+    own = config.with_values(
+        {"split": {"only": (number,)}, "train": {"on_nonfinite": "stop"}}
+    )  # the others read values
+    accumulated, size = config.grad_accum_steps, config.data.image_size // config.split.block
+    with torch.device("meta"):
+        (branch,) = Ensemble.of(own, range(1)).branches
+    if config.train.activation_checkpointing:
+        networks.recompute(branch)
+    with FakeTensorMode():
+        _hold_no_data(branch)
+        batch_norm.fit(branch, norm_over, at_once, _ALONE)
+        fp32 = precision.dtype == torch.float32
+        learner = Learner(branch, own, Precision("fp32" if fp32 else "bf16", _CPU), _ALONE)
+        shape = (at_once, 3 * len(own.split.groups[0]), size, size)
+        x = torch.empty(shape, memory_format=torch.channels_last)
+        y = torch.zeros(at_once, dtype=torch.int64)
+        parts = min(accumulated, 2)  # all that follow take what the second takes
+        learner.step([x], [y], lr=0.1)
+        watched = StepMemory(branch, [learner], reduced)
+        with watched:
+            learner.step([x] * parts, [y] * parts, lr=0.1)
+        bands = bytes_of_bands([x.half() if precision.half_bands else x], accumulated, config)
+        memory = watched.memory(bands)
+    return replace(memory, weights=(1 + (config.train.ema_decay is not None)) * memory.weights)
+
+
+def _hold_no_data(module: nn.Module) -> None:
+    """Replaces parameters and buffers on the meta device by such that torch takes for tensors of the CPU."""
+
+    def without_data(x: Tensor) -> Tensor:
+        layout = torch.channels_last if x.ndim == 4 else torch.contiguous_format
+        return torch.empty(x.shape, dtype=x.dtype, memory_format=layout)
+
+    for each in module.modules():
+        for name, parameter in each.named_parameters(recurse=False):
+            setattr(each, name, nn.Parameter(without_data(parameter)))
+        for name, buffer in each.named_buffers(recurse=False):
+            setattr(each, name, without_data(buffer))
+
+
+def _in_turn(branches: Sequence[Memory], reduced: bool) -> Memory:
+    """Branches that a rank trains in turn: activations are freed in between, and gradients if they are not reduced."""
+    every = {kind: [getattr(branch, kind) for branch in branches] for kind in ("weights", "optimizer", "bands")}
+    gradients = [branch.gradients for branch in branches]
+    standing = sum(gradients) if reduced else 0
+    return Memory(
+        **{kind: sum(values) for kind, values in every.items()},
+        gradients=standing or max(gradients),
+        activations=max(branch.activations for branch in branches),
+        step=standing + max(branch.step - (branch.gradients if reduced else 0) for branch in branches),
+    )

@@ -1,0 +1,99 @@
+"""Memory by kind: what a step takes, beside torch's profiler; the estimate without data, beside what a step takes."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
+from bandsplit.distributed.mesh import Mesh
+from bandsplit.models.ema import EMA
+from bandsplit.training import dry_run, memory
+from bandsplit.training.learner import learners_of
+from bandsplit.training.memory import MIB, Memory, StepMemory
+from tests.training.tiny import ALONE, FP32
+
+LARGER = ["data.image_size=64", "data.resize_size=64", "train.batch_size=24"]
+CASES = {
+    "sub4": [],
+    "recomputed": ["split.block=1", "model.width=0.25", "train.activation_checkpointing=true"],
+    "accumulated": ["split.block=1", "train.grad_accum_steps=3"],
+    "adam": ["optim.type=adamw", "train.ema_decay=0.9", 'split.branches="all"', "model.stem=no_stride"],
+    "rmsprop": ["optim.type=rmsprop", "split.branches=[[0, 1], [2]]", "train.clip_norm=1.0", "train.on_nonfinite=skip"],
+    "ghost": ["model.bn_batch_size=8", "model.drop_path=0.2", "split.only=[1, 2]"],
+    "vgg": ["model.arch=vgg16_bn", "model.width=1", "split.only=[0]", "train.batch_size=4"],
+}
+
+
+def of_a_step(config: RunConfig) -> tuple[Memory, int]:
+    """What a step of all branches takes, and the most that torch's allocator gave for it."""
+    at_once, size = config.rank_batch_size(1), config.data.image_size // config.split.block
+    ensemble, learners = learners_of(config, at_once, FP32, Mesh(ALONE.ranks, len(config.split.groups)))
+    emas = [learner.ema for learner in learners if isinstance(learner.ema, EMA)]
+    parts = config.train.grad_accum_steps
+    inputs = [[torch.randn(at_once, 3 * len(group), size, size) for _ in range(parts)] for group in config.split.groups]
+    labels = [torch.randint(0, 10, (at_once,)) for _ in range(parts)]
+    for learner, x in zip(learners, inputs, strict=True):
+        learner.step(x, labels, lr=0.01)
+    watched = StepMemory(nn.ModuleList([ensemble, *emas]), learners, reduced=False)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, watched:
+        for learner, x in zip(learners, inputs, strict=True):
+            learner.step(x, labels, lr=0.01)
+    # only numbers are kept: torch frees the events with the profiler
+    changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    most = max(itertools.accumulate(size for _, size in sorted(changes, key=lambda change: change[0])))
+    return watched.memory(memory.bytes_of_bands([each[0] for each in inputs], parts, config)), most
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_estimate_is_what_a_step_takes(config_file: Path, case: str) -> None:
+    config = loading.load(config_file, [*LARGER, *CASES[case]])
+    expected, allocated = of_a_step(config)
+    estimated = memory.estimate(config, 1, 1, FP32)
+    for kind in ("weights", "optimizer", "gradients", "bands", "activations", "step", "total"):
+        assert getattr(estimated, kind) == pytest.approx(getattr(expected, kind), rel=0.15), kind
+    assert allocated == pytest.approx(expected.step, rel=0.15)
+
+
+def test_recomputation_halves_the_activations(config_file: Path) -> None:
+    keys = [*LARGER, "split.block=1", "model.arch=resnet34"]
+    plain, recomputed = (
+        memory.estimate(loading.load(config_file, [*keys, *more]), 1, 1, FP32)
+        for more in ([], ["train.activation_checkpointing=true"])
+    )
+    assert recomputed.activations < 0.5 * plain.activations
+    assert recomputed.weights == plain.weights
+
+
+def test_the_ranks_of_a_run(config_file: Path) -> None:
+    """Two replicas keep the gradients of all branches; with two groups each has half of the branches."""
+    config = loading.load(config_file, LARGER)
+    alone, replicas, groups = (memory.estimate(config, *ranks, FP32) for ranks in ((1, 1), (2, 1), (2, 2)))
+    assert (replicas.weights, replicas.gradients) == (alone.weights, pytest.approx(4 * alone.gradients, rel=0.01))
+    assert groups.weights == pytest.approx(alone.weights / 2, rel=0.01)
+    assert groups.gradients == alone.gradients
+    assert groups.activations == alone.activations  # all images through half of the branches
+    assert replicas.activations == pytest.approx(alone.activations / 2, rel=0.15)
+
+
+def test_a_run_tells_its_memory_once_and_the_dry_run_before(
+    finished: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = finished(1)
+    pattern = (
+        r"([\d,]+) MiB \(at most: weights (\d+), optimizer (\d+), gradients (\d+), activations (\d+), bands (\d+)\)"
+    )
+    told = re.findall(f"memory of a step: {pattern}", (run_dir / "logs/rank0.log").read_text())
+    dry_run.show(loading.load(run_dir / "config.toml"))
+    estimated = re.findall(f"memory    per rank, estimated: {pattern}", capsys.readouterr().out)
+    assert len(told) == len(estimated) == 1
+    assert told == estimated
+    assert int(told[0][0]) < 100 * MIB
