@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,12 +12,12 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from bandsplit.data.source import AnyValidationLoader
 from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.measures import Sums
 from bandsplit.models.cascade import Cascade
+from bandsplit.models.costs import forward_macs
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.statistics import paired_interval
 
@@ -184,14 +185,12 @@ def _sums(labels: Tensor, full: Tensor, predicted: Tensor, left: Tensor, stages:
 
 
 def branch_macs(runs: Joined) -> list[int]:
-    """Multiply-accumulates of each branch for one validation image; each is run once, on zeros."""
-    size, found = runs.config.data.val_size // runs.config.split.block, []
-    for branch, bands in zip(runs.ensemble.eval().branches, runs.config.split.groups, strict=True):
-        x = torch.zeros(1, 3 * len(bands), size, size, device=runs.ranks.device)
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            branch(x)
-        found.append(counter.get_total_flops() // 2)
-    return found
+    """Multiply-accumulates of each branch for one validation image."""
+    size = runs.config.data.val_size // runs.config.split.block
+    return [
+        forward_macs(copy.deepcopy(branch).to("meta"), 3 * len(bands), size)
+        for branch, bands in zip(runs.ensemble.branches, runs.config.split.groups, strict=True)
+    ]
 
 
 def _result(total: dict[str, Any], macs: Sequence[int], cascade: Cascade) -> Cascaded:
