@@ -43,3 +43,8 @@ train() {
 report() {
     ${CONTAINER:-} python "$clone/src/report.py" "$@"
 }
+
+# controls [arguments of bench/controls.py …]
+controls() {
+    ${CONTAINER:-} python "$clone/bench/controls.py" "$@"
+}

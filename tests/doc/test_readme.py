@@ -94,6 +94,7 @@ RULES: dict[str, Rule] = {
     r"python script/independent\.py .*": as_it_is,
     r"python script/ablation\.py .*": no_more,  # tests/script/test_ablation.py
     r"python bench/\w+\.py": its_help,
+    r"python bench/controls\.py .*": no_more,  # tests/script/test_controls.py
 }
 
 

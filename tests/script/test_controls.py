@@ -1,0 +1,102 @@
+"""bench/controls.py: folds, budgets, and the comparison of results; all arms are configs."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from tests.conftest import REPOSITORY
+
+sys.path.append(str(REPOSITORY / "bench"))
+
+import controls
+import controls_report
+
+ARMS = sorted(path.stem for path in controls.CONFIGS.glob("*.toml") if path.stem != "base")
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_arm_is_a_config_of_a_family_and_of_the_page(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CONTROLS", "images")
+    monkeypatch.setenv("TEACHER", "run")
+    config = controls.config_of(arm, controls.grown(arm, 20))
+    assert config.train.epochs == 20
+    if config.augment.progressive:
+        assert config.image_size_at(0) < config.image_size_at(15) == config.data.image_size
+    assert sum(arm in arms for arms in controls_report.FAMILIES.values()) == 1
+    assert len(config.split.groups) == 1 or config.data.holdout
+    page = (REPOSITORY / "doc/controls.md").read_text()
+    assert f"`{arm}`" in page or (arm.startswith("coarse2_") and f"`_{arm.removeprefix('coarse2_')}`" in page)
+
+
+def test_folds_are_stratified_and_each_image_is_validated_once(tmp_path: Path) -> None:
+    roots = [tmp_path / "a", tmp_path / "b"]
+    for n, root in enumerate(roots):
+        for label, count in (("cat", 23), ("dog", 11 + n)):
+            (root / label).mkdir(parents=True)
+            for i in range(count):
+                (root / label / f"{i}.jpg").write_bytes(f"{n}{label}{i}".encode())
+    controls.prepare(roots, tmp_path)
+    pooled = len(pd.read_csv(tmp_path / "images.csv"))
+    assert pooled == 69
+    names = {part: [files(tmp_path / f"folds/{fold}/{part}") for fold in range(5)] for part in ("train", "val")}
+    assert sorted(name for fold in names["val"] for name in fold) == sorted({*names["val"][0], *names["train"][0]})
+    for train, val in zip(names["train"], names["val"], strict=True):
+        assert not {*train} & {*val}
+        assert len(train) + len(val) == pooled
+    assert {sum("cat" in name for name in fold) for fold in names["val"]} <= {9, 10}
+    inner = [files(tmp_path / f"folds/lr/{part}") for part in ("train", "val")]
+    assert sorted([*inner[0], *inner[1]]) == names["train"][0]
+    assert len(inner[1]) == pytest.approx(len(names["train"][0]) / 5, abs=2)
+
+
+def files(folder: Path) -> list[str]:
+    assert all(path.read_bytes() for path in folder.rglob("*.jpg"))
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
+
+
+def test_arms_train_as_long_as_the_baseline() -> None:
+    times = {"rgb128": {"128": 1.0}, "rgb64": {"64": 0.3}, "rgb128_growing": {"64": 0.3, "96": 0.6, "128": 1.0}}
+    times |= {"coarse2_x4": {"128": 1.3}, "coarse2_distilled": {"128": 0.4}}
+    assert controls.epochs_of("rgb128", 1, 100, times) == 10
+    assert controls.epochs_of("rgb64", 2, 100, times) == 67  # 68 would be more than 2 % above
+    growing = controls.epochs_of("rgb128_growing", 1, 100, times)
+    assert 980 - 100 <= controls.seconds_of("rgb128_growing", growing, 100, times) <= 1020
+    teacher = controls.seconds_of("coarse2_x4", controls.epochs_of("coarse2_x4", 0.5, 100, times), 100, times)
+    student = controls.epochs_of("coarse2_distilled", 1, 100, times)
+    assert 980 - 40 <= teacher + controls.seconds_of("coarse2_distilled", student, 100, times) <= 1020
+
+
+def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    fold = np.arange(1000) % 5
+    pd.DataFrame({"fold": fold}).to_csv(tmp_path / "images.csv", index=False)
+    (tmp_path / "results").mkdir()
+    right: dict[tuple[str, float], list[np.typing.NDArray[np.int64]]] = {}
+    for arm, rates in (("rgb128", (0.6, 0.7)), ("coarse2", (0.7, 0.8))):
+        for budget, rate in zip((1.0, 2.0), rates, strict=True):
+            for number in (0, 1):
+                rows = np.flatnonzero(fold == number)
+                correct = rows[rng.random(200) < rate]
+                right.setdefault((arm, budget), []).append(correct)
+                fusions = {"mean": {"correct": correct.tolist()}}
+                run = {"arm": arm, "fold": str(number), "budget": budget, "seconds": 100 * budget}
+                run["evaluations"] = {"": {"branch_top1": [0], "fusions": fusions}}
+                (tmp_path / f"results/{arm}-{budget}-{number}.json").write_text(json.dumps(run))
+    frame = controls_report.table(controls_report.read(tmp_path)).set_index(["arm", "budget"])
+    for key, parts in right.items():
+        assert frame.loc[key, "top1"] == pytest.approx(sum(map(len, parts)) / 4)
+        assert frame.loc[key, "images"] == 400
+    above = frame.loc[("coarse2", 1.0)]
+    assert above.top1_above == pytest.approx(above.top1 - frame.loc[("rgb128", 1.0)].top1)
+    assert above.low < above.top1_above < above.high
+    assert above.high - above.low == pytest.approx(2 * 1.96 * 100 * (0.24 + 0.21) ** 0.5 / 20, rel=0.15)
+    assert frame.loc[("rgb128", 2.0)].time_ratio == pytest.approx(1)
+    assert 0.45 < frame.loc[("coarse2", 2.0)].time_ratio < 0.65
+    controls_report.report(tmp_path)
+    assert (tmp_path / "report/controls.pdf").stat().st_size > 5000
