@@ -111,6 +111,7 @@ def _try_step(config: RunConfig, mesh: Mesh, precision: Precision) -> None:
         {
             "split": {"only": tuple(config.split.numbers[k] for k in mesh.own)},
             "model": {"bn_batch_size": norm_over if ghost else "rank"},
+            "train": {"compile": False},
         }
     )
     dtype = torch.float16 if precision.half_bands else torch.float32

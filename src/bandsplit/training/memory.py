@@ -178,9 +178,8 @@ def of_branch(
         reduced: whether several ranks train it.
         precision: of the run; bf16 stands for fp16.
     """
-    own = config.with_values(
-        {"split": {"only": (number,)}, "train": {"on_nonfinite": "stop"}}
-    )  # the others read values
+    plain = {"on_nonfinite": "stop", "compile": False}  # other policies read values, and there is nothing to compile
+    own = config.with_values({"split": {"only": (number,)}, "train": plain})
     accumulated, size = config.grad_accum_steps, config.data.image_size // config.split.block
     with torch.device("meta"):
         (branch,) = Ensemble.of(own, range(1)).branches

@@ -136,9 +136,10 @@ class Session:
         shard = shard_of(self.config, self.plan.ranks, batch_size, self.plan.precision.half_bands)
         return source.validation_loader(self.config, self.plan.val_files, shard)
 
-    def watched_step(self) -> StepMemory:
-        """Context that measures the memory of a step of all learners."""
-        return StepMemory(self.networks, self.learners, reduced=self.mesh.replicas > 1)
+    def watched_step(self) -> StepMemory | None:
+        """Context that measures the memory of a step of all learners; None for compiled code, which it cannot see."""
+        reduced = self.mesh.replicas > 1
+        return None if self.config.train.compile else StepMemory(self.networks, self.learners, reduced)
 
     def seed_branch(self, i: int, step: int) -> None:
         """Seeds torch (dropout, stochastic depth) for a step of branch `i`, independent of other local branches."""
