@@ -65,6 +65,7 @@ class Plan:
         config = deviations.with_sigma(config, train_files, ranks)
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
+        torch.backends.cudnn.benchmark = config.augment.progressive is None  # tries algorithms once for each size
         teacher = ranks.each(partial(Teacher.of, config, train_files.classes, precision))
         ranks.each(partial(source.require_teacher, train_files, config, teacher))
         parameters = parameters_of_branches(config)
