@@ -76,7 +76,7 @@ def test_no_held_out_and_no_validation_image_is_trained_on(config_file: Path, gi
     trained = torch.cat([next(loader).labels for _ in range(2 * plan.steps_per_epoch)]).tolist()
 
     training, out = holdout.split(everything["train"], config)
-    assert len(out) == plan.held_out == 40
+    assert len(out) == len(plan.held_out_files) == 40
     assert sorted(trained) == sorted(2 * [number[path] for path in training.paths])
     assert not {number[path] for path in [*out.paths, *everything["val"].paths]} & set(trained)
 

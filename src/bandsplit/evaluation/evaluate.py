@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -58,15 +58,23 @@ def outputs(
 
 
 @torch.inference_mode()
-def evaluate(ensemble: Ensemble, batches: Iterable[Batch], images: int, mesh: Mesh, precision: Precision) -> Accuracy:
+def evaluate(
+    ensemble: Ensemble,
+    batches: Iterable[Batch],
+    images: int,
+    mesh: Mesh,
+    precision: Precision,
+    among: Sequence[int] | None = None,
+) -> Accuracy:
     """Accuracy over the batches of all ranks, `images` images in total, of which some may be left out.
 
     `ensemble` holds this rank's branches. Every rank must have the same number of batches of equal size, with the
-    labels of `ValidationLoader`. Counts and the sum of losses stay on the device until one reduction at the end.
+    labels of `ValidationLoader`. `among`: the branches of the run that are fused; None: all. Counts and the sum of
+    losses stay on the device until one reduction at the end.
     """
     sums = Sums()
     for logits, labels in outputs(ensemble, batches, mesh, precision):
-        fused = fuse(logits)
+        fused = fuse(logits if among is None else logits[list(among)])
         sums.add(
             **seen(labels),
             correct=count_correct(torch.cat([fused[None], logits]), labels),

@@ -86,7 +86,7 @@ def log_start(session: Session, directory: RunDirectory) -> None:
     ranks, parameters = mesh.ranks, plan.parameters
     size = config.data.image_size // config.split.block
     logger.info(f"{config.name}: {config.networks} on bands of {size} x {size}, {sum(parameters) / 1e6:.1f} M params")
-    held_out = f" ({plan.held_out} more are held out)" * bool(plan.held_out)
+    held_out = f" ({len(plan.held_out_files)} more are held out)" * bool(len(plan.held_out_files))
     counts = f"{len(plan.train_files)} training{held_out} and {len(plan.val_files)} validation images"
     logger.info(f"{counts} from {config.data.root}")
     several = ranks.world_size > 1

@@ -18,6 +18,7 @@ from bandsplit.runs.logs import logged
 from bandsplit.runs.metrics import Metrics, Stopwatch
 from bandsplit.runs.saver import Saver
 from bandsplit.training import interruption, memory, schedules, state
+from bandsplit.training.active import held_out_losses
 from bandsplit.training.bad_images import BadImages
 from bandsplit.training.branches import describe
 from bandsplit.training.console import Console, log_finished, log_memory, log_start, log_stop
@@ -51,7 +52,9 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         stream_states = point.stream_states(streams, ranks) if point else None
         session = Session(plan, streams, stream_states, positions=directory.path)
         stack.callback(session.loader.close)
-        validation_loader = session.validation_loader()
+        validation_loader, active = session.validation_loader(), session.active
+        stops_early = config.train.early_stop_patience is not None
+        held_out_loader = session.validation_loader(plan.held_out_files) if stops_early else None
         log_start(session, directory)
 
         # ------------------------------------------------------------------ resume
@@ -68,16 +71,16 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         # ------------------------------------------------------------------ loop
         meter.start(progress)
         launched_at, stopped_by = progress.step, 0
-        while progress.step < plan.total_steps and not stopped_by:
+        while progress.step < plan.total_steps and not active.all_stopped and not stopped_by:
             stopped_by, minutes_are_over = saver.agree(interrupted.signal)
-            step = progress.step + 1
+            step, epoch = progress.step + 1, progress.step // plan.steps_per_epoch
             ends_epoch = step % plan.steps_per_epoch == 0
             every = config.checkpoint.every_steps
             saves = ends_epoch or bool(stopped_by) or minutes_are_over or (every is not None and step % every == 0)
 
             lr = schedules.lr_at(progress.step, plan.steps_per_epoch, config)
             momentum = schedules.momentum_at(progress.step, plan.steps_per_epoch, config)
-            session.loader.resize(config.image_size_at(progress.step // plan.steps_per_epoch))
+            session.loader.resize(config.image_size_at(epoch))
             with meter.waiting_for_data():
                 parts = session.feed.take(streams.parts, ahead=not saves)
             if describes:
@@ -88,9 +91,10 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
             watched = session.watched_step() if console and progress.step == launched_at + 1 else None
             with watched or nullcontext():
                 for i, learner in enumerate(session.learners):
-                    session.seed_branch(i, step)
-                    outcome = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, teacher_logits)
-                    meter.note(i, outcome, step)
+                    if active.train(session.mesh.own[i], epoch):
+                        session.seed_branch(i, step)
+                        outcome = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, teacher_logits)
+                        meter.note(i, outcome, step)
             if watched:
                 bands = memory.bytes_of_bands(parts[0].inputs, len(parts), config)
                 log_memory(watched.memory(bands), ranks.device)
@@ -109,12 +113,16 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                 validated = Ensemble(learner.validated for learner in session.learners)
                 with watch.paused(), session.mesh.mean_buffers(validated):
                     began = time.perf_counter()
-                    accuracy = evaluate(validated, validation_loader, len(plan.val_files), session.mesh, plan.precision)
+                    mesh, precision, begun = session.mesh, plan.precision, active.begun(epoch)
+                    accuracy = evaluate(validated, validation_loader, len(plan.val_files), mesh, precision, begun)
+                    if held_out_loader is not None:
+                        images = len(plan.held_out_files)
+                        active.note(held_out_losses(validated, held_out_loader, images, mesh, precision), step, epoch)
                     session.ensemble.train()
                 report_left_out(accuracy.left_out, validation_loader, config, ranks)
                 progress.note_validation(accuracy.as_dict(), watch.seconds)
                 spent = time.perf_counter() - began
-                events.emit("validation", **progress.validation, validation_seconds=round(spent, 3))
+                events.emit("validation", **progress.validation, **active.values, validation_seconds=round(spent, 3))
 
             if saves:
                 with watch.paused():
@@ -124,7 +132,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         saver.settle()
 
         # ------------------------------------------------------------------ end
-        if stopped_by and progress.step < plan.total_steps:
+        if stopped_by and progress.step < plan.total_steps and not active.all_stopped:
             if console:
                 console.close()
                 log_stop(stopped_by, progress.step)

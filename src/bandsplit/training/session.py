@@ -24,6 +24,7 @@ from bandsplit.models.ensemble import parameters_of_branches
 from bandsplit.models.precision import Precision
 from bandsplit.runs.restored import Teacher
 from bandsplit.training import accumulation
+from bandsplit.training.active import ActiveBranches
 from bandsplit.training.learner import learners_of
 from bandsplit.training.memory import StepMemory
 
@@ -36,8 +37,8 @@ class Plan:
     ranks: Ranks
     train_files: Images
     """Without those that are held out."""
-    held_out: int
-    """Number of training images that are held out."""
+    held_out_files: Images
+    """Training images that are held out."""
     val_files: Images
     precision: Precision
     teacher: Teacher | None
@@ -72,7 +73,7 @@ class Plan:
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
         config = accumulation.with_steps(config, mesh, precision)
-        return cls(config, ranks, train_files, len(held_out), files["val"], precision, teacher, parameters, mesh)
+        return cls(config, ranks, train_files, held_out, files["val"], precision, teacher, parameters, mesh)
 
     @property
     def files(self) -> dict[str, Images]:
@@ -124,6 +125,7 @@ class Session:
             plan.config, self.streams, plan.train_files, half, stream_states, plan.teacher, positions
         )
         self.feed = BatchFeed(self.loader, plan.mesh)
+        self.active = ActiveBranches(plan.config, plan.ranks.is_first)
         self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
         """Number of each of this rank's branches in the full ensemble (see `split.only`)."""
 
@@ -132,10 +134,11 @@ class Session:
         """All networks with state: this rank's branches and the EMA of each."""
         return nn.ModuleList([self.ensemble, *(learner.ema for learner in self.learners if learner.ema is not None)])
 
-    def validation_loader(self) -> AnyValidationLoader:
+    def validation_loader(self, files: Images | None = None) -> AnyValidationLoader:
+        """This rank's share of the validation images, or of `files`."""
         batch_size = self.config.validation.batch_size or self.streams.batch_size
         shard = shard_of(self.config, self.plan.ranks, batch_size, self.plan.precision.half_bands)
-        return source.validation_loader(self.config, self.plan.val_files, shard)
+        return source.validation_loader(self.config, self.plan.val_files if files is None else files, shard)
 
     def watched_step(self) -> StepMemory | None:
         """Context that measures the memory of a step of all learners; None for compiled code, which it cannot see."""

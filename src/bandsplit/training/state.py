@@ -19,6 +19,7 @@ from bandsplit.errors import UserError
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory, environment, resolved
 from bandsplit.runs.metrics import Metrics
+from bandsplit.training.active import ActiveBranches
 from bandsplit.training.meter import Meter, Progress
 from bandsplit.training.session import Plan, Session
 
@@ -30,7 +31,7 @@ class ResumePoint:
     path: Path
     run: checkpoint.State
     finished: bool
-    """Whether the run has done all of its steps."""
+    """Whether the run has done all of its steps, or all of its branches have ended early."""
 
     def stream_states(self, streams: Streams, ranks: Ranks) -> list[StreamState]:
         """Positions of this rank's streams; every rank must call it."""
@@ -65,7 +66,8 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
                 f"data.root: {config.data.root}: the images are not those that {path} was trained on, and "
                 f"{directory.data} does not list those"
             )
-        point = ResumePoint(path, run, run["progress"]["step"] >= plan.total_steps and metrics.ended)
+        done = run["progress"]["step"] >= plan.total_steps or ActiveBranches.ended(run)
+        point = ResumePoint(path, run, done and metrics.ended)
         if point.finished:
             return point
     streams = plan.streams(point.run["streams"] if point else None)
@@ -111,6 +113,7 @@ def capture(session: Session, progress: Progress, meter: Meter) -> dict[str, che
             "world_size": mesh.ranks.world_size,
             "branch_groups": mesh.branch_groups,
             "losses": losses,
+            **session.active.state(),
         }
     with mesh.mean_buffers(networks):
         for i, learner in enumerate(session.learners):
@@ -126,6 +129,7 @@ def restore(point: ResumePoint, session: Session, meter: Meter) -> Progress:
     for number, learner in zip(session.numbers, session.learners, strict=True):
         learner.load_state_dict(ranks.each(partial(checkpoint.read, point.path, checkpoint.branch_file(number))))
     meter.load(point.run["losses"])
+    session.active.load(point.run)
     logger.info(f"resuming after step {progress.step} (epoch {progress.epoch:.2f})")
     if not point.fits(mesh):  # running statistics per rank do not apply; keep the mean from the branch file
         logger.info(

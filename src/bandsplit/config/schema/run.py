@@ -98,10 +98,21 @@ class RunConfig(Table):
         if self.train.batch_size % self.grad_accum_steps:
             allowed = f"a multiple of train.grad_accum_steps = {self.grad_accum_steps}"
             raise mistake("train.batch_size", self.train.batch_size, allowed)
+        self._check_active()
         if self.fusion.method != "mean" and self.data.holdout is None:
             allowed = "'mean', unless data.holdout takes images out of training, on which all others are fitted"
             raise mistake("fusion.method", self.fusion.method, allowed)
         return self
+
+    def _check_active(self) -> None:
+        patience, starts = self.train.early_stop_patience, self.train.start_epochs
+        if patience is not None and self.data.holdout is None:
+            allowed = "unset, unless data.holdout takes images out of training, on which losses are measured"
+            raise mistake("train.early_stop_patience", patience, allowed)
+        branches = self.split.count
+        if starts and (len(starts) != branches or min(starts) > 0 or max(starts) >= self.train.epochs):
+            allowed = f"an epoch below {self.train.epochs} for each of {branches} branches, with a 0 among them"
+            raise mistake("train.start_epochs", list(starts), allowed)
 
     def _check_progressive(self) -> None:
         progressive, block, size = self.augment.progressive, self.split.block, self.data.image_size

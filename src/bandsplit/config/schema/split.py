@@ -53,6 +53,11 @@ class Split(Table):
         return self.block**2
 
     @property
+    def count(self) -> int:
+        """Number of branches of the full ensemble."""
+        return len(self._all_groups())
+
+    @property
     def groups(self) -> tuple[tuple[int, ...], ...]:
         """Band numbers of every branch of this run."""
         groups = self._all_groups()

@@ -31,6 +31,12 @@ class Train(Table):
     """Norm to which a branch's gradients are clipped; unset: no clipping."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
     """Decay per step of the EMA of the weights. The EMA is validated, and saved with the weights. Unset: no EMA."""
+    early_stop_patience: int | None = Field(None, ge=1)
+    """Validations in a row that have not lowered a branch's loss on held-out images (`data.holdout`), after which it
+    trains no more; the others go on. Unset: all branches train to the end."""
+    start_epochs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
+    """Epochs before each branch begins to train, one number a branch, such as [0, 0, 10, 20]: from low bands to all.
+    Empty: all begin at once."""
     log_every: int = Field(50, ge=1)
     """Steps between lines of metrics.jsonl."""
     on_nonfinite: Literal["stop", "skip", "lower_lr"] = "stop"
