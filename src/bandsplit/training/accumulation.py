@@ -104,7 +104,7 @@ def _step_succeeds(config: RunConfig, mesh: Mesh, precision: Precision) -> bool:
 def _try_step(config: RunConfig, mesh: Mesh, precision: Precision) -> None:
     """Two steps of this rank's branches on zeros. Raises torch.OutOfMemoryError."""
     device, steps = mesh.ranks.device, config.grad_accum_steps
-    at_once = config.rank_batch_size(mesh.ranks.world_size) * mesh.branch_groups
+    at_once = max(2, config.rank_batch_size(mesh.ranks.world_size) * mesh.branch_groups)  # as in the estimate
     size, norm_over = config.data.image_size // config.split.block, config.model.bn_batch_size
     ghost = isinstance(norm_over, int) and norm_over < at_once
     own = config.with_values(

@@ -153,6 +153,8 @@ def estimate(config: RunConfig, world_size: int, groups: int, precision: Precisi
     """
     at_once, reduced = config.rank_batch_size(world_size) * groups, world_size > groups
     norm_over = batch_norm.bn_batch_size(config, at_once, world_size // groups)
+    if at_once == 1:
+        at_once = norm_over = 2  # batch norm of one rank may reject one image, which several ranks train on together
     found: dict[tuple[Model, int], Memory] = {}
     branches = []
     for number, group in zip(config.split.numbers, config.split.groups, strict=True):
