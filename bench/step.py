@@ -52,7 +52,7 @@ from bandsplit.paths import expanded
 from bandsplit.training.learner import learners_of
 from bandsplit.training.session import Plan, Session
 
-ROWS = ("baseline", "sub4", "sub16", "sub36", "sub4_channels", "sub16_channels")
+ROWS = ("baseline", "sub4", "sub16", "sub36", "sub4_channels_coarse", "sub64_channels_coarse")
 CONFIGS = [Path(f"config/train/resnet34_{row}.toml") for row in ROWS]
 
 Product = tuple[int, int, int]
