@@ -44,9 +44,10 @@ class ActiveBranches:
         """Whether branch `k` of the run trains in epoch 0, 1, …"""
         return self.stopped[k] is None and epoch >= self._starts[k]
 
-    def begun(self, epoch: int) -> list[int]:
-        """Branches of the run that have begun in epoch 0, 1, …"""
-        return [k for k, start in enumerate(self._starts) if epoch >= start]
+    def begun(self, epoch: int) -> list[int] | None:
+        """Branches of the run that have begun in epoch 0, 1, …; None: all, or none yet."""
+        begun = [k for k, start in enumerate(self._starts) if epoch >= start]
+        return begun if 0 < len(begun) < len(self._starts) else None
 
     @property
     def all_stopped(self) -> bool:
@@ -71,7 +72,10 @@ class ActiveBranches:
     @property
     def values(self) -> dict[str, Any]:
         """For the line of a validation."""
-        return {} if self.losses is None else {"held_out_loss": self.losses, "stopped_after": self.stopped}
+        if self.losses is None:
+            return {}
+        known = [loss if math.isfinite(loss) else None for loss in self.losses]
+        return {"held_out_loss": known, "stopped_after": self.stopped}
 
     def state(self) -> dict[str, Any]:
         """For a checkpoint; nothing where no branch can end early."""
