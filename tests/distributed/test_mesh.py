@@ -109,7 +109,8 @@ def step_alone(config: RunConfig, bn_batch_size: int | None) -> tuple[Gradients,
 
 
 @pytest.mark.parametrize(
-    "norms", [pytest.param("all", marks=pytest.mark.slow), pytest.param(8, marks=pytest.mark.slow), 2, "absent"]
+    "norms",
+    [pytest.param("all", marks=pytest.mark.slow), *(pytest.param(n, marks=pytest.mark.long) for n in (8, 2)), "absent"],
 )
 def test_gradients_do_not_depend_on_the_number_of_branch_groups(config_file: Path, norms: str | int) -> None:
     """Batch norm over all 16 images; over 8, which for 1, 2 and 4 groups joins ranks, is a rank's batch, or part of it;

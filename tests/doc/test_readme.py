@@ -15,7 +15,7 @@ import tomli
 
 from bandsplit.config import loading
 from bandsplit.data import demo
-from tests.conftest import REPOSITORY
+from tests.conftest import REPOSITORY, Done, run
 
 README = REPOSITORY / "README.md"
 PAGES = sorted((REPOSITORY / "doc").glob("*.md"))
@@ -162,14 +162,19 @@ def lines_to_run(pages: list[Path], but: list[Path]) -> Iterator[str]:
 @pytest.mark.slow
 @pytest.mark.xdist_group("pages")  # starts early: it takes long
 @pytest.mark.parametrize(("pages", "but"), [([README], []), (PAGES, [README])], ids=["README.md", "doc"])
-def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path]) -> None:
-    """From top to bottom, as a reader would run them."""
+def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """From top to bottom: those of the README as a reader would run them, of the other pages from forked processes."""
+    monkeypatch.chdir(clone)
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     source = {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "PATH": path}
     for line in lines_to_run(pages, but):
-        done = subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", line], cwd=clone, env=os.environ | source, capture_output=True, text=True
-        )
+        entry = re.fullmatch(r"(?:torchrun(?: --nproc-per-node (\d))?|python) src/(\w+\.py)([^|&;<>$]*)", line)
+        done: Done | subprocess.CompletedProcess[str]
+        if entry and pages != [README]:
+            done = run(entry[2], *shlex.split(entry[3]), ranks=int(entry[1] or 1))
+        else:
+            shell = ["bash", "-euo", "pipefail", "-c", line]
+            done = subprocess.run(shell, env=os.environ | source, capture_output=True, text=True)
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 

@@ -25,7 +25,7 @@ def test_bash_and_shellcheck_accept_it(script: Path) -> None:
 @pytest.mark.parametrize("script", SLURM, ids=lambda path: path.name)
 def test_slurm_scripts_hold_resources_and_set_no_key(script: Path) -> None:
     text = script.read_text()
-    assert text.splitlines()[-1].startswith(("train ", "report "))
+    assert text.splitlines()[-1].startswith(("train ", "report ", "controls "))
     assert text.endswith(' "$@"\n')
     assert "--set" not in text
     assert len(text.splitlines()) <= 25

@@ -320,7 +320,7 @@ def test_photographs(kind: transforms.Kind, block: int) -> None:
         assert_equal_bands(got, reference(images, matrix, block, groups, mirror))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_random_calls_with_sanitizers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

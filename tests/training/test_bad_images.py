@@ -162,6 +162,7 @@ def schedule(count: int, kills: Sequence[int], chance: random.Random, data: Path
     return damage
 
 
+@pytest.mark.long
 def test_fifty_images_go_bad_and_the_run_is_killed_in_between(config_file: Path, data: Path, tmp_path: Path) -> None:
     """It ends, names all fifty, and equals the run with the same damage that nothing has killed, bit for bit."""
     chance, kills = random.Random(0), [16, 41]
