@@ -30,6 +30,7 @@ import numpy as np
 import pandas as pd
 import step
 import torch
+from controls_report import BASELINE, report
 from loguru import logger
 from tqdm import tqdm
 
@@ -45,7 +46,6 @@ from bandsplit.runs.predictions import Predictions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 CONFIGS = REPOSITORY / "config/controls"
-BASELINE = "rgb128"
 EPOCHS = 10
 """Of the baseline in budget 1."""
 FOLDS = 5
@@ -93,6 +93,7 @@ def main() -> None:
 def run(arguments: argparse.Namespace) -> None:
     work, only = arguments.work, arguments.only
     arms = arguments.arms or sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "base")
+    arms = sorted({*arms, BASELINE, *(TEACHERS[arm] for arm in arms if arm in TEACHERS)})
     work.mkdir(parents=True, exist_ok=True)
     if only in (None, "prepare"):
         prepare(arguments.images, work)
@@ -103,8 +104,6 @@ def run(arguments: argparse.Namespace) -> None:
         budgets = [float(each) for each in arguments.budgets.split(",")]
         train(arms, work, range(arguments.folds), budgets, range(arguments.seeds), arguments.jobs, (number - 1, of))
     if only in (None, "report"):
-        from controls_report import report
-
         report(work)
 
 
@@ -158,8 +157,8 @@ def config_of(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
 def measure(arms: Sequence[str], work: Path) -> None:
     """Seconds of a step of every arm, one thread, in interleaved rounds; run it on an idle machine.
 
-    An arm of growing images is timed at each of its sizes. With new arms, all are timed again, so that all times are of
-    one run.
+    An arm of growing images is timed at each of its sizes; a distilled one with the forward pass of its teacher. With
+    new arms, all are timed again, so that all times are of one run.
     """
     path = work / "times.json"
     known = times_of(work) if path.exists() else {}
@@ -179,6 +178,9 @@ def measure(arms: Sequence[str], work: Path) -> None:
     found = {
         arm: {str(size): float(np.median(seconds[f"{arm} {size}"]["step"])) for size in of} for arm, of in sizes.items()
     }
+    for arm in TEACHERS.keys() & found.keys():
+        for size in found[arm]:
+            found[arm][size] += float(np.median(seconds[f"{TEACHERS[arm]} {size}"]["forward"]))
     path.write_text(json.dumps(found, indent=2) + "\n")
 
 
@@ -275,7 +277,7 @@ def run_one(task: Task, work: Path) -> None:
     else:
         call("train.py", CONFIGS / f"{task.arm}.toml", "--run-dir", run_dir, *sets(keys), env=env)
     evaluations = {
-        variant: evaluated(run_dir, config, task, variant, overrides, env)
+        variant: evaluated(run_dir, config, task, overrides, env)
         for variant, overrides in {"": [], **VARIANTS.get(task.arm, {})}.items()
     }
     seconds = seconds_of(task.arm, epochs, steps, times)
@@ -285,11 +287,12 @@ def run_one(task: Task, work: Path) -> None:
     result = result_of(task, work)
     result.parent.mkdir(exist_ok=True)
     replace_text(result, json.dumps(table) + "\n")
-    shutil.rmtree(run_dir / "checkpoints") if task.arm not in TEACHERS.values() else None
+    if task.arm not in TEACHERS.values():
+        shutil.rmtree(run_dir / "checkpoints")
 
 
 def evaluated(
-    run_dir: Path, config: RunConfig, task: Task, variant: str, overrides: Sequence[str], env: dict[str, str]
+    run_dir: Path, config: RunConfig, task: Task, overrides: Sequence[str], env: dict[str, str]
 ) -> dict[str, Any]:
     """Accuracy of the last weights by fusion, and the numbers of the images that each classifies correctly."""
     saved = run_dir / "predictions.npz"

@@ -17,10 +17,12 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from bandsplit.errors import UserError
+from bandsplit.reporting.compare import difference_over_images
 from bandsplit.reporting.figures import STYLE, WIDTH
 
 BASELINE = "rgb128"
-DRAWS = 2000
+DRAWS = 500
+"""Of the bootstrap of times."""
 
 Correct = npt.NDArray[np.float64]
 
@@ -109,10 +111,8 @@ def curve_of(arm: str, label: str, budgets: dict[float, list[tuple[float, str, C
 def difference(a: Correct, b: Correct) -> tuple[float, tuple[float, float]]:
     """Accuracy of a above b in points, on the images of both, and its 95 % interval by a paired bootstrap."""
     both = ~np.isnan(a) & ~np.isnan(b)
-    d = 100 * (a - b)[both]
-    draws = d[np.random.default_rng(0).integers(0, len(d), (DRAWS, len(d)))].mean(1)
-    low, high = np.percentile(draws, [2.5, 97.5])
-    return float(d.mean()), (float(low), float(high))
+    mean, (low, high) = difference_over_images(a[both], b[both])
+    return 100 * mean, (100 * low, 100 * high)
 
 
 def time_to(seconds: Sequence[float], top1: Sequence[float], target: float) -> float:
@@ -138,7 +138,7 @@ def time_ratio(curve: Curve, base: Curve, budget: float) -> tuple[float, float, 
     seen = ~np.isnan(np.stack([*curve.correct, base.correct[n]])).any(0)
     own, target = np.stack(curve.correct)[:, seen], base.correct[n][seen]
     rng, ratios = np.random.default_rng(0), []
-    for draw in range(DRAWS // 4):
+    for draw in range(DRAWS):
         rows = rng.integers(0, own.shape[1], own.shape[1]) if draw else slice(None)
         reached = time_to(curve.seconds, own[:, rows].mean(1).tolist(), float(target[rows].mean()))
         ratios.append(reached / base.seconds[n])

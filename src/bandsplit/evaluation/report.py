@@ -56,7 +56,7 @@ def show(results: Results, runs: Joined, output: Path | None) -> None:
             f"{_row(name, within.top1[fusion], within.top5[fusion])}   among the {within.classes} classes of the images"
         )
     for k, branch in enumerate(runs.branches):
-        row = _row(_bands(branch.bands), evaluation.branch_top1[k], evaluation.branch_top5[k])
+        row = _row(branch.label, evaluation.branch_top1[k], evaluation.branch_top5[k])
         top1, top5 = mean.cumulative_top1[k], mean.cumulative_top5[k]
         print(row + f"   mean up to here  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %" * several)
     if fitted is not None:
@@ -117,7 +117,7 @@ def _show_corrupted(corrupted: Sequence[Corrupted], evaluation: Evaluation, runs
     table.loc["mean"] = table.mean()
     print(f"\ntop-1 of the ensemble in percent by corruption and its strength:\n{_table(table)}")
     if len(runs.branches) > 1:
-        names = [_bands(branch.bands) for branch in runs.branches]
+        names = [branch.label for branch in runs.branches]
         of = pd.DataFrame([[row.top1, *row.branch_top1] for row in corrupted], rows["kind"], ["ensemble", *names])
         means = of.groupby(level=0, sort=False).mean().T
         means.insert(0, "none", [evaluation.fused[fusion].top1, *evaluation.branch_top1])
@@ -137,7 +137,7 @@ def _show_dropped(runs: Joined, fitted: Fitted) -> None:
     if dropped:
         macs = branch_macs(runs)
         saved = sum(macs[k] for k in dropped)
-        names = "; ".join(_bands(runs.branches[k].bands) for k in dropped)
+        names = "; ".join(runs.branches[k].label for k in dropped)
         print(
             f"drop does without {len(dropped)} of {len(macs)} branches ({names}): {saved / 1e6:,.1f} of "
             f"{sum(macs) / 1e6:,.1f} MMACs per image saved"
@@ -154,7 +154,7 @@ def _show_cascade(cascaded: Cascaded, cascade: Cascade, held_out: int, runs: Joi
     for stage, (k, left, correct) in enumerate(zip(cascade.order, cascaded.left, cascaded.correct, strict=True), 1):
         accuracy = f"{100 * correct / left:6.2f} %" if left else ""
         share = f"{left:>7,} ({100 * left / images:4.1f} %)"
-        print(f"{stage:>7}  {_bands(runs.branches[k].bands):<14}  {share:>16}  {accuracy:>13}")
+        print(f"{stage:>7}  {runs.branches[k].label:<14}  {share:>16}  {accuracy:>13}")
     print(
         f"top-1 {cascaded.top1:.2f} %, all branches {cascaded.full_top1:.2f} %: "
         f"{cascaded.gain:+.2f} ({low:+.2f} to {high:+.2f}, 95 %)"
@@ -225,7 +225,3 @@ def _loss(fused: Fused) -> str:
 
 def _row(name: str, top1: float, top5: float) -> str:
     return f"{name:>24}  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %"
-
-
-def _bands(bands: Sequence[int]) -> str:
-    return f"band{'s' * (len(bands) > 1)} {', '.join(map(str, bands[:6]))}{' …' * (len(bands) > 6)}"

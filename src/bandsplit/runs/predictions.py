@@ -63,6 +63,11 @@ class Branch:
     step: int
     bands: tuple[int, ...]
 
+    @property
+    def label(self) -> str:
+        """`band 0`, or `bands 0, 1`; at most six of them."""
+        return f"band{'s' * (len(self.bands) > 1)} {', '.join(map(str, self.bands[:6]))}{' …' * (len(self.bands) > 6)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Fused:

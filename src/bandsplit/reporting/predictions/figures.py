@@ -14,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 
 from bandsplit.models.fusion import MEAN
 from bandsplit.reporting.figures import HEIGHT, WIDTH
+from bandsplit.reporting.frequency import AXES
 from bandsplit.reporting.predictions.results import Floats, Growth, Results
 from bandsplit.statistics import BINS
 
@@ -234,7 +235,7 @@ def bands(results: Results) -> Drawn:
         panels[f"Weight / sum, {name}"] = (values, ".2f")
     figure = Figure(figsize=(min(WIDTH, 0.4 + 2.2 * len(panels)), 2.5), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
-    vertical, horizontal = _AXES.get(results.predictions.transform, (f"Band // {side}", f"Band % {side}"))
+    horizontal, vertical = AXES[results.predictions.transform]
     for number, (axes, (title, (values, form))) in enumerate(zip(row, panels.items(), strict=True)):
         table = np.full(side * side, np.nan)
         table[numbers] = values
@@ -254,14 +255,6 @@ def bands(results: Results) -> Drawn:
         axes.tick_params(length=0, rotation=0)
         axes.grid(False)
     return figure
-
-
-_AXES = {
-    "dct2d": ("Vertical frequency", "Horizontal frequency"),
-    "hadamard": ("Vertical sign changes", "Horizontal sign changes"),
-    "identity": ("Row of the pixel", "Column of the pixel"),
-}
-"""What the place of a band in the block says; see `spectral.transforms`."""
 
 
 def short(name: str, width: int) -> str:

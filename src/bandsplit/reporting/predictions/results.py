@@ -75,8 +75,7 @@ class Results:
     @cached_property
     def branches(self) -> list[str]:
         """Names of the branches as they are shown."""
-        groups = [branch.bands for branch in self.predictions.branches]
-        return [f"band{'s' * (len(g) > 1)} {', '.join(map(str, g[:6]))}{' …' * (len(g) > 6)}" for g in groups]
+        return [branch.label for branch in self.predictions.branches]
 
     @cached_property
     def fusions(self) -> dict[str, FusionResult]:
