@@ -230,6 +230,7 @@ def train(
 ) -> None:
     """Trains and evaluates what has no results yet, several runs at once: learning rates first, then fold by fold."""
     choose = [Task(arm, "lr", 0.5, lr, 0) for arm in arms for lr in LRS]
+    run_all(teachers_of(choose), work, jobs, shard)
     run_all(choose, work, jobs, shard)
     rates = {arm: best_lr(arm, work) for arm in arms}
     missing = [arm for arm, lr in rates.items() if lr is None]
@@ -243,9 +244,13 @@ def train(
         for arm, rate in rates.items()
         if rate is not None
     ]
-    needed = [replace(t, arm=TEACHERS[t.arm], budget=t.budget / 2, lr=LRS[0]) for t in tasks if t.arm in TEACHERS]
-    run_all(needed, work, jobs, shard)
+    run_all(teachers_of(tasks), work, jobs, shard)
     run_all(tasks, work, jobs, shard)
+
+
+def teachers_of(tasks: Sequence[Task]) -> list[Task]:
+    """The runs whose logits distilled arms learn from."""
+    return [replace(t, arm=TEACHERS[t.arm], budget=t.budget / 2, lr=LRS[0]) for t in tasks if t.arm in TEACHERS]
 
 
 def run_all(tasks: Sequence[Task], work: Path, jobs: int, shard: tuple[int, int]) -> None:
@@ -270,7 +275,7 @@ def run_one(task: Task, work: Path) -> None:
     keys = [*grown(task.arm, epochs), f"optim.lr={task.lr}", f"seed={task.seed}", f"data.root={root}"]
     env = {"CONTROLS": str(root), "TEACHER": ""}
     if task.arm in TEACHERS:
-        teacher = replace(task, arm=TEACHERS[task.arm], budget=task.budget / 2, lr=LRS[0])
+        (teacher,) = teachers_of([task])
         env["TEACHER"] = str((work / "runs" / teacher.name).absolute())
     if (run_dir / "config.toml").exists():
         call("train.py", "--resume", "--run-dir", run_dir, env=env)

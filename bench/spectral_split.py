@@ -2,11 +2,16 @@
 
 Every subject reads the same decoded images from memory. The implementations of the split compute the same float32 bands
 ("one band": only one). DALI operators run in a pipeline with no other operator. Results are in images/s.
+
+With --gpu, the time of the operator's kernel is compared with that of a copy on the device that reads and writes as
+many bytes.
 """
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import common
@@ -15,6 +20,7 @@ import scipy.fft
 import torch
 from einops import rearrange
 from nvidia.dali import fn, pipeline_def, types
+from torch.profiler import ProfilerActivity, profile
 
 from bandsplit.spectral import native, transforms
 
@@ -117,13 +123,70 @@ def memcpy(images: common.Images) -> Subject:
     return step
 
 
+def on_gpu(images: common.Images, rounds: int) -> dict[str, dict[str, float]]:
+    """Microseconds of the kernel and of a copy, medians over the rounds; bytes that each reads and writes."""
+    results = {}
+    print("| block | branches | bands | images | kernel us | copy us | GB/s | of the copy |")
+    print("|---|---|---|--:|--:|--:|--:|--:|")
+    for block, one_each, dtype in product((2, 4, 6), (True, False), (types.FLOAT16, types.FLOAT)):
+        source = torch.from_numpy(images).cuda()
+        bands = list(range(block * block))
+        sizes = [1] * len(bands) if one_each else [len(bands)]
+        matrix = transforms.transform_matrix("dct2d", block).ravel().tolist()
+
+        @pipeline_def(batch_size=len(images), num_threads=2, device_id=0)
+        def graph(
+            source: Any = source, block: int = block, matrix: Any = matrix, sizes: Any = sizes, dtype: Any = dtype
+        ) -> Any:
+            pixels = fn.external_source(lambda: source, device="gpu", layout="HWC", batch=True, no_copy=True)
+            groups = {"groups": list(range(block * block)), "group_sizes": sizes}
+            mean = {"mean": MEAN, "std": STD}
+            outputs = fn.spectral_split(pixels, mirror=0, block=block, matrix=matrix, dtype=dtype, **groups, **mean)
+            return tuple(outputs) if isinstance(outputs, list | tuple) else outputs
+
+        pipe = graph()
+        pipe.build()
+        moved = images.size * (1 + (2 if dtype == types.FLOAT16 else 4))
+        copied = torch.zeros(moved // 2, dtype=torch.uint8, device="cuda")
+        target = torch.ones_like(copied)
+        for _ in range(5):
+            pipe.run()
+            target.copy_(copied)
+        torch.cuda.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA]) as found:
+            for _ in range(rounds):
+                pipe.run()
+                torch.cuda.synchronize()
+                target.copy_(copied)
+                torch.cuda.synchronize()
+        kernels, copies = (
+            [event.device_time for event in found.events() if word in event.name] for word in ("Split", "Memcpy DtoD")
+        )
+        kernel, copy = float(np.median(kernels)), float(np.median(copies))
+        each, kind = "one band each" if one_each else "all bands", dtype.name.lower()
+        results[f"block {block}, {each}, {kind}"] = {"kernel": kernel, "copy": copy, "bytes": moved}
+        print(
+            f"| {block} | {each} | {kind} | {len(images)} | {kernel:.0f} | {copy:.0f} | {moved / kernel / 1e3:,.0f} "
+            f"| {copy / kernel:.2f} |",
+            flush=True,
+        )
+    return results
+
+
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/spectral_split.json")
     parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--gpu", action="store_true", help="the kernel on the first GPU")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     native.load()
     images = common.decoded(common.jpeg_files(options.images, options.batch), SIDE)
+    results = on_gpu(images, options.rounds) if options.gpu else on_cpu(images, options)
+    settings = {"side": SIDE, "batch": options.batch, "threads": options.threads, "rounds": options.rounds}
+    common.write(options.output, settings, results)
+
+
+def on_cpu(images: common.Images, options: Namespace) -> dict[str, dict[str, list[float]]]:
     results = {}
     for block in (2, 4, 6):
         ours = f"spectral_split, s = {block}"
@@ -141,8 +204,7 @@ def main() -> None:
             f"block {block}, {SIDE} x {SIDE}, batch {options.batch}, {options.threads} threads", rates, ours
         )
         results[f"block {block}"] = rates
-    settings = {"side": SIDE, "batch": options.batch, "threads": options.threads, "rounds": options.rounds}
-    common.write(options.output, settings, results)
+    return results
 
 
 if __name__ == "__main__":

@@ -50,8 +50,10 @@ from bandsplit.distributed.ranks import Ranks, joined
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
 from bandsplit.paths import expanded
+from bandsplit.training import capture
 from bandsplit.training.learner import learners_of
 from bandsplit.training.session import Plan, Session
+from bandsplit.training.steps import steps_of
 
 ROWS = ("baseline", "sub4", "sub16", "sub36", "sub4_channels_coarse", "sub64_channels_coarse")
 CONFIGS = [Path(f"config/train/resnet34_{row}.toml") for row in ROWS]
@@ -64,7 +66,7 @@ PARTS = ("forward", "forward and backward", "step")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is timed: a function for each of PARTS, which needs no arguments."""
+    """What is timed: a function for each of PARTS, which needs no arguments; of CUDA graphs for the step alone."""
 
     name: str
     parts: dict[str, Callable[[], None]]
@@ -115,14 +117,18 @@ def of_config(config: RunConfig, ranks: Ranks, synthetic: bool) -> Subject:
     if synthetic:
         precision = Precision(config.train.precision, ranks.device)
         precision.apply()
-        _, learners = learners_of(config, config.train.batch_size, precision, Mesh(ranks, len(config.split.groups)))
+        mesh = Mesh(ranks, len(config.split.groups))
+        _, learners = learners_of(config, config.train.batch_size, precision, mesh)
+        torch.backends.cudnn.benchmark = True
         batches: Iterator[Batch] = repeat(random_batch(config, precision, ranks.device))
     else:
         session = Session(Plan.of(config, ranks))
-        config, precision, learners = session.config, session.plan.precision, session.learners
+        config, precision, learners, mesh = session.config, session.plan.precision, session.learners, session.mesh
         batches = (batch for _ in repeat(None) for batch in session.feed.take(1, ahead=True))
     first = next(batches)
     inputs, labels = first.inputs, first.labels
+    take = steps_of(learners, config, mesh, seed=lambda i, number: None)
+    captured = capture.obstacle(config, ranks.device, mesh.replicas) is None
 
     def losses() -> Iterator[Tensor]:
         for learner, x in zip(learners, inputs, strict=True):
@@ -142,15 +148,14 @@ def of_config(config: RunConfig, ranks: Ranks, synthetic: bool) -> Subject:
         began = time.perf_counter()
         batch = next(batches)
         waited.append(time.perf_counter() - began)
-        for learner, x in zip(learners, batch.inputs, strict=True):
-            learner.step([x], [batch.labels], lr=1e-3)
+        take(range(len(learners)), [batch], 0, lr=1e-3)
 
     with torch.device("meta"):
         branches = Ensemble.of(config).branches
     products: Counter[Product] = sum(
         (products_of(branch, x.shape) for branch, x in zip(branches, inputs, strict=True)), Counter()
     )
-    parts = dict(zip(PARTS, (forward, forward_and_backward, step), strict=True))
+    parts = {"step": step} if captured else dict(zip(PARTS, (forward, forward_and_backward, step), strict=True))
     return Subject(config.name, parts, products, waited)
 
 
@@ -293,25 +298,35 @@ def synchronize(device: torch.device) -> None:
 def timed(
     subjects: Sequence[Subject], rounds: int, steps: int, device: torch.device
 ) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
-    """Seconds of every part of every subject in every round, and the peak of allocated GPU memory in a step."""
+    """Seconds of every part of every subject in every round, and GPU memory of a step beside networks and optimizer."""
     peaks = {}
-    for subject in subjects:  # warm-up: memory, cuDNN's choice of algorithms, compilation
-        for _ in range(2):
+    for subject in subjects:  # warm-up: memory, cuDNN's choice of algorithms, compilation, CUDA graphs
+        before = reserved(device)
+        for _ in range(3):
             for part in subject.parts.values():
                 part()
         if device.type == "cuda":
+            kept, allocated = reserved(device) - before, torch.cuda.memory_allocated(device)
             torch.cuda.reset_peak_memory_stats(device)
-            before = torch.cuda.memory_allocated(device)
             subject.parts["step"]()
-            peaks[subject.name] = torch.cuda.max_memory_allocated(device) - before
+            peaks[subject.name] = kept + torch.cuda.max_memory_allocated(device) - allocated
         subject.waited.clear()
-    seconds = {subject.name: {part: [] for part in PARTS} for subject in subjects}
-    order = [(subject, part) for subject in subjects for part in PARTS]
+    seconds = {subject.name: {part: [] for part in subject.parts} for subject in subjects}
+    order = [(subject, part) for subject in subjects for part in subject.parts]
     for n in tqdm(range(rounds), unit="round", disable=None):
         random.Random(n).shuffle(order)
         for subject, part in order:
             seconds[subject.name][part].append(measured(subject.parts[part], steps, device))
     return seconds, peaks
+
+
+def reserved(device: torch.device) -> int:
+    """Bytes of GPU memory that tensors and CUDA graphs hold."""
+    if device.type == "cpu":
+        return 0
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved(device)
 
 
 def show(subjects: Sequence[Subject], seconds: Any, gemm: dict[str, float], peaks: dict[str, int], count: int) -> None:
@@ -323,16 +338,20 @@ def show(subjects: Sequence[Subject], seconds: Any, gemm: dict[str, float], peak
     )
     print(f"|{'-' * 34}|" + f"{'-' * 6}:|" * (10 + bool(peaks)))
     for subject in subjects:
-        forward, both, step = (np.array(seconds[subject.name][part]) for part in PARTS)
+        found = {part: np.array(values) for part, values in seconds[subject.name].items()}
+        step = found["step"]
         ratios = step / np.array(seconds[first]["step"])
         mid = float(np.median(step))
-        parts = [np.median(each) / mid for each in (forward, both - forward, step - both)]
-        waiting = np.median(subject.waited) / mid
+        parts = ["", "", ""]
+        if len(found) > 1:
+            forward, both, _ = found.values()
+            parts = [f"{100 * np.median(each) / mid:.0f} %" for each in (forward, both - forward, step - both)]
+        waiting = f"{100 * np.median(subject.waited) / mid:.0f} %"
         macs = sum(m * k * n * times for (m, k, n), times in subject.products.items())
         print(
             f"| {subject.name:<32} | {macs / count / 1e9:.3f} | {1e3 * mid:,.0f} "
             f"| {np.median(ratios):.2f} ({ratios.min():.2f} .. {ratios.max():.2f}) | "
-            + " | ".join(f"{100 * part:.0f} %" for part in (*parts, waiting))
+            + " | ".join((*parts, waiting))
             + f" | {count / mid:,.1f} | {6 * macs / mid / 1e9:,.0f} | {100 * gemm[subject.name] / mid:.0f} % |"
             + (f" {peaks[subject.name] / 2**20:,.0f} |" if peaks else "")
         )

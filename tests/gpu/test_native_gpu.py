@@ -50,7 +50,7 @@ def both_backends(
     @pipeline_def(batch_size=len(images), num_threads=2, device_id=0)
     def pipeline() -> Any:
         source = fn.external_source(lambda: images, layout="HWC")
-        mirror = fn.external_source(lambda: [np.int32(i % 2) for i in range(len(source))])
+        mirror = fn.external_source(lambda: [np.int32(i % 2) for i in range(len(images))])
         cpu = fn.spectral_split(source, mirror=mirror, **arguments)
         gpu = fn.spectral_split(source.gpu(), mirror=mirror, **arguments)
         return (*cpu, *gpu) if isinstance(cpu, list) else (cpu, gpu)

@@ -47,6 +47,11 @@ class Batch:
     def targets(self) -> list[Tensor]:
         return [self.labels] if self.teacher_logits is None else [self.labels, self.teacher_logits]
 
+    def copied(self) -> Batch:
+        """The batch in memory of its own, in the same memory formats."""
+        teacher_logits = None if self.teacher_logits is None else self.teacher_logits.clone()
+        return Batch([x.clone() for x in self.inputs], self.labels.clone(), teacher_logits)
+
     def __len__(self) -> int:
         return len(self.labels)
 

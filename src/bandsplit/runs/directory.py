@@ -28,8 +28,8 @@ from bandsplit.runs.files import make_folder, read_text, reading, replace_text, 
 
 NO_EFFECT = (
     "parallel.", "checkpoint.", "data.threads", "data.prefetch", "data.check", "data.on_bad", "data.max_bad",
-    "data.in_memory", "data.class_names", "train.log_every", "train.activation_checkpointing", "validation.batch_size",
-    "fusion.",
+    "data.in_memory", "data.class_names", "train.log_every", "train.activation_checkpointing", "train.cuda_graphs",
+    "train.branches_at_once", "validation.batch_size", "fusion.",
 )  # fmt: skip
 """Keys, or prefixes of keys, that do not affect what is computed."""
 

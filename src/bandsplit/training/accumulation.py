@@ -16,7 +16,7 @@ from bandsplit.distributed.ranks import Ranks, local_world_size
 from bandsplit.errors import UserError
 from bandsplit.models import batch_norm
 from bandsplit.models.precision import Precision
-from bandsplit.training import memory
+from bandsplit.training import capture, memory
 from bandsplit.training.learner import learners_of
 
 SHARE = 0.85
@@ -122,9 +122,18 @@ def _try_step(config: RunConfig, mesh: Mesh, precision: Precision) -> None:
         torch.empty(shape, dtype=dtype, device=device, memory_format=torch.channels_last).zero_() for shape in shapes
     ]
     buckets = sum(p.nbytes for p in ensemble.parameters()) if mesh.replicas > 1 else 0
-    others = torch.empty(memory.bytes_of_bands(inputs, steps, own) + buckets, dtype=torch.uint8, device=device)
+    streams = capture.overlapping(config, device, mesh.replicas, len(inputs))
+    bands = memory.bytes_of_bands(inputs, steps, own, copied=streams > 1)
+    others = torch.empty(bands + buckets, dtype=torch.uint8, device=device)
     labels = torch.zeros(at_once, dtype=torch.int64, device=device)
+    resting = 0
     for _ in range(2):
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(device)
+            resting = torch.cuda.memory_allocated(device)
         for learner, x in zip(learners, inputs, strict=True):
             learner.step([x] * min(steps, 2), [labels] * min(steps, 2), lr=0.0)
+    if streams > 1:
+        of_a_branch = torch.cuda.max_memory_allocated(device) - resting
+        torch.empty(streams * of_a_branch, dtype=torch.uint8, device=device)
     del others

@@ -63,12 +63,13 @@ def log_stop(number: int, step: int) -> None:
     logger.info(f"stopped by {name} after step {step}; the same command with --resume continues")
 
 
-def log_memory(memory: Memory, device: torch.device) -> None:
-    """Logs what a step took on rank 0."""
+def log_memory(memory: Memory, device: torch.device, streams: int) -> None:
+    """Logs what a step took on rank 0. `streams`: how many branches will take a step at the same time."""
     peak = (
         f", {torch.cuda.max_memory_allocated(device) / MIB:,.0f} MiB by the allocator" if device.type == "cuda" else ""
     )
-    logger.info(f"memory of a step: {memory}{peak}")
+    later = f"; {streams} branches at once need more" if streams > 1 else ""
+    logger.info(f"memory of a step: {memory}{peak}{later}")
 
 
 def log_finished(point: ResumePoint, directory: RunDirectory) -> None:

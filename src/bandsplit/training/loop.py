@@ -87,17 +87,15 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                 with watch.paused():
                     describe(directory, session, parts)
                 describes = False
-            labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
+            training = [i for i, k in enumerate(session.mesh.own) if active.train(k, epoch)]
             watched = session.watched_step() if console and progress.step == launched_at + 1 else None
             with watched or nullcontext():
-                for i, learner in enumerate(session.learners):
-                    if active.train(session.mesh.own[i], epoch):
-                        session.seed_branch(i, step)
-                        outcome = learner.step([part.inputs[i] for part in parts], labels, lr, momentum, teacher_logits)
-                        meter.note(i, outcome, step)
+                outcomes = session.step(training, parts, step, lr, momentum)
+            for i, outcome in outcomes.items():
+                meter.note(i, outcome, step)
             if watched:
                 bands = memory.bytes_of_bands(parts[0].inputs, len(parts), config)
-                log_memory(watched.memory(bands), ranks.device)
+                log_memory(watched.memory(bands), ranks.device, session.overlapping)
             progress.advance(config.train.batch_size, plan.steps_per_epoch)
             if console:
                 console.step()

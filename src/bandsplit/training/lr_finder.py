@@ -69,14 +69,10 @@ def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
         alive = np.ones(branches, dtype=bool)
         for step, lr in enumerate(tqdm(lrs, unit="step", disable=None if ranks.is_first else True)):
             parts = session.feed.take(session.streams.parts, ahead=step + 1 < len(lrs))
-            labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
             found = torch.zeros(branches, dtype=torch.float64, device=ranks.device)
-            for i, (k, learner) in enumerate(zip(mesh.own, session.learners, strict=True)):
-                if alive[k]:
-                    session.seed_branch(i, step)
-                    inputs = [part.inputs[i] for part in parts]
-                    outcome = learner.step(inputs, labels, lr, teacher_logits=teacher_logits)
-                    found[k] = torch.where(outcome.failed, torch.inf, outcome.loss)
+            going_on = [i for i, k in enumerate(mesh.own) if alive[k]]
+            for i, outcome in session.step(going_on, parts, step, lr).items():
+                found[mesh.own[i]] = torch.where(outcome.failed, torch.inf, outcome.loss)
             together = (ranks.sum(found) / mesh.replicas).cpu().numpy()
             losses[alive, step] = together[alive]
             for k in np.flatnonzero(alive).tolist():

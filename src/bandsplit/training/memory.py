@@ -19,7 +19,7 @@ from bandsplit.distributed.ranks import Ranks
 from bandsplit.models import batch_norm, networks
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
-from bandsplit.training import optimizers
+from bandsplit.training import capture, optimizers
 from bandsplit.training.learner import Learner
 
 MIB = 2**20
@@ -36,7 +36,7 @@ class Memory:
     """Parameters and running statistics of all branches of the rank, and their EMA."""
     optimizer: int
     gradients: int
-    """Of one branch at a time; of all branches where replicas reduce them."""
+    """Of the branches that take a step at the same time; of all branches where replicas reduce them."""
     activations: int
     """What a step makes beside gradients: kept for the backward pass, or worked with."""
     bands: int
@@ -138,12 +138,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({_address(x): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-def bytes_of_bands(inputs: Iterable[Tensor], parts: int, config: RunConfig) -> int:
+def bytes_of_bands(inputs: Iterable[Tensor], parts: int, config: RunConfig, copied: bool = False) -> int:
     """Bytes of the batches of a step and of those that are prefetched.
 
-    `inputs`: of all branches, of one of `parts` equal parts that a rank takes for a step.
+    `inputs`: of all branches, of one of `parts` equal parts that a rank takes for a step; `copied`: for CUDA graphs.
     """
-    return round(_bytes(inputs) * parts * (1 + config.data.prefetch / config.grad_accum_steps))
+    return round(_bytes(inputs) * parts * (1 + copied + config.data.prefetch / config.grad_accum_steps))
 
 
 def estimate(config: RunConfig, world_size: int, groups: int, precision: Precision) -> Memory:
@@ -163,7 +163,8 @@ def estimate(config: RunConfig, world_size: int, groups: int, precision: Precisi
             found[kind] = of_branch(config, number, at_once, min(norm_over, at_once), reduced, precision)
         branches.append(found[kind])
     count = len(branches) // groups
-    ranks = [_in_turn(branches[first : first + count], reduced) for first in range(0, len(branches), count)]
+    streams = capture.overlapping(config, precision.device, world_size // groups, count)
+    ranks = [_together(branches[first : first + count], streams, reduced) for first in range(0, len(branches), count)]
     return max(ranks, key=lambda memory: memory.total)
 
 
@@ -200,7 +201,8 @@ def of_branch(
         watched = StepMemory(branch, [learner], reduced)
         with watched:
             learner.step([x] * parts, [y] * parts, lr=0.1)
-        bands = bytes_of_bands([x.half() if precision.half_bands else x], accumulated, config)
+        copied = capture.obstacle(config, precision.device, 1 + reduced) is None
+        bands = bytes_of_bands([x.half() if precision.half_bands else x], accumulated, config, copied)
         memory = watched.memory(bands)
     return replace(memory, weights=(1 + (config.train.ema_decay is not None)) * memory.weights)
 
@@ -219,14 +221,17 @@ def _hold_no_data(module: nn.Module) -> None:
             setattr(each, name, without_data(buffer))
 
 
-def _in_turn(branches: Sequence[Memory], reduced: bool) -> Memory:
-    """Branches that a rank trains in turn: activations are freed in between, and gradients if they are not reduced."""
+def _together(branches: Sequence[Memory], streams: int, reduced: bool) -> Memory:
+    """Branches of a rank, which follow each other on several streams.
+
+    On a stream, activations are freed in between, and gradients if they are not reduced.
+    """
     every = {kind: [getattr(branch, kind) for branch in branches] for kind in ("weights", "optimizer", "bands")}
-    gradients = [branch.gradients for branch in branches]
-    standing = sum(gradients) if reduced else 0
+    standing = sum(branch.gradients for branch in branches) if reduced else 0
+    turns = [branches[first::streams] for first in range(streams)]
     return Memory(
         **{kind: sum(values) for kind, values in every.items()},
-        gradients=standing or max(gradients),
-        activations=max(branch.activations for branch in branches),
-        step=standing + max(branch.step - (branch.gradients if reduced else 0) for branch in branches),
+        gradients=standing or sum(max(branch.gradients for branch in turn) for turn in turns),
+        activations=sum(max(branch.activations for branch in turn) for turn in turns),
+        step=standing + sum(max(b.step - (b.gradients if reduced else 0) for b in turn) for turn in turns),
     )

@@ -154,7 +154,7 @@ class Meter:
 
 
 def _peak_memory_mib(device: torch.device) -> float:
-    """Peak memory of this rank in MiB: allocated tensors on a GPU, resident set of the process on a CPU."""
+    """Peak memory of this rank in MiB: that of torch's allocator on a GPU, resident set of the process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
+        return torch.cuda.max_memory_reserved(device) / 2**20  # "allocated" leaves out what CUDA graphs hold
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor, nn
 from bandsplit.config import schema
 from bandsplit.errors import UserError
 from bandsplit.models.ema import EMA
+
+FUSED = ("sgd", "adam", "adamw")
+"""`optim.type` of those with a fused kernel, which takes the learning rate from the device too."""
 
 
 def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimizer:
@@ -28,7 +33,7 @@ def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimi
     match optim:
         case schema.SGD():
             sgd = torch.optim.SGD(groups, momentum=optim.momentum, nesterov=optim.nesterov, fused=True, **shared)
-            if optim.momentum or _schedule_sets_momentum(config):
+            if optim.momentum or schedule_sets_momentum(config):
                 # torch allocates these in the first step, and leaves them uninitialized where that step is skipped
                 for p in parameters:
                     sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)
@@ -50,7 +55,8 @@ def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimi
             return lamb
 
 
-def _schedule_sets_momentum(config: schema.RunConfig) -> bool:
+def schedule_sets_momentum(config: schema.RunConfig) -> bool:
+    """Whether the momentum changes from step to step."""
     return isinstance(config.schedule, schema.OneCycle) and config.schedule.momentum is not None
 
 
@@ -71,6 +77,20 @@ def step_if(optimizer: Any, condition: Tensor) -> None:
     for key, x in (parameters | state_of(optimizer)).items():
         if x.device == condition.device:  # leaves out step counters kept on the host
             x.copy_(torch.where(condition, x, before.get(key, 0)))  # new state starts at zero
+
+
+@contextmanager
+def capturable(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Context in which a CUDA graph of a step of one of FUSED can be captured; leaves its settings as they were."""
+    before = [dict(group) for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        if "capturable" in group:
+            group["capturable"] = True
+    try:
+        yield
+    finally:
+        for group, settings in zip(optimizer.param_groups, before, strict=True):
+            group.update(settings)
 
 
 def state_of(optimizer: torch.optim.Optimizer) -> dict[tuple[Tensor, str], Tensor]:

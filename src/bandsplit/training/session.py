@@ -14,7 +14,7 @@ from bandsplit import seeds
 from bandsplit.config.schema import RunConfig
 from bandsplit.data import deviations, holdout, source
 from bandsplit.data.feed import BatchFeed
-from bandsplit.data.loader import Streams, StreamState, shard_of
+from bandsplit.data.loader import Batch, Streams, StreamState, shard_of
 from bandsplit.data.source import AnyValidationLoader, Images
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
@@ -23,10 +23,11 @@ from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import parameters_of_branches
 from bandsplit.models.precision import Precision
 from bandsplit.runs.restored import Teacher
-from bandsplit.training import accumulation
+from bandsplit.training import accumulation, capture
 from bandsplit.training.active import ActiveBranches
-from bandsplit.training.learner import learners_of
+from bandsplit.training.learner import Outcome, learners_of
 from bandsplit.training.memory import StepMemory
+from bandsplit.training.steps import steps_of
 
 
 @dataclass(frozen=True)
@@ -128,6 +129,7 @@ class Session:
         self.active = ActiveBranches(plan.config, plan.ranks.is_first)
         self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
         """Number of each of this rank's branches in the full ensemble (see `split.only`)."""
+        self._step = steps_of(self.learners, plan.config, plan.mesh, self._seed_branch)
 
     @property
     def networks(self) -> nn.ModuleList:
@@ -145,7 +147,19 @@ class Session:
         reduced = self.mesh.replicas > 1
         return None if self.config.train.compile else StepMemory(self.networks, self.learners, reduced)
 
-    def seed_branch(self, i: int, step: int) -> None:
+    @property
+    def overlapping(self) -> int:
+        """How many of this rank's branches take a step at the same time."""
+        mesh = self.mesh
+        return capture.overlapping(self.config, mesh.ranks.device, mesh.replicas, len(mesh.own))
+
+    def step(
+        self, branches: Sequence[int], parts: Sequence[Batch], number: int, lr: float, momentum: float | None = None
+    ) -> dict[int, Outcome]:
+        """Step `number` of some of this rank's branches, on all parts of a batch."""
+        return self._step(branches, parts, number, lr, momentum)
+
+    def _seed_branch(self, i: int, step: int) -> None:
         """Seeds torch (dropout, stochastic depth) for a step of branch `i`, independent of other local branches."""
         purpose = f"branch {self.numbers[i]} step {step}"
         torch.manual_seed(seeds.derived(self.config.seed, purpose, self.mesh.replica))

@@ -21,9 +21,16 @@ class Train(Table):
     activation_checkpointing: bool = False
     """Whether each residual block, or stage, of a network keeps only its input and is computed again in the backward
     pass: 0.4 of ResNet-34's activations, for one more forward pass; results are the same, bit for bit on a CPU."""
+    cuda_graphs: bool = True
+    """GPU: whether a branch's step is captured as a CUDA graph and replayed, so that it does not wait for the host. Not
+    done where several ranks train a branch, with `activation_checkpointing`, `on_nonfinite = "lower_lr"`, RMSprop, LAMB
+    or a schedule of the momentum."""
+    branches_at_once: int = Field(4, ge=1)
+    """GPU: CUDA graphs that are replayed at the same time, each with memory of its own; 1: branches take turns, as
+    those with dropout always do."""
     compile: bool = False
-    """Whether torch.compile generates the code of a training step, with CUDA graphs on a GPU; takes a minute or more at
-    the start. Branches of the same kind are compiled once. Validation runs the networks as they are."""
+    """Whether torch.compile generates the code of a training step; takes a minute or more at the start. Branches of the
+    same kind are compiled once. Validation runs the networks as they are."""
     precision: Literal["auto", "fp32", "tf32", "bf16", "fp16"] = "auto"
     """`auto`: bf16 autocast on a GPU, fp32 on a CPU; `tf32`: fp32 with TF32 arithmetic on a GPU; `fp16`: autocast with
     loss scaling."""
