@@ -19,7 +19,7 @@ import pytest
 from PIL import Image
 
 from bandsplit.data import check
-from bandsplit.data.check import Verdict, examine
+from bandsplit.data.check import ON_GPU, Verdict, examine
 from tests.conftest import REPOSITORY, Done
 
 
@@ -52,6 +52,12 @@ def with_jpeg_size(jpeg: bytes, width: int, height: int) -> bytes:
     return jpeg[:place] + struct.pack(">HH", height, width) + jpeg[place + 4 :]
 
 
+def with_sampling(gray: bytes, horizontal: int, vertical: int) -> bytes:
+    """A JPEG of one component with other sampling factors, which mean nothing there."""
+    place = gray.index(b"\xff\xc0") + 11
+    return gray[:place] + bytes([16 * horizontal + vertical]) + gray[place + 1 :]
+
+
 def with_png_size(png: bytes, width: int, height: int) -> bytes:
     header = b"IHDR" + struct.pack(">II", width, height) + png[24:29]
     return png[:12] + header + struct.pack(">I", zlib.crc32(header)) + png[33:]
@@ -65,6 +71,8 @@ def good_files() -> Iterator[tuple[str, bytes, str, str, int, str]]:
     yield "baseline.jpg", encoded(rgb), "jpeg", "rgb", 0, ""
     yield "progressive.jpg", encoded(rgb, progressive=True), "jpeg", "rgb", 0, ""
     yield "gray.jpg", encoded(gray), "jpeg", "gray", 0, ""
+    yield "rgb.jpg", encoded(rgb, keep_rgb=True), "jpeg", "rgb", 0, "shown by a GPU in wrong colors"
+    yield "sampled.jpg", with_sampling(encoded(gray), 2, 2), "jpeg", "gray", 0, "shown by a GPU with a hardware decoder"
     yield "cmyk.jpg", cmyk, "jpeg", "cmyk", 0, ""
     yield "ycck.jpg", with_color_transform(cmyk, 2), "jpeg", "ycck", 0, ""
     # DALI takes the values for inverted as Adobe writes them, marker or not
@@ -116,7 +124,8 @@ def test_what_decodes_is_told_by_its_content(tmp_path: Path, decode: bool) -> No
         verdict = verdicts[name]
         assert (verdict.width, verdict.height) == pillows(content) == (130, 90)
         assert (verdict.format, verdict.color, verdict.orientation, verdict.reason) == (kind, color, orientation, "")
-        assert verdict.note.startswith(note) if note and decode else verdict.note == "", name
+        told = note and (decode or note.startswith(ON_GPU))  # the latter by its header
+        assert verdict.note.startswith(note) if told else verdict.note == "", name
         assert verdict.checksum == int.from_bytes(hashlib.sha256(content).digest()[:8], "big")
 
 

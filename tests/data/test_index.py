@@ -155,7 +155,7 @@ def test_a_damaged_index_is_made_anew(folder: Path, examined: list[str], damage:
     first, path = refresh(folder), index.place(folder.parent, "val")
     content = path.read_bytes()
     damaged = {"cut": content[: len(content) // 2], "empty": b"", "text": b"x" * 1000}
-    path.write_bytes(damaged.get(damage, content.replace(b'"version": 1', b'"version": 0')))
+    path.write_bytes(damaged.get(damage, content.replace(b'"version": 2', b'"version": 1')))
     assert refresh(folder).digest == first.digest
     assert len(examined) == 100
 

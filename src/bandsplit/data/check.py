@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import ExifTags, Image
+from PIL.JpegImagePlugin import JpegImageFile
 
 MAX_PIXELS = 2**28
 """Larger images are refused by their header: decoded they take 800 MB, and what a header promises can be a lie."""
@@ -49,6 +50,8 @@ _BEGINNINGS = {
     "bmp": b"BM",
     "tiff": b"II\\*\0|MM\0\\*",
 }
+ON_GPU = "shown by a GPU"
+"""How a note begins on what NVIDIA's decoders show otherwise than DALI's on the CPU."""
 _COMMON = ("rgb", "gray")
 """Colors that DALI and Pillow are known to agree on."""
 
@@ -71,7 +74,7 @@ class Verdict:
     reason: str = ""
     """Why it does not decode; "": it does."""
     note: str = ""
-    """How its pixels differ from Pillow's, though it decodes; "": not that one knows."""
+    """How its pixels differ from Pillow's, or on a GPU, though it decodes; "": not that one knows."""
 
     @property
     def unread(self) -> bool:
@@ -300,7 +303,20 @@ def header(content: bytes) -> Verdict:
     kind = (image.format or "").lower()
     kind = _FORMAT_NAMES.get(kind, kind)
     reason = _too_large(*image.size) or (f"DALI does not decode {kind}" if kind in _REFUSED else "")
-    return Verdict(*image.size, kind, _color(image, content), _orientation(image), checksum, reason)
+    note = _on_gpu(image) if isinstance(image, JpegImageFile) else ""
+    return Verdict(*image.size, kind, _color(image, content), _orientation(image), checksum, reason, note)
+
+
+def _on_gpu(image: JpegImageFile) -> str:
+    """What NVIDIA's decoders (DALI 2.4 on an H200) show of a JPEG; "": what others show."""
+    ids, factors = [layer[0] for layer in image.layer], [layer[1:3] for layer in image.layer]
+    # how libjpeg tells RGB from YCbCr (jdapimin.c)
+    stored = image.info.get("adobe_transform", 0 if ids == [*b"RGB"] else 1)
+    if len(ids) == 3 and "jfif" not in image.info and stored == 0:
+        return f"{ON_GPU} in wrong colors, since it is stored as RGB"
+    if len(ids) == 1 and factors != [(1, 1)]:
+        return f"{ON_GPU} with a hardware decoder as another image (sampling factors {factors[0][0]} x {factors[0][1]})"
+    return ""
 
 
 def _too_large(width: int, height: int) -> str:
@@ -403,7 +419,7 @@ class _Decoder:
         except RuntimeError as error:
             return replace(known, reason=self._cleaned(str(error), content, known))
         note = _difference(image, content, known) if known.color not in _COMMON else ""
-        return replace(known, width=image.shape[1], height=image.shape[0], reason="", note=note)
+        return replace(known, width=image.shape[1], height=image.shape[0], reason="", note=note or known.note)
 
     def _run(self, graph: str, contents: Sequence[bytes]) -> Any:
         """Raises RuntimeError if DALI does; the pipeline, which is then of no more use, is dropped."""

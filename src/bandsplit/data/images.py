@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bandsplit.config.schema import Data
 from bandsplit.data import demo, folders, index
+from bandsplit.data.check import ON_GPU
 from bandsplit.data.folders import Found
 from bandsplit.data.index import Index
 from bandsplit.errors import UserError
@@ -247,6 +248,15 @@ def log_left_out(part: str, files: ImageFiles) -> None:
     if bad:
         named = "; ".join(f"{name!r} ({reason})" for name, reason in bad[:10]) + "; …" * (len(bad) > 10)
         logger.warning("{}: left out {} of {:,} images: {}", part, len(bad), len(files.index), named)
+
+
+def log_wrong_on_gpu(part: str, files: ImageFiles) -> None:
+    """Warns of files that a GPU shows otherwise than a CPU does."""
+    notes = [] if files.index is None else files.index.notes()
+    wrong = [(name, note) for name, note in notes if note.startswith(ON_GPU)]
+    if wrong:
+        named = "; ".join(f"{name!r} ({note})" for name, note in wrong[:10]) + "; …" * (len(wrong) > 10)
+        logger.warning("{}: a GPU shows {} of {:,} images wrongly; convert them: {}", part, len(wrong), len(files), named)
 
 
 def require_few_bad(data: Data, parts: Mapping[str, ImageFiles]) -> None:

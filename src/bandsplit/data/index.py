@@ -32,7 +32,7 @@ from bandsplit.cpus import available_cpus
 from bandsplit.data import check, folders
 from bandsplit.data.folders import MISSING, OWN_FOLDER, Found
 
-VERSION = 1
+VERSION = 2
 
 LEVELS = ("off", "headers", "decode")
 """How far a file was examined; the values of `data.check`."""
@@ -125,7 +125,7 @@ class Index:
         return self._named_with("reason")
 
     def notes(self) -> list[tuple[str, str]]:
-        """Name and note of every file that is used, but decoded differently by Pillow."""
+        """Name and note of every file that is used, but decoded differently by Pillow or on a GPU."""
         return self._named_with("note")
 
     def _named_with(self, column: str) -> list[tuple[str, str]]:

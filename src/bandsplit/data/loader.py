@@ -88,6 +88,8 @@ def open_data(
     if ranks.is_first:
         for part, each in files.items():
             images.log_left_out(getattr(data, part), each)
+            if ranks.device.type == "cuda":
+                images.log_wrong_on_gpu(getattr(data, part), each)
     ranks.each(partial(images.require_few_bad, data, files))
     return files
 

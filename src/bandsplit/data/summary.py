@@ -49,7 +49,7 @@ def _part(part: str, index: Index, data: Data) -> Iterator[str]:
         yield f"  EXIF          {turned:,} images ask to be rotated or mirrored; they are used as they are stored"
     yield from _sizes(index)
     yield from _listed("left out", index.bad())
-    yield from _listed("decoded otherwise than by Pillow", index.notes())
+    yield from _listed("decoded otherwise by Pillow or on a GPU", index.notes())
 
 
 def _classes(index: Index, names: Sequence[str]) -> Iterator[str]:

@@ -11,12 +11,12 @@ from itertools import cycle
 from typing import NamedTuple
 
 import torch
+from loguru import logger
 from torch import Tensor
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
-from bandsplit.errors import UserError
 from bandsplit.training import capture, optimizers
 from bandsplit.training.learner import Learner, Outcome
 
@@ -55,7 +55,8 @@ class Graphs(InTurn):
     """Steps that are captured as a CUDA graph for each branch, and replayed on several streams.
 
     The first steps on inputs of new shapes, or of other branches, are taken in turn: cuDNN chooses its algorithms in
-    them, and code is compiled. Memory is that of as many branches as there are streams.
+    them, and code is compiled. Where capturing fails, all steps are. Memory is that of as many branches as there are
+    streams.
     """
 
     WARM_UP = 2
@@ -69,7 +70,7 @@ class Graphs(InTurn):
         self._streams = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
         self._lr = torch.zeros((), device=device)
         self._key: object = None
-        self._taken, self._is_random = 0, False
+        self._taken, self._is_random, self._is_possible = 0, False, True
         self._parts: list[Batch] = []
         """The tensors that the graphs read."""
         self._graphs: list[_Graph] = []
@@ -81,7 +82,7 @@ class Graphs(InTurn):
         if key != self._key:
             self._key, self._taken, self._is_random = key, 0, False
             self._graphs, self._parts = [], []  # frees their memory
-        if self._taken < self.WARM_UP:
+        if self._taken < self.WARM_UP or not self._is_possible:
             self._taken += 1
             generator = torch.cuda.default_generators[self._device.index or 0]
             outcomes = super().__call__(branches, parts, number, lr, momentum)
@@ -89,7 +90,14 @@ class Graphs(InTurn):
             return outcomes
         if not self._graphs:
             self._parts = [part.copied() for part in parts]
-            self._capture(branches, momentum)
+            try:
+                self._capture(branches, momentum)
+            except RuntimeError as error:
+                logger.warning("steps are not captured as CUDA graphs, and take longer: {}", str(error).splitlines()[0])
+                self._graphs, self._parts, self._is_possible = [], [], False
+                for i in branches:
+                    self._learners[i].optimizer.zero_grad(set_to_none=True)
+                return super().__call__(branches, parts, number, lr, momentum)
         theirs, own = ([x for part in each for x in _tensors(part, branches)] for each in (parts, self._parts))
         for static, x in zip(own, theirs, strict=True):
             static.copy_(x)
@@ -104,16 +112,10 @@ class Graphs(InTurn):
         for i, (stream, pool) in zip(branches, cycle(zip(streams, pools, strict=True))):
             graph, learner = torch.cuda.CUDAGraph(), self._learners[i]
             inputs = [part.inputs[i] for part in self._parts]
-            try:
-                # other threads, such as DALI's, may allocate memory meanwhile
-                captured = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
-                with optimizers.capturable(learner.optimizer), captured:
-                    outcome = learner.step(inputs, labels, self._lr, momentum, teacher_logits)
-            except RuntimeError as error:
-                raise UserError(
-                    f"train.cuda_graphs: true given; allowed: false with this model, whose step cannot be captured as "
-                    f"a CUDA graph: {error}"
-                ) from error
+            # other threads, such as DALI's, may allocate memory meanwhile
+            captured = torch.cuda.graph(graph, pool, stream, capture_error_mode="thread_local")
+            with optimizers.capturable(learner.optimizer), captured:
+                outcome = learner.step(inputs, labels, self._lr, momentum, teacher_logits)
             self._graphs.append(_Graph(i, graph, stream, outcome))
 
     def _replay(self, number: int, lr: float) -> dict[int, Outcome]:
