@@ -2,13 +2,15 @@
 
     python bench/controls.py --images FOLDER … [--work runs/controls] [--arms …] [--folds 2] [--budgets 1,2]
     python bench/controls.py --only report
+    python bench/controls.py --only report --results doc/controls/first_round.parquet
 
 An arm is a config of config/controls. A budget is a multiple of the time in which the first arm, rgb128, trains for 10
 epochs; each arm trains for as many epochs as its own time per step allows. doc/controls.md has the protocol.
 
-FOLDER: class folders; several are pooled. --work holds everything: links to the images in folds, times, runs, and the
-results, which one file for each finished run makes; what is there is not repeated, so the same command continues. On a
-cluster, script/slurm/controls.sh runs --shard I/N in each task of an array.
+FOLDER: class folders; several are pooled. --work holds everything: links to the images in folds, times, runs, and a
+result of each finished run; what is there is not repeated, so the same command continues. The report writes all results
+into one file, which --results takes on another machine with the same images. On a cluster, script/slurm/controls.sh
+runs --shard I/N in each task of an array.
 """
 
 from __future__ import annotations
@@ -30,8 +32,9 @@ import numpy as np
 import pandas as pd
 import step
 import torch
-from controls_report import BASELINE, report
+from controls_report import BASELINE, CONFIGS, FIRST, report, unpack
 from loguru import logger
+from scipy.special import softmax
 from tqdm import tqdm
 
 from bandsplit.cli import entry
@@ -45,7 +48,6 @@ from bandsplit.runs.files import replace_text
 from bandsplit.runs.predictions import Predictions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-CONFIGS = REPOSITORY / "config/controls"
 EPOCHS = 10
 """Of the baseline in budget 1."""
 FOLDS = 5
@@ -85,6 +87,9 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once, one thread each")
     parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th run, from the I-th")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="results of earlier runs: controls.parquet of a report"
+    )
     parser.add_argument("--only", choices=["prepare", "time", "train", "report"], help="one of the stages")
     arguments = parser.parse_args()
     entry.run(lambda: run(arguments))
@@ -95,6 +100,8 @@ def run(arguments: argparse.Namespace) -> None:
     arms = arguments.arms or sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "base")
     arms = sorted({*arms, BASELINE, *(TEACHERS[arm] for arm in arms if arm in TEACHERS)})
     work.mkdir(parents=True, exist_ok=True)
+    if arguments.results:
+        unpack(arguments.results, work)
     if only in (None, "prepare"):
         prepare(arguments.images, work)
     if only in (None, "time"):
@@ -157,17 +164,19 @@ def config_of(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
 def measure(arms: Sequence[str], work: Path) -> None:
     """Seconds of a step of every arm, one thread, in interleaved rounds; run it on an idle machine.
 
-    An arm of growing images is timed at each of its sizes; a distilled one with the forward pass of its teacher. With
-    new arms, all are timed again, so that all times are of one run.
+    An arm of growing images is timed at each of its sizes; a distilled one with the forward pass of its teacher. Arms
+    that are new are timed beside the baseline, and brought to its earlier time.
     """
     path = work / "times.json"
     known = times_of(work) if path.exists() else {}
-    if set(arms) <= set(known):
+    new = set(arms) - set(known)
+    if not new:
         return
+    new |= {TEACHERS[arm] for arm in new & set(TEACHERS)}
     torch.set_num_threads(1)
     subjects, sizes = [], {}
     with joined() as ranks:
-        for arm in sorted({*arms, *known}):
+        for arm in sorted({*new, BASELINE}):
             config = config_of(arm, [f"data.root={(work / 'folds/0').absolute()}"])
             sizes[arm] = sorted({config.image_size_at(epoch) for epoch in range(config.train.epochs)})
             for size in sizes[arm]:
@@ -181,7 +190,10 @@ def measure(arms: Sequence[str], work: Path) -> None:
     for arm in TEACHERS.keys() & found.keys():
         for size in found[arm]:
             found[arm][size] += float(np.median(seconds[f"{TEACHERS[arm]} {size}"]["forward"]))
-    path.write_text(json.dumps(found, indent=2) + "\n")
+    if known:
+        (before,), (now,) = known[BASELINE].values(), found[BASELINE].values()
+        found = {arm: {size: time * before / now for size, time in of.items()} for arm, of in found.items()}
+    path.write_text(json.dumps(found | known, indent=2, sort_keys=True) + "\n")
 
 
 def times_of(work: Path) -> dict[str, dict[str, float]]:
@@ -230,7 +242,7 @@ def train(
 ) -> None:
     """Trains and evaluates what has no results yet, several runs at once: learning rates first, then fold by fold."""
     choose = [Task(arm, "lr", 0.5, lr, 0) for arm in arms for lr in LRS]
-    run_all(teachers_of(choose), work, jobs, shard)
+    run_all(missing_teachers(choose, work), work, jobs, shard)
     run_all(choose, work, jobs, shard)
     rates = {arm: best_lr(arm, work) for arm in arms}
     missing = [arm for arm, lr in rates.items() if lr is None]
@@ -244,13 +256,22 @@ def train(
         for arm, rate in rates.items()
         if rate is not None
     ]
-    run_all(teachers_of(tasks), work, jobs, shard)
+    run_all(missing_teachers(tasks, work), work, jobs, shard)
     run_all(tasks, work, jobs, shard)
 
 
 def teachers_of(tasks: Sequence[Task]) -> list[Task]:
     """The runs whose logits distilled arms learn from."""
     return [replace(t, arm=TEACHERS[t.arm], budget=t.budget / 2, lr=LRS[0]) for t in tasks if t.arm in TEACHERS]
+
+
+def missing_teachers(tasks: Sequence[Task], work: Path) -> list[Task]:
+    """The teachers of runs that have no results yet; the result of one whose run is gone does not count."""
+    teachers = teachers_of([task for task in tasks if not result_of(task, work).exists()])
+    for teacher in teachers:
+        if not (work / "runs" / teacher.name / "config.toml").exists():
+            result_of(teacher, work).unlink(missing_ok=True)
+    return teachers
 
 
 def run_all(tasks: Sequence[Task], work: Path, jobs: int, shard: tuple[int, int]) -> None:
@@ -299,25 +320,36 @@ def run_one(task: Task, work: Path) -> None:
 def evaluated(
     run_dir: Path, config: RunConfig, task: Task, overrides: Sequence[str], env: dict[str, str]
 ) -> dict[str, Any]:
-    """Accuracy of the last weights by fusion, and the numbers of the images that each classifies correctly."""
-    saved = run_dir / "predictions.npz"
+    """Accuracy of the last weights by fusion; for each image its number, whether it is right and how surely."""
+    saved = run_dir / ("predictions_larger.npz" if overrides else "predictions.npz")
     fit = ["--fit-fusion"] if config.data.holdout and not overrides and task.fold != "lr" else []
     call("evaluate.py", run_dir, "--checkpoint", "last", "--save", saved, *fit, *sets(overrides), env=env)
     found = Predictions.read(saved)
     numbers = np.array([int(Path(name).stem) for name in found.names])
     correct = found.fused.classes[:, :, 0] == found.labels[:, None]
+    ways = {
+        name: {
+            "weights": weights,
+            "top1": 100 * float(correct[:, n].mean()),
+            "loss": float(found.fused.losses[:, n].mean()),
+            "correct": correct[:, n].tolist(),
+            "confidence": found.fused.confidences[:, n, 0].round(4).tolist(),
+        }
+        for n, (name, weights) in enumerate(found.fusions.items())
+    }
+    if len(found.branches) > 1 and found.logits is not None:
+        probabilities = softmax(found.logits[:, 0].astype(np.float32), axis=1)
+        ways[FIRST] = {
+            "weights": [1.0] + [0.0] * (len(found.branches) - 1),
+            "top1": 100 * float(found.branch_correct[:, 0, 0].mean()),
+            "loss": float(-np.log(probabilities[np.arange(len(numbers)), found.labels]).mean()),
+            "correct": found.branch_correct[:, 0, 0].tolist(),
+            "confidence": probabilities.max(1).round(4).tolist(),
+        }
     return {
-        "images": len(numbers),
+        "images": numbers.tolist(),
         "branch_top1": (100 * found.branch_correct[:, :, 0].mean(0)).tolist(),
-        "fusions": {
-            name: {
-                "weights": weights,
-                "top1": 100 * float(correct[:, n].mean()),
-                "loss": float(found.fused.losses[:, n].mean()),
-                "correct": numbers[correct[:, n]].tolist(),
-            }
-            for n, (name, weights) in enumerate(found.fusions.items())
-        },
+        "fusions": ways,
     }
 
 

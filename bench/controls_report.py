@@ -1,4 +1,4 @@
-"""Figure and tables of bench/controls.py, from the results of its runs alone."""
+"""Figures and tables of bench/controls.py, from the results of its runs alone, and these in one file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,10 +17,14 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
+from bandsplit.config import loading
 from bandsplit.errors import UserError
+from bandsplit.models.costs import costs_of
 from bandsplit.reporting.compare import difference_over_images
 from bandsplit.reporting.figures import STYLE, WIDTH
+from bandsplit.runs.files import reading, replace_text
 
+CONFIGS = Path(__file__).resolve().parent.parent / "config/controls"
 BASELINE = "rgb128"
 DRAWS = 500
 """Of the bootstrap of times."""
@@ -39,6 +44,24 @@ FAMILIES = {
 }  # fmt: skip
 
 
+FIRST = "first branch"
+"""In place of a fusion: what the first branch of several says alone."""
+
+CASCADES = (
+    (("rgb64", "mean"), ("rgb128", "mean")),
+    (("each_dct2d", FIRST), ("each_dct2d", "learned")),
+    (("low_wide", FIRST), ("low_wide", "learned")),
+    (("coarse2_x4", FIRST), ("coarse2_x4", "mean")),
+    (("rgb64_x4", FIRST), ("rgb64_x4", "mean")),
+)
+"""Arms and fusions: the first of a pair sees all images, the second those of which the first is unsure."""
+LOSS = 0.5
+"""Points of accuracy that a cascade may lose on the images for which its threshold is chosen."""
+
+RUN_COLUMNS = ("arm", "fold", "budget", "lr", "seed", "epochs", "steps", "seconds")
+SCORE_COLUMNS = ("weights", "top1", "loss", "correct", "confidence")
+
+
 @dataclass(frozen=True)
 class Curve:
     """A way to use an arm, at every budget at which it was trained in as many folds as the baseline."""
@@ -54,15 +77,17 @@ class Curve:
 
 
 def report(work: Path) -> None:
-    """Writes figure and tables into WORK/report. Raises UserError if the baseline has no results."""
-    curves = read(work)
+    """Writes figure, tables and results into WORK/report. Raises UserError if the baseline has no results."""
+    results = collected(work)
+    curves = read(results)
     if not any(curve.arm == BASELINE for curve in curves):
         raise UserError(f"{work / 'results'}: no results of {BASELINE}, with which all are compared")
     folder = work / "report"
     folder.mkdir(exist_ok=True)
+    results.to_parquet(folder / "controls.parquet", compression="zstd", index=False)
     frame = table(curves)
     frame.to_csv(folder / "controls.csv", index=False)
-    text = markdown(frame)
+    text = markdown(frame) + cascades(results)
     (folder / "controls.md").write_text(text, encoding="utf-8")
     with mpl.rc_context(STYLE):
         figure = draw(curves)
@@ -71,30 +96,55 @@ def report(work: Path) -> None:
     print(text)
 
 
-def read(work: Path) -> list[Curve]:
-    images = len(pd.read_csv(work / "images.csv"))
-    found: dict[tuple[str, str], dict[float, list[tuple[float, str, Correct]]]] = {}
+def collected(work: Path) -> pd.DataFrame:
+    """All results, a row for each fusion of each evaluation of each run, with the times of the arms in `attrs`."""
+    rows = []
     for path in sorted((work / "results").glob("*.json")):
         run = json.loads(path.read_text())
-        if run["fold"] == "lr":
-            continue
-        out = out_of_fold(work, run["fold"], images)
+        about = {key: value for key, value in run.items() if key != "evaluations"}
         for variant, evaluation in run["evaluations"].items():
+            shared = {"variant": variant, "branch_top1": evaluation["branch_top1"], "image": evaluation["images"]}
             for fusion, scores in evaluation["fusions"].items():
-                if fusion not in ("mean", "learned"):
-                    continue
-                several = len(evaluation["branch_top1"]) > 1
-                label = " ".join(filter(None, [run["arm"], variant, f"({fusion})" if several else ""]))
-                correct = np.where(out, 0.0, np.nan)
-                correct[scores["correct"]] = 1.0
-                runs = found.setdefault((run["arm"], label), {}).setdefault(run["budget"], [])
-                runs.append((run["seconds"], run["fold"], correct))
+                rows.append({"file": path.name, **about, **shared, "fusion": fusion, **scores})
+    frame = pd.DataFrame(rows)
+    if (work / "times.json").exists():
+        frame.attrs["times"] = json.loads((work / "times.json").read_text())
+    return frame
+
+
+def unpack(file: Path, work: Path) -> None:
+    """Writes the results and times of a report into WORK where they are missing there."""
+    with reading(file):
+        frame = pd.read_parquet(file)
+    (work / "results").mkdir(parents=True, exist_ok=True)
+    if not (work / "times.json").exists():
+        (work / "times.json").write_text(json.dumps(frame.attrs["times"], indent=2) + "\n")
+    for name, rows in frame.groupby("file"):
+        path = work / "results" / str(name)
+        if path.exists():
+            continue
+        first = rows.iloc[0]
+        run: dict[str, Any] = {key: first[key] for key in RUN_COLUMNS} | {"evaluations": {}}
+        for row in rows.itertuples():
+            shared = {"images": row.image, "branch_top1": row.branch_top1, "fusions": {}}
+            evaluation = run["evaluations"].setdefault(row.variant, shared)
+            evaluation["fusions"][row.fusion] = {key: getattr(row, key) for key in SCORE_COLUMNS}
+        replace_text(path, json.dumps(run, default=lambda value: value.tolist()) + "\n")
+
+
+def read(frame: pd.DataFrame) -> list[Curve]:
+    """The curves of all arms, from what `collected` returns."""
+    images = 1 + max(max(numbers) for numbers in frame["image"])
+    found: dict[tuple[str, str], dict[float, list[tuple[float, str, Correct]]]] = {}
+    for run in frame.itertuples():
+        if run.fold == "lr" or run.fusion not in ("mean", "learned"):
+            continue
+        several = len(run.branch_top1) > 1
+        label = " ".join(filter(None, [run.arm, run.variant, f"({run.fusion})" if several else ""]))
+        correct = np.full(images, np.nan)
+        correct[run.image] = run.correct
+        found.setdefault((run.arm, label), {}).setdefault(run.budget, []).append((run.seconds, run.fold, correct))
     return [curve_of(arm, label, budgets) for (arm, label), budgets in found.items()]
-
-
-def out_of_fold(work: Path, fold: str, images: int) -> npt.NDArray[np.bool_]:
-    """(images,), which are the validation images of a fold."""
-    return np.asarray(pd.read_csv(work / "images.csv")["fold"].to_numpy() == int(fold)).reshape(images)
 
 
 def curve_of(arm: str, label: str, budgets: dict[float, list[tuple[float, str, Correct]]]) -> Curve:
@@ -189,6 +239,63 @@ def markdown(frame: pd.DataFrame) -> str:
             lines.append(f"| {row.arm} | {row.runs} | {row.images:,} | {row.top1:.2f} | {above} | {time} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def cascades(frame: pd.DataFrame) -> str:
+    """Table of CASCADES: accuracy and multiplications against those of the second alone.
+
+    The threshold is chosen on half of the images of a fold and used on the other half, both ways.
+    """
+    lines = [
+        "",
+        "| cascade | budget | images | top-1 | above the second (95 %) | second asked | multiplications (second: 1) |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    frame = frame[(frame["fold"] != "lr") & (frame["variant"] == "")]
+    keys = ["fold", "budget", "seed"]
+    for (one, one_fusion), (two, two_fusion) in CASCADES:
+        firsts = frame[(frame["arm"] == one) & (frame["fusion"] == one_fusion)]
+        seconds = frame[(frame["arm"] == two) & (frame["fusion"] == two_fusion)]
+        pairs = firsts.merge(seconds, on=keys, suffixes=("", "_2"))
+        own, alone = (macs_of(arm, fusion) for arm, fusion in ((one, one_fusion), (two, two_fusion)))
+        if one == two:
+            alone = max(alone, own)
+        for budget, runs in pairs.groupby("budget"):
+            found = [halves(run, LOSS / 100) for run in runs.itertuples()]
+            right, other, passed = (np.concatenate(each) for each in zip(*found, strict=True))
+            mean, (low, high) = difference_over_images(right, other)
+            rest = alone - own if one == two else alone
+            cost = (own + passed.mean() * rest) / alone
+            name = f"{one}{f' ({one_fusion})' if one == two else ''} → {two}"
+            lines.append(
+                f"| {name} | {budget:g} | {len(right):,} | {100 * right.mean():.2f} | {100 * mean:+.2f} "
+                f"({100 * low:+.2f} to {100 * high:+.2f}) | {100 * passed.mean():.0f} % | {cost:.2f} |"
+            )
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
+
+
+def macs_of(arm: str, fusion: str) -> int:
+    """Multiply-accumulates of a forward pass over one validation image, of all branches or of the first."""
+    config = loading.load(CONFIGS / f"{arm}.toml")
+    each = [cost.macs[config.data.image_size] for cost in costs_of(config.with_classes(10))]
+    return each[0] if fusion == FIRST else sum(each)
+
+
+def halves(run: Any, loss: float) -> tuple[Correct, Correct, Correct]:
+    """Whether the cascade of a pair of runs is right, whether the second alone is, and whether it was asked: (N,)."""
+    order = np.argsort(run.image_2, kind="stable")[np.searchsorted(np.sort(run.image_2), run.image)]
+    sure, first = np.asarray(run.confidence), np.asarray(run.correct, float)
+    second = np.asarray(run.correct_2, float)[order]
+    right, asked, even = np.empty_like(first), np.empty_like(first), np.arange(len(first)) % 2 == 0
+    for chosen, used in ((even, ~even), (~even, even)):
+        threshold = next(
+            (t for t in np.linspace(0, 1, 201)
+             if np.where(sure >= t, first, second)[chosen].mean() >= second[chosen].mean() - loss),
+            1.0,
+        )  # fmt: skip
+        asked[used] = sure[used] < threshold
+        right[used] = np.where(asked[used] > 0, second[used], first[used])
+    return right, second, asked
 
 
 def draw(curves: Sequence[Curve]) -> Figure:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -75,7 +76,7 @@ def test_arms_train_as_long_as_the_baseline() -> None:
 def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
     fold = np.arange(1000) % 5
-    pd.DataFrame({"fold": fold}).to_csv(tmp_path / "images.csv", index=False)
+    (tmp_path / "times.json").write_text('{"rgb128": {"128": 0.5}}')
     (tmp_path / "results").mkdir()
     right: dict[tuple[str, float], list[np.typing.NDArray[np.int64]]] = {}
     for arm, rates in (("rgb128", (0.6, 0.7)), ("coarse2", (0.7, 0.8))):
@@ -84,11 +85,15 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
                 rows = np.flatnonzero(fold == number)
                 correct = rows[rng.random(200) < rate]
                 right.setdefault((arm, budget), []).append(correct)
-                fusions = {"mean": {"correct": correct.tolist()}}
+                scores = {"correct": np.isin(rows, correct).tolist(), "confidence": rng.random(200).tolist()}
                 run = {"arm": arm, "fold": str(number), "budget": budget, "seconds": 100 * budget}
-                run["evaluations"] = {"": {"branch_top1": [0], "fusions": fusions}}
+                run |= {"lr": 0.1, "seed": 0, "epochs": 3, "steps": 9}
+                fusions = {"mean": {"weights": [1.0], "top1": 1.0, "loss": 1.0, **scores}}
+                run["evaluations"] = {"": {"images": rows.tolist(), "branch_top1": [0.0], "fusions": fusions}}
                 (tmp_path / f"results/{arm}-{budget}-{number}.json").write_text(json.dumps(run))
-    frame = controls_report.table(controls_report.read(tmp_path)).set_index(["arm", "budget"])
+    frame = controls_report.table(controls_report.read(controls_report.collected(tmp_path))).set_index(
+        ["arm", "budget"]
+    )
     for key, parts in right.items():
         assert frame.loc[key, "top1"] == pytest.approx(sum(map(len, parts)) / 4)
         assert frame.loc[key, "images"] == 400
@@ -100,3 +105,24 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
     assert 0.45 < frame.loc[("coarse2", 2.0)].time_ratio < 0.65
     controls_report.report(tmp_path)
     assert (tmp_path / "report/controls.pdf").stat().st_size > 5000
+    controls_report.unpack(tmp_path / "report/controls.parquet", tmp_path / "again")
+    for path in tmp_path.glob("results/*.json"):
+        assert json.loads((tmp_path / "again/results" / path.name).read_text()) == json.loads(path.read_text())
+    assert (tmp_path / "again/times.json").read_text().split() == ["{", '"rgb128":', "{", '"128":', "0.5", "}", "}"]
+
+
+def test_a_cascade_asks_the_second_where_the_first_is_unsure() -> None:
+    """The second is always right, the first where it is sure: nothing is lost, and half of the images are enough."""
+    rng = np.random.default_rng(0)
+    image, sure = rng.permutation(4000), rng.random(4000)
+    other = rng.permutation(image)
+    run = SimpleNamespace(
+        image=image, confidence=sure, correct=sure > 0.5, image_2=other, correct_2=np.ones(4000, dtype=bool)
+    )
+    right, second, asked = controls_report.halves(run, 0.0)
+    assert right.all()
+    assert second.all()
+    assert 0.47 < asked.mean() < 0.53
+    run.correct_2 = other % 2 == 0  # in its own order
+    assert (controls_report.halves(run, 0.0)[1] == (image % 2 == 0)).all()
+    assert controls_report.halves(run, 1.0)[2].sum() == 0
