@@ -52,7 +52,9 @@ EPOCHS = 10
 """Of the baseline in budget 1."""
 FOLDS = 5
 LRS = (0.05, 0.1)
-TEACHERS = {"coarse2_distilled": "coarse2_x4", "each_distilled": BASELINE}
+TEACHERS = {"coarse2_distilled": "coarse2_x4", "each_distilled": BASELINE, "stagewise": "low"}
+TOGETHER = ("stagewise",)
+"""Arms that predict together with their teacher."""
 
 VARIANTS: dict[str, dict[str, list[str]]] = {
     "rgb80": {"at 104": ["data.val_image_size=104", "data.resize_size=116"]},
@@ -302,8 +304,9 @@ def run_one(task: Task, work: Path) -> None:
         call("train.py", "--resume", "--run-dir", run_dir, env=env)
     else:
         call("train.py", CONFIGS / f"{task.arm}.toml", "--run-dir", run_dir, *sets(keys), env=env)
+    runs = [Path(env["TEACHER"]), run_dir] if task.arm in TOGETHER else [run_dir]
     evaluations = {
-        variant: evaluated(run_dir, config, task, overrides, env)
+        variant: evaluated(runs, config, task, overrides, env)
         for variant, overrides in {"": [], **VARIANTS.get(task.arm, {})}.items()
     }
     seconds = seconds_of(task.arm, epochs, steps, times)
@@ -318,12 +321,12 @@ def run_one(task: Task, work: Path) -> None:
 
 
 def evaluated(
-    run_dir: Path, config: RunConfig, task: Task, overrides: Sequence[str], env: dict[str, str]
+    runs: Sequence[Path], config: RunConfig, task: Task, overrides: Sequence[str], env: dict[str, str]
 ) -> dict[str, Any]:
     """Accuracy of the last weights by fusion; for each image its number, whether it is right and how surely."""
-    saved = run_dir / ("predictions_larger.npz" if overrides else "predictions.npz")
+    saved = runs[-1] / ("predictions_larger.npz" if overrides else "predictions.npz")
     fit = ["--fit-fusion"] if config.data.holdout and not overrides and task.fold != "lr" else []
-    call("evaluate.py", run_dir, "--checkpoint", "last", "--save", saved, *fit, *sets(overrides), env=env)
+    call("evaluate.py", *runs, "--checkpoint", "last", "--save", saved, *fit, *sets(overrides), env=env)
     found = Predictions.read(saved)
     numbers = np.array([int(Path(name).stem) for name in found.names])
     correct = found.fused.classes[:, :, 0] == found.labels[:, None]

@@ -38,8 +38,8 @@ FAMILIES = {
         "coarse2_deep", "coarse2_growing", "coarse2_distilled", "coarse8",
     ),
     "ensembles": (
-        "each_dct2d", "each_dct1d", "each_identity", "each_distilled", "overlap", "low_wide", "coarse2_x2",
-        "coarse2_x4", "rgb64_x4",
+        "each_dct2d", "each_dct1d", "each_identity", "each_distilled", "overlap", "low_wide", "low", "stagewise",
+        "coarse2_x2", "coarse2_x4", "rgb64_x4",
     ),
 }  # fmt: skip
 

@@ -31,6 +31,19 @@ OPTIMIZERS = {
 COMMON = ["optim.lr=0.1", "optim.weight_decay=0.1"]
 
 
+def test_a_residual_branch_learns_on_top_of_the_teachers_logits(config_file: Path) -> None:
+    config = loading.load(config_file, [*COMMON, "distillation.teacher=run", "distillation.residual=true"])
+    branch, alone = network(), network()
+    (x, y), teacher_logits = batch(), torch.randn(8, 5)
+    Learner(branch, config, FP32, ALONE).step([x], [y], lr=0.1, teacher_logits=[teacher_logits])
+    optimizer = optimizers.optimizer(alone, config)
+    nn.functional.cross_entropy(alone(x) + teacher_logits, y).backward()
+    optimizer.param_groups[0]["lr"] = 0.1
+    optimizer.step()
+    for a, b in zip(branch.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_gradients_are_clipped_to_their_norm(config_file: Path) -> None:
     norms = []
     for keys in ([], ["train.clip_norm=0.01"]):

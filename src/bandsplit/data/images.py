@@ -256,7 +256,9 @@ def log_wrong_on_gpu(part: str, files: ImageFiles) -> None:
     wrong = [(name, note) for name, note in notes if note.startswith(ON_GPU)]
     if wrong:
         named = "; ".join(f"{name!r} ({note})" for name, note in wrong[:10]) + "; …" * (len(wrong) > 10)
-        logger.warning("{}: a GPU shows {} of {:,} images wrongly; convert them: {}", part, len(wrong), len(files), named)
+        logger.warning(
+            "{}: a GPU shows {} of {:,} images wrongly; convert them: {}", part, len(wrong), len(files), named
+        )
 
 
 def require_few_bad(data: Data, parts: Mapping[str, ImageFiles]) -> None:

@@ -103,14 +103,18 @@ class Learner:
         for i, (x, y, t) in enumerate(zip(inputs, labels, teacher_logits, strict=True)):
             with self._reducing_gradients(i == len(inputs) - 1):
                 with self._precision.autocast():
-                    logits = self.network(x)
-                    loss = losses.loss(logits, y, self._config.loss)
-                    if t is not None and self._config.distillation is not None:
-                        loss = losses.distilled(logits, t, loss, self._config.distillation)
-                    loss = loss / len(inputs)
+                    loss = self._loss(self.network(x), y, t) / len(inputs)
                 self._scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
             mean_loss += loss.detach()
         return mean_loss
+
+    def _loss(self, logits: Tensor, labels: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        distillation = self._config.distillation
+        if teacher_logits is None or distillation is None:
+            return losses.loss(logits, labels, self._config.loss)
+        if distillation.residual:
+            return losses.loss(logits + teacher_logits, labels, self._config.loss)
+        return losses.distilled(logits, teacher_logits, losses.loss(logits, labels, self._config.loss), distillation)
 
     def _gradient_norm(self) -> Tensor:
         """The 2-norm of the gradients, which are clipped to `train.clip_norm` if it is set.

@@ -43,6 +43,10 @@ class Distillation(Table):
     """T in the formula above."""
     weight: float = Field(1.0, gt=0)
     label_weight: float = Field(1.0, ge=0)
+    residual: bool = False
+    """Instead of the formula: [loss] of the sum of the branch's and the teacher's logits, so that the branch learns
+    what the teacher lacks (stagewise additive modeling: Friedman, Annals of Statistics 29, 2001). The prediction is
+    that of both runs: `python src/evaluate.py TEACHER RUN`."""
 
 
 class Mix(Table):
