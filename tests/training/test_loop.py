@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import signal
 from collections.abc import Callable
@@ -161,6 +162,33 @@ def test_the_end_is_reported_if_a_run_was_killed_before_it(finished: Callable[..
     assert done.returncode == 0, done.stderr
     assert "is finished" not in done.stderr
     assert_same_run(copy, finished(1))
+
+
+def test_an_extended_run_is_the_longer_run(config_file: Path, tmp_path: Path) -> None:
+    """Bit-equal with a schedule that does not depend on the epochs."""
+    keys = ("split.block=1", "schedule.type=constant", "schedule.warmup_epochs=0")
+    runs, sets = [tmp_path / "extended", tmp_path / "longer"], [x for key in keys for x in ("--set", key)]
+    for run_dir, epochs in zip(runs, (1, 2), strict=True):
+        done = run("train.py", config_file, "--run-dir", run_dir, *sets, "--set", f"train.epochs={epochs}")
+        assert done.returncode == 0, done.stderr
+    done = run("train.py", "--resume", "--run-dir", runs[0], "--set", "train.epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert "(constant) does not depend on their number: lr was 0.05 in the last step and is 0.05 now" in done.stderr
+    assert_same_run(*runs)
+    assert loading.load(runs[0] / "config.toml").train.epochs == 2
+
+
+def test_an_extended_run_says_how_far_its_lr_jumps(finished: Callable[..., Path], tmp_path: Path) -> None:
+    """The cosine of 2 epochs has ended; that of 3 epochs, after 6 of 39 steps of warm-up, is in its 20th step of 33."""
+    copy = Path(shutil.copytree(finished(1), tmp_path / "copy", symlinks=True))
+    done = run("train.py", "--resume", "--run-dir", copy, "--set", "train.epochs=3")
+    assert done.returncode == 0, done.stderr
+    last, following = (0.025 * (1 + math.cos(math.pi * at)) for at in (19 / 20, 20 / 33))
+    told = f"(cosine) is that of 3 epochs from now on: lr jumps up from {last:.3g} to {following:.3g}"
+    assert f"extended from 2 to 3 epochs; the schedule {told}" in done.stderr
+    ends = [(line["event"], line["step"]) for line in metrics(copy) if line["event"] != "train"]
+    assert ends == [("validation", 13), ("validation", 26), ("validation", 39), ("end", 39)]
+    assert metrics(copy)[: len(metrics(finished(1))) - 1] == metrics(finished(1))[:-1]
 
 
 @pytest.mark.slow

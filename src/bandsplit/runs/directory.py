@@ -69,7 +69,8 @@ class RunDirectory:
     def check(self, config: RunConfig, resume: bool) -> dict[str, dict[str, Any]]:
         """Values that the run to resume has found for keys that the config leaves open, by table and key.
 
-        Raises UserError if a new run would overwrite another, or a resumed run would change its config.
+        Raises UserError if a new run would overwrite another, or a resumed run would change its config. It may only
+        become longer, and what is in MAY_CHANGE may differ.
         """
         if not self.holds_run:
             if self.path.exists() and not self.path.is_dir():
@@ -87,6 +88,7 @@ class RunDirectory:
         before, now = (flatten(resolved(each)) for each in (began, config.with_values(found)))
         if config.data.classes is None:  # counted in the data, which are compared by name
             before.pop("data.classes", None)
+        before["train.epochs"] = max(before["train.epochs"], now["train.epochs"])
         changed = [
             f"{key} was {before.get(key, 'unset')!r}, now {now.get(key, 'unset')!r}"
             for key in sorted({*before, *now})

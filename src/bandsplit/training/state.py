@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from loguru import logger
 
+from bandsplit.config.schema import RunConfig
 from bandsplit.data import class_names, source
 from bandsplit.data.images import require_same_classes
 from bandsplit.data.loader import Streams, StreamState
@@ -19,6 +20,7 @@ from bandsplit.errors import UserError
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory, environment, resolved
 from bandsplit.runs.metrics import Metrics
+from bandsplit.training import schedules
 from bandsplit.training.active import ActiveBranches
 from bandsplit.training.meter import Meter, Progress
 from bandsplit.training.session import Plan, Session
@@ -131,6 +133,9 @@ def restore(point: ResumePoint, session: Session, meter: Meter) -> Progress:
     meter.load(point.run["losses"])
     session.active.load(point.run)
     logger.info(f"resuming after step {progress.step} (epoch {progress.epoch:.2f})")
+    began = session.config.with_values({"train": {"epochs": point.run["config"]["train"]["epochs"]}})
+    if began.train.epochs < session.config.train.epochs:
+        logger.info(_extension(began, session.config, progress.step, session.plan.steps_per_epoch))
     if not point.fits(mesh):  # running statistics per rank do not apply; keep the mean from the branch file
         logger.info(
             f"this checkpoint was written by {point.run['world_size']} ranks with {point.run['branch_groups']} branch "
@@ -144,3 +149,14 @@ def restore(point: ResumePoint, session: Session, meter: Meter) -> Progress:
     for buffer, value in zip(session.networks.buffers(), own["buffers"], strict=True):
         buffer.copy_(value)
     return progress
+
+
+def _extension(began: RunConfig, config: RunConfig, step: int, steps_per_epoch: int) -> str:
+    """What a larger `train.epochs` does to the learning rate after `step` steps."""
+    last, planned = (schedules.lr_at(s, steps_per_epoch, began) for s in (step - 1, step))
+    following = schedules.lr_at(step, steps_per_epoch, config)
+    over = f"extended from {began.train.epochs} to {config.train.epochs} epochs; the schedule ({config.schedule.type})"
+    if following == planned:
+        return f"{over} does not depend on their number: lr was {last:.3g} in the last step and is {following:.3g} now"
+    jump = "jumps up" if following > last else "goes down" if following < last else "goes on"
+    return f"{over} is that of {config.train.epochs} epochs from now on: lr {jump} from {last:.3g} to {following:.3g}"
