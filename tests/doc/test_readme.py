@@ -39,6 +39,11 @@ def in_two_epochs(command: str) -> str:
     return f"{command} --set train.epochs=2"
 
 
+def offline_in_two_epochs(command: str) -> str:
+    """Without an account of Weights & Biases."""
+    return f"WANDB_MODE=offline {in_two_epochs(command)}"
+
+
 def as_a_dry_run(command: str) -> str:
     """For commands that need eight GPUs and ImageNet: a dry run with the demo's images."""
     line = command.replace("torchrun --nproc-per-node 8", "python")
@@ -81,6 +86,8 @@ RULES: dict[str, Rule] = {
     r"python src/report\.py( --compare)?( runs/demo-\w+)+ --output runs/\w+": as_it_is,
     r"python src/report\.py runs/demo-\w+/predictions\.npz": as_it_is,
     r"python src/find_lr\.py": as_it_is,
+    r"torchrun src/train\.py --set (log\.trackers|train\.profile)=\S+ --run-dir runs/demo-\w+": offline_in_two_epochs,
+    r"python -m bandsplit\.cli\.track runs/demo-\w+ --to tensorboard": as_it_is,
     r"python src/train\.py config/train/\w+\.toml .*--dry-run.*": as_it_is,
     r"torchrun --nproc-per-node 8 src/train\.py config/train/\w+\.toml": as_a_dry_run,
     r"torchrun --nproc-per-node 8 src/train\.py --resume --run-dir runs/\w+-seed0": on_the_demo,

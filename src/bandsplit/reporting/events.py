@@ -17,9 +17,9 @@ KINDS = ("train", "validation", "end")
 def read_events(path: Path) -> tuple[list[Event], list[str]]:
     """The events of a run in order of step, and warnings for the user. Raises OSError if the file cannot be read."""
     *lines, unfinished = path.read_text(encoding="utf-8", errors="replace").split("\n")
-    parsed = [_parse(line) for line in lines]
+    parsed = [parse(line) for line in lines]
     damaged = [number for number, line in enumerate(lines, start=1) if line.strip() and parsed[number - 1] is None]
-    parsed.append(_parse(unfinished))  # an incomplete last line is still being written: no warning
+    parsed.append(parse(unfinished))  # an incomplete last line is still being written: no warning
     events = [event for event in parsed if event and event["event"] in KINDS]
     current = _without_repeated(events)
     remarks = []
@@ -31,7 +31,7 @@ def read_events(path: Path) -> tuple[list[Event], list[str]]:
     return current, [f"{path}: {remark}" for remark in remarks + _not_finite(current)]
 
 
-def _parse(line: str) -> Event | None:
+def parse(line: str) -> Event | None:
     """The event of a line; None if the line is damaged."""
     try:
         event = json.loads(line)

@@ -13,14 +13,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import seaborn as sns
-import tomli
 
 from bandsplit.errors import UserError
 from bandsplit.reporting.events import read_events
-from bandsplit.runs.directory import NO_EFFECT, flatten
-
-NEEDED = ("name", "train.epochs", "split.branches")
-"""Required keys of config.toml. All other keys only serve to group runs."""
+from bandsplit.reporting.settings import read_settings
 
 MARKERS = "osD^vP<X>p*h"
 """Of the lines of groups, so that they are told apart without color."""
@@ -140,24 +136,6 @@ def add_macs(train: pd.DataFrame, validation: pd.DataFrame, branches: Branches |
     train["macs"] = (3 * images.diff().fillna(images) * train["image_size"].map(branches.macs)).cumsum()
     if "images" in validation:
         validation["macs"] = np.interp(validation["images"].astype(float), images, train["macs"])
-
-
-def read_settings(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The configuration of a run as {"train.epochs": "90", ...}, without the seed: keys that affect results, others."""
-    try:
-        table = tomli.loads(path.read_text(encoding="utf-8"))
-    except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid TOML: {error}") from error
-    settings = {
-        key: value if isinstance(value, str) else json.dumps(value, default=str)
-        for key, value in flatten(table).items()
-    }
-    settings.pop("seed", None)
-    missing = [key for key in NEEDED if key not in settings]
-    if missing:
-        raise UserError(f"{path}: not the config of a run, {missing[0]} is missing")
-    other = {key: value for key, value in settings.items() if key.startswith(NO_EFFECT)}
-    return {key: value for key, value in settings.items() if key not in other}, other
 
 
 @dataclass(frozen=True, eq=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import re
 import socket
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from bandsplit.runs.files import make_folder, read_text, reading, replace_text, 
 NO_EFFECT = (
     "parallel.", "checkpoint.", "data.threads", "data.prefetch", "data.check", "data.on_bad", "data.max_bad",
     "data.in_memory", "data.class_names", "train.log_every", "train.activation_checkpointing", "train.cuda_graphs",
-    "train.branches_at_once", "validation.batch_size", "fusion.",
+    "train.branches_at_once", "train.profile", "validation.batch_size", "fusion.", "log.",
 )  # fmt: skip
 """Keys, or prefixes of keys, that do not affect what is computed."""
 
@@ -59,12 +60,30 @@ class RunDirectory:
         self.checkpoints = self.path / "checkpoints"
         self.logs = self.path / "logs"
         self.bad_images = self.path / "bad_images.csv"
+        self.profile = self.path / "profile"
+        """Traces of `train.profile`."""
+        self.owner = self.path / ".lock_owner"
+        """Names the process that holds the lock."""
 
     @property
     def holds_run(self) -> bool:
         """Whether there is a config.toml. Raises UserError if the folder cannot be read."""
         with reading(self.path):
             return self.config.is_file()
+
+    @property
+    def in_progress(self) -> bool:
+        """Whether a process trains here. One on another host counts as alive until it has ended by itself."""
+        named = re.match(r"process (\d+) on ([^\s,]+)", read_text(self.owner) or "")
+        if named is None:
+            return False
+        if named[2] != socket.gethostname():
+            return True
+        try:
+            state = Path(f"/proc/{named[1]}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
+        except OSError:
+            return False
+        return state.split()[0] not in "ZX"  # killed, and not yet waited for
 
     def check(self, config: RunConfig, resume: bool) -> dict[str, dict[str, Any]]:
         """Values that the run to resume has found for keys that the config leaves open, by table and key.
@@ -112,7 +131,7 @@ class RunDirectory:
     def locked(self) -> Iterator[None]:
         """Holds the lock of this directory. Raises UserError, naming the owner, if another process holds it."""
         make_folder(self.path)
-        lock, owner = FileLock(self.path / ".lock", blocking=False), self.path / ".lock_owner"
+        lock, owner = FileLock(self.path / ".lock", blocking=False), self.owner
         try:
             lock.acquire()
         except Timeout:

@@ -17,12 +17,15 @@ from bandsplit.runs.events import Events
 from bandsplit.runs.logs import logged
 from bandsplit.runs.metrics import Metrics, Stopwatch
 from bandsplit.runs.saver import Saver
+from bandsplit.tracking.launch import Followers
+from bandsplit.tracking.tracker import require
 from bandsplit.training import interruption, memory, schedules, state
 from bandsplit.training.active import held_out_losses
 from bandsplit.training.bad_images import BadImages
 from bandsplit.training.branches import describe
 from bandsplit.training.console import Console, log_finished, log_memory, log_start, log_stop
 from bandsplit.training.meter import Meter, Progress
+from bandsplit.training.profile import Profile
 from bandsplit.training.session import Plan, Session
 
 
@@ -40,6 +43,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         ExitStack() as stack,
     ):
         # ------------------------------------------------------------------ run directory, networks, data
+        ranks.from_first(partial(require, config.log.trackers))
         found = ranks.from_first(partial(directory.check, config, resume))  # before hours of examining images
         plan = Plan.of(config.with_values(found), ranks, directory.data if resume else None, lambda: interrupted.signal)
         config = plan.config
@@ -63,7 +67,11 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         watch, metrics = Stopwatch(progress.seconds), Metrics(directory.metrics)
         saver = stack.enter_context(Saver(directory.checkpoints, config, ranks))
         console = Console(session, directory, progress.step) if ranks.is_first else None
-        events = Events(metrics.write, console) if console else Events()
+        events = Events()
+        if console:
+            events = Events(metrics.write, console, Followers(directory, config.log.trackers))
+        window = config.train.profile if console else ()
+        profile = stack.enter_context(Profile(window, directory.profile, watch, ranks.device))
         bad_images = stack.enter_context(BadImages(directory.bad_images, session, events.emit, progress.step))
 
         describes = ranks.from_first(lambda: not directory.branches.exists())
@@ -89,7 +97,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
                 describes = False
             training = [i for i, k in enumerate(session.mesh.own) if active.train(k, epoch)]
             watched = session.watched_step() if console and progress.step == launched_at + 1 else None
-            with watched or nullcontext():
+            with watched or nullcontext(), profile.step(step):
                 outcomes = session.step(training, parts, step, lr, momentum)
             for i, outcome in outcomes.items():
                 meter.note(i, outcome, step)

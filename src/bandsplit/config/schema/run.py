@@ -20,7 +20,7 @@ from bandsplit.config.schema.model import Branch, Model
 from bandsplit.config.schema.optim import Optim
 from bandsplit.config.schema.schedule import Cosine, Linear, Schedule
 from bandsplit.config.schema.split import Split
-from bandsplit.config.schema.train import Checkpoint, Parallel, Train, Validation
+from bandsplit.config.schema.train import Checkpoint, Log, Parallel, Train, Validation
 from bandsplit.errors import UserError
 
 
@@ -45,6 +45,7 @@ class RunConfig(Table):
     validation: Validation = Validation()
     checkpoint: Checkpoint = Checkpoint()
     fusion: Fusion = Fusion()
+    log: Log = Log()
 
     @model_validator(mode="before")
     @classmethod
@@ -99,6 +100,9 @@ class RunConfig(Table):
             allowed = f"a multiple of train.grad_accum_steps = {self.grad_accum_steps}"
             raise mistake("train.batch_size", self.train.batch_size, allowed)
         self._check_active()
+        profile = self.train.profile
+        if profile and (len(profile) != 2 or profile[0] > profile[1]):
+            raise mistake("train.profile", list(profile), "the first step and the last, such as [20, 25]")
         if self.fusion.method != "mean" and self.data.holdout is None:
             allowed = "'mean', unless data.holdout takes images out of training, on which all others are fitted"
             raise mistake("fusion.method", self.fusion.method, allowed)

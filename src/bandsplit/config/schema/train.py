@@ -1,4 +1,4 @@
-"""[train], [parallel], [validation] and [checkpoint]."""
+"""[train], [parallel], [validation], [checkpoint] and [log]."""
 
 from __future__ import annotations
 
@@ -46,6 +46,9 @@ class Train(Table):
     Empty: all begin at once."""
     log_every: int = Field(50, ge=1)
     """Steps between lines of metrics.jsonl."""
+    profile: Annotated[tuple[Annotated[int, Field(ge=1)], ...], Field(strict=False)] = ()
+    """First and last step that torch.profiler records on rank 0, such as [20, 25]: a trace in the run directory, and a
+    table in the log. Empty: none."""
     on_nonfinite: Literal["stop", "skip", "lower_lr"] = "stop"
     """What to do when gradients of a branch are inf or NaN; they never reach its weights. `stop`: end the run, also for
     such a loss; the last good checkpoint stays. `skip`: skip the step. `lower_lr`: skip it and halve this branch's
@@ -76,3 +79,9 @@ class Checkpoint(Table):
     """Age of the last checkpoint at which another one is written; unset: no checkpoints by time."""
     keep: int = Field(2, ge=1)
     """Checkpoints to keep in addition to the best; with 2, there is a fallback if the last one is damaged."""
+
+
+class Log(Table):
+    trackers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], Field(strict=False)] = ()
+    """Who follows metrics.jsonl while the run goes on, each in a process of its own: "tensorboard" writes events into
+    the run directory, "wandb" sends to Weights & Biases, or with WANDB_MODE=offline keeps them for `wandb sync`."""

@@ -1,0 +1,35 @@
+"""Pass the metrics of a run on to TensorBoard or Weights & Biases: bandsplit track RUN --to wandb [--follow]"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bandsplit.cli import entry
+from bandsplit.tracking.tracker import TRACKERS
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--to",
+        choices=TRACKERS,
+        required=True,
+        help="tensorboard: events in RUN/tensorboard; wandb: Weights & Biases, offline with WANDB_MODE=offline",
+    )
+    parser.add_argument(
+        "--follow",
+        action="store_true",
+        help="go on until the run ends; without it, pass on what is there. What was passed on before is not repeated",
+    )
+    given = parser.parse_args(arguments)
+
+    from bandsplit.tracking import follower
+
+    print(follower.follow(given.run, given.to, given.follow))
+
+
+if __name__ == "__main__":
+    entry.run(main)

@@ -1,0 +1,108 @@
+"""A run of Weights & Biases, online or offline as WANDB_MODE says; its files are in the folder `wandb` of the run."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import secrets
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+import tomli
+import wandb
+from PIL import Image
+
+from bandsplit.errors import UserError
+from bandsplit.reporting.events import KINDS, Event
+from bandsplit.reporting.settings import read_settings
+from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.files import make_folder, read_text, replace_text
+from bandsplit.tracking.tracker import Figures, branch_numbers, scalars
+
+PROJECT = "bandsplit"
+
+
+class WandB:
+    """Sends each event once: Weights & Biases takes no step again, so of steps that are repeated the first counts.
+
+    What was sent is noted in `wandb/sent.json`; another process goes on there. Nothing is opened before there is
+    something to send. Raises UserError if the server cannot be reached or refuses.
+    """
+
+    def __init__(self, directory: RunDirectory) -> None:
+        self._directory, self._noted = directory, directory.path / "wandb" / "sent.json"
+        self._numbers = branch_numbers(directory)
+        self._id, self._sent = secrets.token_hex(4), (-1, 0)
+        with suppress(ValueError, KeyError, TypeError):
+            noted = json.loads(read_text(self._noted) or "")
+            self._id, self._sent = noted["id"], (noted["step"], KINDS.index(noted["event"]))
+        self._run: wandb.Run | None = None
+
+    def restart(self) -> None:
+        """Nothing: `log` passes over what was sent."""
+
+    def log(self, event: Event) -> None:
+        position = event["step"], KINDS.index(event["event"])
+        if position <= self._sent:
+            return
+        self._run = self._run or self._opened()
+        values = dict(scalars(event, self._numbers))
+        if event["event"] == "end":
+            self._run.summary.update(values)
+        else:
+            self._run.log(values, step=event["step"])
+        self._sent = position
+
+    def flush(self) -> None:
+        if self._run is not None:
+            step, kind = self._sent
+            replace_text(self._noted, json.dumps({"id": self._id, "step": step, "event": KINDS[kind]}) + "\n")
+
+    def finish(self, figures: Figures) -> str:
+        if self._run is None:
+            return f"{self._directory.path}: everything was sent before"
+        images = {name: wandb.Image(Image.open(io.BytesIO(png))) for name, png in figures().items()}
+        if images:
+            self._run.log({f"figures/{name}": image for name, image in images.items()}, step=self._sent[0])
+        folder = self._run.dir.removesuffix("/files")
+        told = f"{folder}: written; wandb sync {folder} sends it" if self._run.offline else f"sent: {self._run.url}"
+        try:
+            self._run.finish()
+        except wandb.Error as error:
+            raise _refused(error) from error
+        return told
+
+    def _opened(self) -> wandb.Run:
+        settings, _ = read_settings(self._directory.config)
+        make_folder(self._directory.path / "wandb")
+        try:
+            return wandb.init(
+                dir=self._directory.path,
+                id=self._id,
+                resume="allow",
+                project=os.environ.get("WANDB_PROJECT", PROJECT),
+                group=os.environ.get("WANDB_RUN_GROUP", group(settings)),
+                name=os.environ.get("WANDB_NAME", self._directory.path.absolute().name),
+                config=_config(self._directory),
+                # its output and the load of its machine are not the training's
+                settings=wandb.Settings(console="off", x_disable_stats=True, disable_git=True, disable_code=True),
+            )
+        except (wandb.Error, OSError) as error:
+            raise _refused(error) from error
+
+
+def group(settings: Mapping[str, str]) -> str:
+    """The same for runs that differ in nothing but their seed and keys without effect on results."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return f"{settings['name']}-{digest[:8]}"
+
+
+def _config(directory: RunDirectory) -> dict[str, Any]:
+    return tomli.loads(directory.config.read_text(encoding="utf-8"))
+
+
+def _refused(error: Exception) -> UserError:
+    return UserError(f"wandb: {' '.join(str(error).split())}")
