@@ -87,11 +87,7 @@ def _has_holdout(runs: Joined) -> bool:
 
 
 def _branches(runs: Joined) -> list[FittedBranch]:
-    return [
-        FittedBranch(run.config.name, run.config.seed, run.step, list(bands))
-        for run in runs.runs
-        for bands in run.config.split.groups
-    ]
+    return [branch for run in runs.runs for branch in run.fitted_branches]
 
 
 @dataclass(frozen=True, eq=False)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import torch
 import torchvision
@@ -11,7 +12,6 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import StochasticDepth
 
-from bandsplit.config import schema
 from bandsplit.errors import UserError
 from bandsplit.models.recomputation import Stages, run
 
@@ -19,7 +19,30 @@ SMALLEST = {"alexnet": 63, "vgg16": 32, "vgg16_bn": 32, "inception_v3": 75}
 """Smallest side of the inputs in pixels; torchvision's other architectures have no minimum."""
 
 
-def build(config: schema.Model, in_channels: int, classes: int, size: int) -> nn.Module:
+class Architecture(Protocol):
+    """What a network is built from: the keys of [model], which an exported file has too."""
+
+    @property
+    def source(self) -> str: ...
+    @property
+    def arch(self) -> str: ...
+    @property
+    def width(self) -> float: ...
+    @property
+    def stem(self) -> str: ...
+    @property
+    def tweaks(self) -> Sequence[str]: ...
+    @property
+    def zero_gamma(self) -> bool: ...
+    @property
+    def drop_path(self) -> float: ...
+    @property
+    def dropout(self) -> float | None: ...
+    @property
+    def init(self) -> str: ...
+
+
+def build(config: Architecture, in_channels: int, classes: int, size: int) -> nn.Module:
     """Builds a network (B, in_channels, size, size) -> logits (B, classes), initialized from torch's random state.
 
     Raises UserError if the architecture needs larger inputs, or if timm cannot be imported or cannot build it.
@@ -36,7 +59,7 @@ def build(config: schema.Model, in_channels: int, classes: int, size: int) -> nn
     return network
 
 
-def require_size(config: schema.Model, size: int) -> None:
+def require_size(config: Architecture, size: int) -> None:
     """Raises UserError if a torchvision architecture needs inputs larger than size x size."""
     if config.source == "torchvision" and size < SMALLEST.get(config.arch, 1):
         raise _too_small(config.arch, SMALLEST[config.arch], size)
@@ -124,7 +147,7 @@ class _ResNet(ResNet):
     resnet50 with tweaks b, c and d is timm's resnet50d. Tweaks: He et al., *Bag of Tricks* (CVPR 2019), section 4.
     """
 
-    def __init__(self, config: schema.Model, in_channels: int, classes: int) -> None:
+    def __init__(self, config: Architecture, in_channels: int, classes: int) -> None:
         block, layers = _RESNETS[config.arch]
         self.width, self.tweaks, self.recompute = config.width, config.tweaks, False
         super().__init__(block, layers, num_classes=classes)
@@ -200,7 +223,7 @@ class _ResNet(ResNet):
 # ------------------------------------------------------------------------- other torchvision architectures
 
 
-def _of_torchvision(config: schema.Model, in_channels: int, classes: int, size: int) -> nn.Module:
+def _of_torchvision(config: Architecture, in_channels: int, classes: int, size: int) -> nn.Module:
     """Builds AlexNet, VGG, MobileNet or Inception; adapts it on the meta device, then initializes the weights."""
     options: dict[str, Any] = {} if config.dropout is None else {"dropout": config.dropout}
     if config.arch.startswith("mobilenet"):
@@ -296,7 +319,7 @@ def _refusal(network: nn.Module, in_channels: int, size: int) -> Exception | Non
 # ---------------------------------------------------------------------------------------------------- initialization
 
 
-def _initialize(network: nn.Module, config: schema.Model) -> None:
+def _initialize(network: nn.Module, config: Architecture) -> None:
     """Applies `model.init` and `model.zero_gamma` over the architecture's default initialization."""
     if config.init != "default":
         for module in network.modules():

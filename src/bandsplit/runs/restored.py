@@ -18,6 +18,7 @@ from bandsplit.models.precision import Precision
 from bandsplit.paths import expanded
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory, flatten, resolved
+from bandsplit.runs.fitted import FittedBranch
 from bandsplit.spectral.view import View
 
 TRAINED = ("model.", "branch", "split.", "data.classes", "data.mean", "data.std", "data.holdout", "seed")
@@ -61,6 +62,12 @@ class Restored:
             reason = str(error).strip().splitlines()[-1].strip()
             raise UserError(f"{folder}: these weights do not fit the networks of the config: {reason}") from error
         return cls(run_dir, config, ensemble, folder, run["progress"]["step"], run["classes"], run["data"])
+
+    @property
+    def fitted_branches(self) -> list[FittedBranch]:
+        """The branches as fusion.json names them."""
+        config = self.config
+        return [FittedBranch(config.name, config.seed, self.step, list(bands)) for bands in config.split.groups]
 
     def require_classes(self, found: Sequence[str], where: str) -> None:
         """Raises UserError if its class names differ from those `found` in `where`."""

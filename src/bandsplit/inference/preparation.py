@@ -1,0 +1,84 @@
+"""From an image file, a Pillow image, an array or a tensor to the crop that a validation image would give."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
+
+from bandsplit.errors import UserError
+from bandsplit.inference.description import Description
+
+Source = str | Path | Image.Image | npt.NDArray[np.generic] | Tensor
+"""A file, a Pillow image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (1, H, W); RGB, or gray.
+
+Arrays and tensors are uint8 from 0 to 255, or floating point from 0 to 1.
+"""
+
+_MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
+
+
+def pixels(image: Source) -> Tensor:
+    """The image as (3, H, W), RGB; uint8, or float32 from 0 to 1.  A file is not rotated by EXIF, as in training.
+
+    Raises UserError if a file cannot be read or decoded, and ValueError if an array or tensor is not as in `Source`.
+    """
+    if isinstance(image, str | Path):
+        image = _decoded(Path(image))
+    if isinstance(image, Image.Image):
+        image = np.asarray(_rgb(image))
+    if isinstance(image, np.ndarray):
+        tensor = torch.from_numpy(np.array(image))
+        tensor = tensor[None] if tensor.ndim == 2 else tensor.movedim(-1, 0)
+    else:
+        tensor = image
+    if tensor.ndim != 3 or tensor.shape[0] not in (1, 3) or not tensor.numel():
+        raise ValueError(
+            f"image of shape {tuple(image.shape)}: expected an array (H, W, 3) or (H, W), or a tensor (3, H, W)"
+        )
+    if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
+        raise ValueError(f"image of dtype {image.dtype}: expected uint8 from 0 to 255, or floating point from 0 to 1")
+    return (tensor if tensor.dtype == torch.uint8 else tensor.float()).expand(3, -1, -1)
+
+
+def prepared(image: Source, description: Description) -> Tensor:
+    """The center crop of the resized image, (3, val_size, val_size), as DALI makes it in validation.
+
+    Raises UserError and ValueError as `pixels` does.
+    """
+    full = pixels(image)
+    height, width = full.shape[-2:]
+    scale = description.resize_size / min(height, width)
+    resized = transforms.resize(
+        full, [_round(height * scale), _round(width * scale)], _MODES[description.interpolation], antialias=True
+    )
+    top, left = (_round((side - description.val_size) / 2) for side in resized.shape[-2:])
+    crop: Tensor = resized[:, top : top + description.val_size, left : left + description.val_size]
+    return crop.clamp(0, 1) if crop.is_floating_point() else crop  # bicubic overshoots
+
+
+def _decoded(path: Path) -> Image.Image:
+    try:
+        with Image.open(path) as image:
+            return _rgb(image)
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
+        raise UserError(f"{path}: cannot be read as an image: {reason}") from error
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # convert would clip it
+        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    return image.convert("RGB")
+
+
+def _round(x: float) -> int:
+    """Half up, as DALI rounds sides and places."""
+    return math.floor(x + 0.5)

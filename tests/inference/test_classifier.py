@@ -1,0 +1,276 @@
+"""A trained model without DALI: same bands and logits as in validation, whatever the image comes as."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import bandsplit
+from bandsplit.data import pipeline
+from bandsplit.data.loader import ValidationLoader
+from bandsplit.data.pipeline import Shard
+from bandsplit.errors import UserError
+from bandsplit.inference import preparation, weights
+from bandsplit.inference.classifier import Classifier
+from bandsplit.models.fusion import Fusion
+from bandsplit.runs.fitted import FILE, Fitted, HeldOut
+from tests.conftest import image_files
+from tests.inference.models import classifier, restored
+
+SPLITS = [
+    ["split.block=1"],
+    ["split.block=2", "split.transform=hadamard", "model.stem=small"],
+    ["split.block=4", "split.transform=dct1d", "split.norm=none", "split.branches=[[3, 0], [15, 3, 7]]"],
+    ["split.block=2", "split.scale=0.5", "split.sigma=[8, 1, 0.5, 0.25]", "split.branches=all", "split.only=[0]"],
+]
+
+
+def photograph(height: int, width: int, seed: int = 0) -> Image.Image:
+    """Smooth random colors, as resizing filters differ in noise."""
+    coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
+
+
+@pytest.mark.parametrize("overrides", SPLITS, ids=" ".join)
+def test_bands_and_logits_are_those_of_validation(config_file: Path, tmp_path: Path, overrides: list[str]) -> None:
+    """On images whose shorter side is data.resize_size already, so that neither resizes."""
+    for i, (height, width) in enumerate([(40, 40), (40, 53), (71, 40)]):
+        path = tmp_path / "val" / "ab"[i % 2] / f"{i}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        photograph(height, width, i).save(path)
+    run, model = restored(config_file, *overrides), classifier(config_file, *overrides)
+    files = image_files(tmp_path / "val")
+    (batch,) = ValidationLoader(run.config, files, Shard(0, 1, 3, threads=1, device_id=None))
+    crops = torch.stack([preparation.prepared(path, model.description) for path in files.paths])
+    assert crops.dtype == torch.uint8
+    for ours, theirs in zip(model.inputs(crops), batch.inputs, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-4)
+    with torch.no_grad():
+        logits = run.ensemble(batch.inputs)
+        torch.testing.assert_close(model.branch_logits(crops / 255), logits, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(model(crops), logits.mean(0), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("size", "filter"), [((53, 91), "bilinear"), ((200, 151), "bilinear"), ((91, 53), "bicubic")])
+def test_resized_images_are_those_of_validation(
+    config_file: Path, tmp_path: Path, size: tuple[int, int], filter: str
+) -> None:
+    """The longer side and the place of the crop are rounded alike; otherwise images would be shifted."""
+    keys = ["split.block=1", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]", f"data.interpolation={filter}"]
+    model = classifier(config_file, *keys)
+    for name in ("a", "b"):
+        path = tmp_path / "val" / name / "image.png"
+        path.parent.mkdir(parents=True)
+        photograph(*size).save(path)
+    run, files = restored(config_file, *keys), image_files(tmp_path / "val")
+    assert pipeline.has_operator("cpu")
+    (batch,) = ValidationLoader(run.config, files, Shard(0, 1, 2, threads=1, device_id=None))
+    ours = preparation.prepared(files.paths[0], model.description).float()
+    difference = (ours - batch.inputs[0][0]).abs()
+    assert difference.mean() < 0.5
+    assert difference.max() <= 3
+
+
+def test_whatever_an_image_comes_as(config_file: Path, tmp_path: Path) -> None:
+    model = classifier(config_file)
+    image = photograph(50, 70)
+    path = tmp_path / "image.png"
+    image.save(path)
+    array = np.asarray(image)
+    tensor = torch.from_numpy(array.copy()).movedim(-1, 0)
+    wanted = model.predict(image)
+    assert [model.predict(each) for each in (path, str(path), array, tensor)] == [wanted] * 4
+    of_float, of_gray = model.predict(tensor / 255), model.predict(image.convert("L"))
+    assert of_float.top[0].label == wanted.top[0].label
+    assert of_float.top[0].confidence == pytest.approx(wanted.top[0].confidence, abs=1e-2)
+    assert of_gray == model.predict(np.asarray(image.convert("L")))
+    assert [each.top[0].label for each in model.predict([tensor / 255, image])] == [wanted.top[0].label] * 2
+    sixteen = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
+    assert model.predict(sixteen) == of_gray
+    for wrong in (np.zeros((3, 50, 70, 1)), torch.zeros(4, 5, 5), np.zeros((50, 70, 3), dtype=np.int64)):
+        with pytest.raises(ValueError, match="image of"):
+            model.predict(wrong)
+
+
+def test_confidences_are_those_of_the_softmax(config_file: Path) -> None:
+    model = classifier(config_file)
+    images = [photograph(48, 60, seed) for seed in range(3)]
+    crops = torch.stack([preparation.prepared(image, model.description) for image in images])
+    with torch.no_grad():
+        logits = model.branch_logits(crops)
+    for i, prediction in enumerate(model.predict(images, k=99)):
+        assert len(prediction.top) == len(model.classes) == 10
+        assert sum(guess.confidence for guess in prediction.top) == pytest.approx(1)
+        assert [guess.label for guess in prediction.top] == logits.mean(0)[i].argsort(descending=True).tolist()
+        assert [vote.label for vote in prediction.votes] == logits[:, i].argmax(-1).tolist()
+        assert prediction.votes[0].confidence == pytest.approx(logits[0, i].softmax(-1).max().item(), rel=1e-5)
+        assert prediction.top[0].name == model.names[prediction.top[0].label]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["model.arch=resnet50", 'model.tweaks=["b", "c", "d"]', "model.drop_path=0.1", "model.zero_gamma=true"],
+        ["model.arch=alexnet", "model.width=1", "data.image_size=128", "data.resize_size=128", "model.dropout=0.2"],
+        ["model.arch=mobilenet_v3_small", "split.branches=[[0, 1, 2, 3], [0]]", "train.precision=fp32"],
+        ["model.source=timm", "model.arch=test_vit", "model.width=1", "data.image_size=64", "data.resize_size=64"],
+    ],
+    ids=lambda overrides: overrides[0] if "timm" not in overrides[0] else overrides[1],
+)
+def test_an_exported_file_is_the_model(config_file: Path, tmp_path: Path, overrides: list[str]) -> None:
+    """The same weights, with float16 but for its rounding. Random numbers of the process are not touched."""
+    model, path = classifier(config_file, *overrides), tmp_path / "model.safetensors"
+    images = torch.rand(2, 3, model.description.val_size, model.description.val_size)
+    weights.write(model, path)
+    state = torch.get_rng_state()
+    again = bandsplit.load(path)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert again.description == model.description
+    assert all(torch.equal(x, model.state_dict()[key]) for key, x in again.state_dict().items())
+    with torch.no_grad():
+        torch.testing.assert_close(again(images), model(images), rtol=1e-5, atol=1e-6)
+    half = tmp_path / "half.safetensors"
+    weights.write(model, half, torch.float16)
+    assert half.stat().st_size < 0.6 * path.stat().st_size
+    for key, x in bandsplit.load(half).state_dict().items():
+        torch.testing.assert_close(x, model.state_dict()[key], rtol=1e-3, atol=1e-7)
+
+
+def test_the_fusion_of_a_run(config_file: Path) -> None:
+    run = restored(config_file)
+    fusions = {"learned": Fusion([0.5, 0.25, 0.0, 2.0], 1.0, 50.0)}
+    Fitted(run.fitted_branches, HeldOut(1, 1, 1, 0, ""), fusions).write(run.checkpoint / FILE)
+    from bandsplit.inference.of_run import describe
+
+    model = Classifier(describe(run, "learned"), run.ensemble.state_dict())
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        z = model.branch_logits(images)
+        torch.testing.assert_close(model(images), 0.5 * z[0] + 0.25 * z[1] + 2 * z[3])
+    some = model.description.only([3, 0])
+    assert (some.weights, [branch.bands for branch in some.branches]) == ((2.0, 0.5), [(3,), (0,)])
+    assert classifier(config_file).description.only([1, 2]).weights == (0.5, 0.5)
+    for numbers in ([], [4], [1, 1], [2]):
+        with pytest.raises(UserError, match="--branches"):
+            model.description.only(numbers)
+    with pytest.raises(UserError, match="fusion 'rank'.*--fit-fusion"):
+        describe(run, "rank")
+
+
+def test_what_is_no_model_is_named(config_file: Path, tmp_path: Path) -> None:
+    path, text = tmp_path / "model.safetensors", tmp_path / "notes.txt"
+    weights.write(classifier(config_file), path)
+    text.write_text("no model")
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(path.read_bytes()[:-100])
+    for where, what in [(tmp_path / "nowhere", "no such model"), (text, "not a safetensors file"), (cut, "damaged")]:
+        with pytest.raises(UserError, match=f"{where}.*{what}"):
+            bandsplit.load(where)
+    with pytest.raises(UserError, match="exported model has one checkpoint"):
+        bandsplit.load(path, checkpoint="last")
+    with pytest.raises(UserError, match=r"notes\.txt: cannot be read as an image"):
+        bandsplit.load(path).predict([photograph(40, 40), text])
+
+
+def test_an_exported_model_needs_neither_dali_nor_the_config(config_file: Path, tmp_path: Path) -> None:
+    path, image = tmp_path / "model.safetensors", tmp_path / "image.jpg"
+    model = classifier(config_file)
+    weights.write(model, path)
+    photograph(50, 60).save(image)
+    program = f"""
+import sys
+import bandsplit
+assert "torch" not in sys.modules  # `import bandsplit` alone is light
+model = bandsplit.load({str(path)!r})
+print([(guess.name, guess.confidence) for guess in model.predict({str(image)!r}).top])
+left_out = {{"nvidia.dali", "pydantic", "tomli", "tomli_w", "loguru", "pandas", "pyarrow", "scipy"}}
+print(sorted(left_out & set(sys.modules)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    guesses, left_out = done.stdout.splitlines()
+    assert_same(guesses, model, image)
+    assert left_out == "[]"
+
+
+def assert_same(printed: str, model: Classifier, image: Path) -> None:
+    """Names and confidences that another process has printed."""
+    guesses = ast.literal_eval(printed)
+    assert guesses == [(guess.name, pytest.approx(guess.confidence, rel=1e-5)) for guess in model.predict(image).top]
+
+
+@pytest.mark.slow
+def test_four_packages_suffice(config_file: Path, tmp_path: Path) -> None:
+    """An environment with torch, torchvision, einops, safetensors and what these need themselves."""
+    from importlib import metadata
+
+    from packaging.requirements import Requirement
+
+    site = tmp_path / "site"
+    site.mkdir()
+    wanted, seen = ["torch", "torchvision", "einops", "safetensors"], set[str]()
+    while wanted:
+        name = wanted.pop().lower().replace("_", "-")
+        if name in seen:
+            continue
+        seen.add(name)
+        distribution = metadata.distribution(name)
+        needs = [Requirement(text) for text in distribution.requires or []]
+        wanted += [each.name for each in needs if each.marker is None or each.marker.evaluate({"extra": ""})]
+        for top in {Path(str(file)).parts[0] for file in distribution.files or []} - {".."}:
+            link(Path(str(distribution.locate_file(top))), site / top)
+    (site / "bandsplit").symlink_to(Path(bandsplit.__file__).parent)
+    assert not {"pydantic", "nvidia-dali-cuda120", "pandas", "pyarrow", "loguru", "tomli", "scipy", "tqdm"} & seen
+    path, image = tmp_path / "model.safetensors", tmp_path / "image.jpg"
+    model = classifier(config_file)
+    weights.write(model, path)
+    photograph(50, 60).save(image)
+    program = f"""
+import sys
+sys.path.insert(0, {str(site)!r})
+import bandsplit
+print([(guess.name, guess.confidence) for guess in bandsplit.load({str(path)!r}).predict({str(image)!r}).top])
+for name in ("pydantic", "nvidia.dali"):
+    try:
+        __import__(name)
+    except ImportError:
+        continue
+    raise SystemExit(f"{{name}} is there")
+"""
+    done = subprocess.run([sys.executable, "-I", "-S", "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(done.stdout, model, image)
+
+
+def link(source: Path, place: Path) -> None:
+    """Links a package into a folder; `nvidia` is one folder of many distributions, of which DALI is none of these."""
+    if source.name == "nvidia":
+        place.mkdir(exist_ok=True)
+        for part in source.iterdir():
+            if part.name != "dali" and not (place / part.name).exists():
+                (place / part.name).symlink_to(part)
+    elif source.exists() and not place.exists():
+        place.symlink_to(source)
+
+
+def test_the_folder_of_the_hub(config_file: Path, tmp_path: Path) -> None:
+    """Without a network: saved and loaded as a folder, also with `load`, where huggingface_hub need not be there."""
+    pytest.importorskip("huggingface_hub", reason="the extra `hub` is not installed")
+    from bandsplit.inference.hub import HubClassifier
+
+    plain = tmp_path / "model.safetensors"
+    model = classifier(config_file)
+    weights.write(model, plain)
+    HubClassifier.load(plain).save_pretrained(tmp_path / "saved")
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        for again in (HubClassifier.from_pretrained(tmp_path / "saved"), bandsplit.load(tmp_path / "saved")):
+            torch.testing.assert_close(again(images), model(images), rtol=1e-5, atol=1e-6)
+            assert again.description == model.description
