@@ -26,6 +26,16 @@ def add_set(parser: ArgumentParser) -> None:
     )
 
 
+def add_checkpoint(parser: ArgumentParser) -> None:
+    """Adds --checkpoint and --fusion, of a run that a model is loaded from."""
+    parser.add_argument("--checkpoint", default="best", help="of a run: best, last or a step number (default: best)")
+    parser.add_argument(
+        "--fusion",
+        choices=["mean", "rank", "learned", "temperature", "drop"],
+        help="of a run: how logits are fused; all but mean must be fitted (default: fusion.method of its config)",
+    )
+
+
 def count(text: str) -> int:
     """The type of an option that takes a positive integer."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):

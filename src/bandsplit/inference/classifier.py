@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, overload
+from typing import Any, Self, overload
 
 import torch
 from torch import Tensor, nn
@@ -85,6 +85,20 @@ class Classifier(nn.Module):
         """The bands that each branch reads."""
         return tuple(branch.bands for branch in self.description.branches)
 
+    def only(self, numbers: Sequence[int]) -> Self:
+        """The model of some branches, by their numbers in the run, as `Description.only` fuses them.
+
+        It shares their weights. Raises UserError as `Description.only` does.
+        """
+        description = self.description.only(numbers)
+        places = [self.description.branches.index(branch) for branch in description.branches]
+        state = {
+            f"branches.{i}.{key}": x
+            for i, place in enumerate(places)
+            for key, x in self.branches[place].state_dict().items()
+        }
+        return type(self)(description, state)
+
     def forward(self, images: Tensor) -> Tensor:
         """Fused logits (B, classes), float32, of images as `split` takes them."""
         return self.fuse(self.branch_logits(images))
@@ -139,17 +153,24 @@ class Classifier(nn.Module):
 
         Raises UserError if a file cannot be read, and ValueError if an array or tensor is no image.
         """
-        if isinstance(images, list | tuple):
-            return [each for some in _chunks(images) for each in self._predicted(some, k)]
-        return self._predicted([images], k)[0]
+        if not isinstance(images, list | tuple):
+            return self.predict([images], k)[0]
+        return [
+            prediction
+            for first in range(0, len(images), BATCH)
+            for prediction in self.predict_prepared(
+                [prepared(image, self.description) for image in images[first : first + BATCH]], k
+            )
+        ]
 
-    def _predicted(self, images: Sequence[Source], k: int) -> list[Prediction]:
-        device = self.weights.device
-        crops = [prepared(image, self.description) for image in images]
+    def predict_prepared(self, crops: Sequence[Tensor], k: int = 5) -> list[Prediction]:
+        """Classifies crops of `preparation.prepared` at once."""
+        if not crops:
+            return []
         same = len({crop.dtype for crop in crops}) == 1
-        batch = torch.stack(crops if same else [_as_float(crop) for crop in crops])
+        batch = torch.stack([crop if same or crop.is_floating_point() else crop / 255 for crop in crops])
         with torch.inference_mode():
-            return self.predictions(self.branch_logits(batch.to(device)), k)
+            return self.predictions(self.branch_logits(batch.to(self.weights.device)), k)
 
     def predictions(self, logits: Tensor, k: int = 5) -> list[Prediction]:
         """The predictions for B images, from the logits (branches, B, classes) of their branches."""
@@ -172,11 +193,3 @@ def _built(branch: Branch, description: Description) -> nn.Module:
     device = torch.device("meta" if branch.network.source == "torchvision" else "cpu")
     with torch.random.fork_rng(devices=[]), device:
         return networks.build(branch.network, 3 * len(branch.bands), len(description.classes), size)
-
-
-def _chunks(images: Sequence[Source]) -> Iterator[Sequence[Source]]:
-    return (images[i : i + BATCH] for i in range(0, len(images), BATCH))
-
-
-def _as_float(crop: Tensor) -> Tensor:
-    return crop if crop.is_floating_point() else crop.float() / 255

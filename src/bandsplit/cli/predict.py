@@ -1,0 +1,26 @@
+"""Classify images with a trained model: bandsplit predict RUN|FILE.safetensors IMAGE|FOLDER …"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bandsplit.cli import options
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("model", type=Path, help="run directory, or a file of `bandsplit export`")
+    parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of images")
+    parser.add_argument("-k", type=options.count, default=5, help="how many of the likeliest classes to tell (5)")
+    options.add_checkpoint(parser)
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the predictions as JSON; - is standard output")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the predictions as CSV; - is standard output")
+    parser.add_argument("--batch-size", type=options.count, default=64, help="images that are classified at once (64)")
+    parser.add_argument("--device", help="cpu or cuda (default: a GPU if there is one)")
+    given = parser.parse_args(arguments)
+
+    from bandsplit.inference.request import Request, predict
+
+    predict(Request(**vars(given)))
