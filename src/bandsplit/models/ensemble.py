@@ -40,7 +40,9 @@ def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Modu
         torch.manual_seed(seeds.derived(config.seed, "weights", k))
         model, block = config.model_of(k), config.split.block
         networks.require_size(model, config.image_size_at(0) // block)
-        return networks.build(model, in_channels, config.classes, config.data.image_size // block)
+        network = networks.build(model, in_channels, config.classes, config.data.image_size // block)
+    networks.freeze(network, config.train.freeze)
+    return network
 
 
 def parameters_of_branches(config: schema.RunConfig) -> list[int]:

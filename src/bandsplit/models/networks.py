@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 import torchvision
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torchvision.models.resnet import BasicBlock, Bottleneck, ResNet
 from torchvision.ops import StochasticDepth
 
@@ -67,6 +68,67 @@ def require_size(config: Architecture, size: int) -> None:
 
 def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
+
+
+def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d]:
+    """The convolution that reads the input, and its name."""
+    return next((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d))
+
+
+def head_of(network: nn.Module) -> str:
+    """Name of the last fully connected layer, whose outputs are the logits."""
+    names: list[str] = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return names[-1]
+
+
+def freeze(network: nn.Module, parts: Sequence[str]) -> None:
+    """Excludes modules and parameters of these names from training.
+
+    Raises UserError if the network has no such part, or if nothing is left to train.
+    """
+    for part in parts:
+        own = [p for name, p in network.named_parameters() if f"{name}.".startswith(f"{part}.")]
+        if not own:
+            names = ", ".join(name for name, module in network.named_children() if count_parameters(module))
+            raise UserError(f"train.freeze: {part!r} given; allowed: {names}, or parts of these such as layer1.0.conv1")
+        for parameter in own:
+            parameter.requires_grad_(False)
+    if not any(p.requires_grad for p in network.parameters()):
+        raise UserError(f"train.freeze: {list(parts)} given, which leaves nothing to train")
+
+
+def frozen_modules(network: nn.Module) -> list[nn.Module]:
+    """Modules without a parameter that is trained, but with some that are not."""
+    owned = [(module, list(module.parameters())) for module in network.modules()]
+    return [module for module, own in owned if own and not any(p.requires_grad for p in own)]
+
+
+def layers_of(network: nn.Module) -> dict[str, int]:
+    """Number of the layer of each parameter, from 0 at the input, for `optim.layer_decay`.
+
+    timm's networks bring theirs. In others these are the stem, residual blocks, single convolutions and fully connected
+    layers, in their order; a norm belongs to the layer before it. For ResNets these are timm's too.
+    """
+    network_of_timm: Any = network
+    if hasattr(network, "group_matcher"):
+        layers: dict[str, int] = importlib.import_module("timm.models").group_parameters(
+            network, network_of_timm.group_matcher(coarse=False), reverse=True
+        )
+        return layers
+    layers, number = {}, -1
+    for name, module in _layers(network):
+        number += not isinstance(module, _BatchNorm)
+        layers |= {parameter: number for parameter, _ in module.named_parameters(prefix=name)}
+    return layers
+
+
+def _layers(module: nn.Module, above: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Children with parameters, and in the place of a Sequential, but for the stem of a ResNet, its own."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Sequential) and not (isinstance(module, _ResNet) and name == "conv1"):
+            yield from _layers(child, f"{above}{name}.")
+        elif count_parameters(child):
+            yield above + name, child
 
 
 def recompute(network: Any) -> None:
@@ -233,7 +295,7 @@ def _of_torchvision(config: Architecture, in_channels: int, classes: int, size: 
     device = torch.get_default_device()
     with torch.device("meta"):
         network: nn.Module = torchvision.models.get_model(config.arch, weights=None, num_classes=classes, **options)
-        name, old = next((n, m) for n, m in network.named_modules() if isinstance(m, nn.Conv2d))
+        name, old = first_convolution(network)
         network.set_submodule(name, _with_in_channels(old, in_channels))
         if config.arch.startswith(("alexnet", "vgg")):
             _fit_classifier(network, in_channels, size)

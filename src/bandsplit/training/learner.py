@@ -44,6 +44,7 @@ class Learner:
         """`optimizers.make_ema` of the branch, or None."""
         self.lr_factor = 1.0
         """Below 1 where `train.on_nonfinite = "lower_lr"` has lowered the learning rate."""
+        self._frozen = networks.frozen_modules(branch)
         self._module, self._replicated = branch, mesh.replicate(branch)
         self.network = compiled(self._replicated, config, mesh) if config.train.compile else self._replicated
         """The branch as it is trained: with gradients averaged over its replicas, and compiled with `train.compile`."""
@@ -72,6 +73,8 @@ class Learner:
         `train.on_nonfinite` "skip" or "lower_lr" they do not change either.
         """
         self._set(lr * self.lr_factor, momentum)
+        for module in self._frozen:
+            module.eval()
         torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # CUDA graphs may reuse all memory
         statistics = None if self._on_nonfinite == "stop" else _Buffers(self._module)
         loss = self._backward(inputs, labels, teacher_logits or [None] * len(inputs))
@@ -90,9 +93,9 @@ class Learner:
         return Outcome(loss, taken, failed)
 
     def _set(self, lr: float | Tensor, momentum: float | None) -> None:
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
-            if momentum is not None:
+        optimizers.set_lr(self.optimizer, lr)
+        if momentum is not None:
+            for group in self.optimizer.param_groups:
                 group.update({"betas": (momentum, group["betas"][1])} if "betas" in group else {"momentum": momentum})
 
     def _backward(

@@ -12,6 +12,7 @@ from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import Interrupted
 from bandsplit.evaluation.evaluate import evaluate, report_left_out
 from bandsplit.models.ensemble import Ensemble
+from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.events import Events
 from bandsplit.runs.logs import logged
@@ -45,7 +46,9 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
         # ------------------------------------------------------------------ run directory, networks, data
         ranks.from_first(partial(require, config.log.trackers))
         found = ranks.from_first(partial(directory.check, config, resume))  # before hours of examining images
-        plan = Plan.of(config.with_values(found), ranks, directory.data if resume else None, lambda: interrupted.signal)
+        restores = ranks.from_first(lambda: bool(checkpoint.saved(directory.checkpoints)))
+        before = directory.data if resume else None
+        plan = Plan.of(config.with_values(found), ranks, before, lambda: interrupted.signal, restores)
         config = plan.config
         point = ranks.from_first(partial(state.open_run, directory, plan, resume, stack))
         if point and point.finished:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from bandsplit.config import schema
 from bandsplit.errors import UserError
+from bandsplit.models import networks
 from bandsplit.models.ema import EMA
 
 FUSED = ("sgd", "adam", "adamw")
@@ -20,15 +21,10 @@ FUSED = ("sgd", "adam", "adamw")
 def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimizer:
     """The optimizer of one branch, with torch's fused kernel if it has one.
 
-    With `optim.decay_norm_and_bias = false`, parameters of at most one dimension (norms and biases) get no weight
-    decay. Raises UserError for LAMB if timm is not installed.
+    Raises UserError for LAMB if timm is not installed.
     """
-    optim = config.optim
-    parameters = [p for p in branch.parameters() if p.requires_grad]
-    groups: Any = parameters
-    if not optim.decay_norm_and_bias:
-        weights, rest = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim <= 1]
-        groups = [{"params": weights}, {"params": rest, "weight_decay": 0.0}]
+    optim, groups = config.optim, _groups(branch, config.optim)
+    parameters = [p for group in groups for p in group["params"]]
     shared: dict[str, Any] = {"lr": config.peak_lr, "weight_decay": optim.weight_decay}
     match optim:
         case schema.SGD():
@@ -53,6 +49,34 @@ def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimi
                 raise UserError("optim.type: 'lamb' needs timm: pip install bandsplit[timm]") from error
             lamb: torch.optim.Optimizer = Lamb(groups, betas=optim.betas, eps=optim.eps, **shared)
             return lamb
+
+
+def _groups(branch: nn.Module, optim: schema.Optim) -> list[dict[str, Any]]:
+    """The parameters that are trained, in groups of equal weight decay and learning rate.
+
+    With `optim.decay_norm_and_bias = false`, parameters of at most one dimension (norms and biases) get no weight
+    decay. With `optim.layer_decay` d, groups have `lr_scale` = d^(L - 1 - l), the factor on the learning rate of layer
+    l of L.
+    """
+    layers = {} if optim.layer_decay == 1 else networks.layers_of(branch)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for name, p in branch.named_parameters():
+        if not p.requires_grad:
+            continue
+        layer, undecayed = layers.get(name, 0), p.ndim <= 1 and not optim.decay_norm_and_bias
+        group = groups.setdefault((layer, undecayed), {"params": []})
+        group["params"].append(p)
+        if undecayed:
+            group["weight_decay"] = 0.0
+        if layers:
+            group["lr_scale"] = optim.layer_decay ** (max(layers.values()) - layer)
+    return [groups[key] for key in sorted(groups)]
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float | Tensor) -> None:
+    """Sets the learning rate, times `lr_scale` in groups that have it."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_scale"] if "lr_scale" in group else lr
 
 
 def schedule_sets_momentum(config: schema.RunConfig) -> bool:

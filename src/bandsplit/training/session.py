@@ -22,6 +22,8 @@ from bandsplit.distributed.traffic import branch_groups
 from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import parameters_of_branches
 from bandsplit.models.precision import Precision
+from bandsplit.models.pretrained import Initial
+from bandsplit.runs.initial import begin, initial_weights
 from bandsplit.runs.restored import Teacher
 from bandsplit.training import accumulation, capture
 from bandsplit.training.active import ActiveBranches
@@ -46,16 +48,24 @@ class Plan:
     parameters: list[int]
     """Number of parameters of each branch of the run."""
     mesh: Mesh
+    initial: dict[int, Initial]
+    """Trained weights that branches of this rank begin with, by number."""
 
     @classmethod
     def of(
-        cls, config: RunConfig, ranks: Ranks, began: Path | None = None, signal: Callable[[], int] = lambda: 0
+        cls,
+        config: RunConfig,
+        ranks: Ranks,
+        began: Path | None = None,
+        signal: Callable[[], int] = lambda: 0,
+        restores: bool = False,
     ) -> Plan:
         """Every rank must call it.
 
         Args:
             began: the folder of a run that resumes with the images that it began with.
             signal: which signal has been received; 0: none.
+            restores: whether weights will be loaded from a checkpoint, so that `model.init_from` is not read.
 
         Raises UserError if the config does not fit the data or the ranks, and Interrupted if a signal is received while
         images are examined.
@@ -73,8 +83,9 @@ class Plan:
         parameters = parameters_of_branches(config)
         groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
+        initial = {} if restores else ranks.each(partial(initial_weights, config, mesh.own, train_files.classes))
         config = accumulation.with_steps(config, mesh, precision)
-        return cls(config, ranks, train_files, held_out, files["val"], precision, teacher, parameters, mesh)
+        return cls(config, ranks, train_files, held_out, files["val"], precision, teacher, parameters, mesh, initial)
 
     @property
     def files(self) -> dict[str, Images]:
@@ -121,14 +132,15 @@ class Session:
         self.ensemble, self.learners = learners_of(
             plan.config, plan.images_at_once(self.streams), plan.precision, plan.mesh
         )
+        self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
+        """Number of each of this rank's branches in the full ensemble (see `split.only`)."""
+        begin(plan.initial, self.numbers, self.ensemble)
         half = plan.precision.half_bands
         self.loader = source.training_loader(
             plan.config, self.streams, plan.train_files, half, stream_states, plan.teacher, positions
         )
         self.feed = BatchFeed(self.loader, plan.mesh)
         self.active = ActiveBranches(plan.config, plan.ranks.is_first)
-        self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
-        """Number of each of this rank's branches in the full ensemble (see `split.only`)."""
         self._step = steps_of(self.learners, plan.config, plan.mesh, self._seed_branch)
 
     @property

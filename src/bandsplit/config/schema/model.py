@@ -66,6 +66,9 @@ class Model(Table):
     """Dropout of the classifier; unset: the architecture's default."""
     init: Literal["default", "xavier_uniform", "kaiming_normal"] = "default"
     """Initialization of convolutions and fully connected layers, with zero biases; `default`: the architecture's."""
+    init_from: str | None = Field(None, min_length=1)
+    """Trained weights that every branch begins with: "torchvision", "timm", a file (.pth, .pt, .safetensors) or a run
+    directory. The first convolution is adapted to the bands, and other classes get a new head. Unset: none."""
     bn_batch_size: Annotated[Literal["rank", "all"] | int, count_or("model.bn_batch_size", "rank", "all")] = "rank"
     """Images over which batch norm computes its statistics. "rank": those of one forward pass of a branch on one rank,
     which depends on the number of ranks and on `parallel.branch_groups`; "all": those of all ranks; or a number, which
@@ -118,3 +121,4 @@ class Branch(Table):
     arch: str | None = None
     width: float | None = Field(None, gt=0, le=4)
     stem: Stem | None = None
+    init_from: str | None = Field(None, min_length=1)

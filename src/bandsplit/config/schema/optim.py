@@ -24,6 +24,9 @@ class _Optimizer(Table):
     weight_decay: float = Field(1e-4, ge=0)
     decay_norm_and_bias: bool = True
     """Whether weight decay also applies to norm parameters and biases (all one-dimensional parameters)."""
+    layer_decay: float = Field(1.0, gt=0, le=1)
+    """Factor from the lr of a layer to that of the layer before it (Bao et al., BEiT, 2022): the head has the whole lr,
+    the stem the smallest. Layers are the stem, residual blocks and the head, or single convolutions; 1: one lr."""
 
 
 class SGD(_Optimizer):

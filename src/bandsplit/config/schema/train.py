@@ -5,10 +5,17 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from pydantic import (
+    BeforeValidator,
     Field,
 )
 
-from bandsplit.config.schema.base import Table, count_or
+from bandsplit.config.schema.base import Table, count_or, is_list, mistake
+
+
+def _parts(value: object) -> object:
+    if is_list(value) and all(isinstance(part, str) and part for part in value):
+        return tuple(value)
+    raise mistake("train.freeze", value, 'a list of names, such as ["conv1", "bn1", "layer1"]')
 
 
 class Train(Table):
@@ -41,6 +48,9 @@ class Train(Table):
     early_stop_patience: int | None = Field(None, ge=1)
     """Validations in a row that have not lowered a branch's loss on held-out images (`data.holdout`), after which it
     trains no more; the others go on. Unset: all branches train to the end."""
+    freeze: Annotated[tuple[str, ...], BeforeValidator(_parts)] = ()
+    """Parts of every branch that are not trained, such as ["conv1", "bn1", "layer1"]: modules or parameters, by name.
+    They run as in validation, so batch norm in them keeps its statistics. Empty: everything is trained."""
     start_epochs: Annotated[tuple[Annotated[int, Field(ge=0)], ...], Field(strict=False)] = ()
     """Epochs before each branch begins to train, one number a branch, such as [0, 0, 10, 20]: from low bands to all.
     Empty: all begin at once."""

@@ -1,0 +1,85 @@
+"""The trained weights that branches begin with (`model.init_from`)."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+
+import torch
+from loguru import logger
+
+from bandsplit.config.schema import Model, RunConfig
+from bandsplit.errors import UserError
+from bandsplit.models import networks, pretrained
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.pretrained import Channels, Initial, Trained
+from bandsplit.paths import expanded
+from bandsplit.runs.restored import Restored
+from bandsplit.spectral.view import View
+
+
+def initial_weights(config: RunConfig, own: range, classes: Sequence[str]) -> dict[int, Initial]:
+    """The weights of the branches with indices in `own` that begin with trained ones, by their number.
+
+    Raises UserError if they cannot be read, or are those of other networks.
+    """
+    trained, view, found = lru_cache(_trained), View.of(config), {}
+    with torch.device("meta"):
+        branches = Ensemble.of(config, own).branches
+    size = config.data.image_size // config.split.block
+    for i, branch in zip(own, branches, strict=True):
+        number, model = config.split.numbers[i], config.model_of(config.split.numbers[i])
+        if model.init_from is None:
+            continue
+        choices = trained(model, size)
+        if len(choices) > 1 and number not in choices:
+            allowed = f"one with branch {number}, or with one branch for all"
+            raise UserError(f"model.init_from: {model.init_from!r} has branches {list(choices)}; allowed: {allowed}")
+        one = choices[number] if len(choices) > 1 else next(iter(choices.values()))
+        found[number] = pretrained.adapted(branch, one, Channels.of(view, config.split.groups[i]), classes)
+    return found
+
+
+def begin(initial: Mapping[int, Initial], numbers: Sequence[int], ensemble: Ensemble) -> None:
+    """Loads them into the branches of this rank, which have these numbers, and logs what was done."""
+    shares = defaultdict(list)
+    for number, branch in zip(numbers, ensemble.branches, strict=True):
+        if number in initial:
+            branch.load_state_dict(initial[number].state, strict=False)  # without the head, if that is new
+            shares[initial[number].words].append(f"branch {number} {100 * initial[number].share:.1f} %")
+    for words, each in shares.items():
+        logger.info(f"begins with {words}; share of its squared weights over pixels: {', '.join(each)}")
+
+
+def _trained(model: Model, size: int) -> dict[int, Trained]:
+    """Trained networks by the number of the branch that they are for; a single one is for all.
+
+    `size`: side of the inputs in pixels.
+    """
+    assert model.init_from is not None
+    if model.init_from == "torchvision":
+        return {0: pretrained.of_torchvision(model)}
+    if model.init_from == "timm":
+        return {0: pretrained.of_timm(model, size)}
+    path = expanded(model.init_from, "model.init_from")
+    if not path.exists():
+        allowed = "'torchvision', 'timm', a file of weights or a run directory"
+        raise UserError(f"model.init_from: {model.init_from!r} given, but there is no such file; allowed: {allowed}")
+    if path.is_file():
+        return pretrained.of_file(path, model)
+    try:
+        restored = Restored.of(path, "best")
+    except UserError as error:
+        raise UserError(f"model.init_from: {error}") from error
+    split, view = restored.config.split, View.of(restored.config)
+    return {
+        number: Trained(
+            f"{restored.config.name}, step {restored.step}, {path}",
+            branch.state_dict(),
+            networks.first_convolution(branch)[1],
+            Channels.of(view, bands),
+            restored.classes,
+        )
+        for number, branch, bands in zip(split.numbers, restored.ensemble.branches, split.groups, strict=True)
+    }

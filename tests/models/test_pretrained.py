@@ -1,0 +1,261 @@
+"""Trained weights in branches, against the networks that they come from."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torchvision
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.functional import conv2d
+from torchvision.transforms.v2.functional import normalize
+
+from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
+from bandsplit.errors import UserError
+from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.networks import first_convolution
+from bandsplit.runs.initial import begin, initial_weights
+from bandsplit.runs.restored import Restored
+from bandsplit.spectral import transforms
+from bandsplit.spectral.view import View
+
+CLASSES = [f"class {i}" for i in range(10)]
+ALL = ["split.branches=all", "model.stem=no_stride", "model.width=1", "data.image_size=64", "data.resize_size=64"]
+
+
+def randomized(network: nn.Module) -> nn.Module:
+    """In evaluation mode, with norms that do something."""
+    generator = torch.Generator().manual_seed(1)
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            for values, low in ((module.running_mean, -0.5), (module.running_var, 0.5), (module.weight, 0.5)):
+                values.data.copy_(low + torch.rand(values.shape, generator=generator))  # type: ignore[union-attr]
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def resnet() -> nn.Module:
+    torch.manual_seed(0)
+    return randomized(torchvision.models.resnet18(num_classes=10))
+
+
+@pytest.fixture
+def file(resnet: nn.Module, tmp_path: Path) -> Path:
+    path = tmp_path / "resnet18.pth"
+    torch.save(resnet.state_dict(), path)
+    return path
+
+
+def images(config: RunConfig) -> Tensor:
+    """Pixels (B, H, W, 3), uint8, of the size of a config."""
+    size = (2, config.data.image_size, config.data.image_size, 3)
+    return torch.randint(256, size, dtype=torch.uint8, generator=torch.Generator().manual_seed(2))
+
+
+def inputs(config: RunConfig) -> list[Tensor]:
+    """Bands of the images for each branch, as in training."""
+    view, split = View.of(config), config.split
+    return transforms.split_images(images(config), view.matrix, split.block, view.mean, view.std, groups=split.groups)
+
+
+def normalized(config: RunConfig) -> Tensor:
+    """The images as torchvision's networks read them."""
+    return normalize(images(config).movedim(-1, 1) / 255, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+
+
+def begun(config: RunConfig, classes: list[str] = CLASSES) -> Any:
+    """The branches of a config with the weights that they begin with, in evaluation mode."""
+    config = config.with_classes(len(classes))
+    own = range(len(config.split.groups))
+    ensemble = Ensemble.of(config)
+    begin(initial_weights(config, own, classes), config.split.numbers, ensemble)
+    return ensemble.eval()
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [],
+        ["split.transform=dct1d", "split.norm=none"],
+        ["split.transform=random", "split.scale=0.5", "split.sigma=[2, 1, 0.5, 0.1]"],
+        ["data.std=[50, 60, 70]"],
+        ["split.block=1", "model.stem=standard"],
+    ],
+    ids=str,
+)
+@torch.no_grad()
+def test_on_all_bands_the_logits_are_those_on_pixels(
+    resnet: nn.Module, file: Path, config_file: Path, keys: list[str]
+) -> None:
+    config = loading.load(config_file, [*ALL, *keys, f"model.init_from={file}"])
+    expected = resnet(normalized(config))
+    torch.testing.assert_close(begun(config)(inputs(config))[0], expected, rtol=1e-4, atol=1e-4)
+    assert expected.std() > 0.1
+
+
+@torch.no_grad()
+def test_deep_stems_of_timm_are_exact_too(config_file: Path, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    theirs = randomized(timm.create_model("resnet50d", num_classes=10))
+    torch.save({"state_dict": {f"module.{key}": x for key, x in theirs.state_dict().items()}}, tmp_path / "ddp.pt")
+    keys = ["model.arch=resnet50", "model.tweaks=b,c,d", f"model.init_from={tmp_path / 'ddp.pt'}"]
+    config = loading.load(config_file, [*ALL, *keys])
+    torch.testing.assert_close(begun(config)(inputs(config))[0], theirs(normalized(config)), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("transform", ["dct2d", "dct1d"])
+@torch.no_grad()
+def test_the_shares_of_bands_add_up(resnet: Any, file: Path, config_file: Path, transform: str) -> None:
+    """The convolution is linear: the outputs of one-band branches sum to that on pixels."""
+    keys = [*ALL, "split.branches=each", f"split.transform={transform}", f"model.init_from={file}"]
+    config = loading.load(config_file, keys)
+    ensemble = begun(config)
+    outputs = [branch.conv1(x) for branch, x in zip(ensemble.branches, inputs(config), strict=True)]
+    expected = resnet.conv1(normalized(config))
+    torch.testing.assert_close(sum(outputs), expected, rtol=1e-4, atol=1e-4)
+    shares = [initial.share for initial in initial_weights(config.with_classes(10), range(4), CLASSES).values()]
+    assert sum(shares) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(("block", "every"), [(2, 1), (4, 2)])
+@torch.no_grad()
+def test_a_small_kernel_has_the_middle_and_a_large_block_fewer_places(
+    resnet: Any, file: Path, config_file: Path, block: int, every: int
+) -> None:
+    """3 x 3 over blocks reach from `block` pixels before the first of the block to `block` after its last."""
+    keys = [*ALL, "model.stem=small", f"split.block={block}", f"model.init_from={file}"]
+    config = loading.load(config_file, keys)
+    weight = resnet.conv1.weight.clone()
+    for tap, offset in enumerate(range(-3, 4)):
+        if not -block <= offset < 2 * block:
+            weight[:, :, tap], weight[:, :, :, tap] = 0, 0
+    expected = conv2d(normalized(config), weight, stride=2, padding=3)[:, :, ::every, ::every]
+    torch.testing.assert_close(begun(config).branches[0].conv1(inputs(config)[0]), expected, rtol=1e-4, atol=1e-4)
+    initial = initial_weights(config.with_classes(10), range(1), CLASSES)[0]
+    assert initial.share == pytest.approx(float(weight.square().sum() / resnet.conv1.weight.square().sum()), rel=1e-2)
+    bands = f"{block**2} of {block**2} bands of {block} x {block} blocks"
+    told = f"7 x 7 over pixels with a stride of 2 pixels, becomes 3 x 3 over {bands} with a stride of {block} pixels"
+    assert initial.words == f"{file}; the first convolution, {told}"
+
+
+@pytest.mark.parametrize("classes", [CLASSES[:3], CLASSES])
+def test_another_number_of_classes_gets_a_new_head(
+    resnet: nn.Module, file: Path, config_file: Path, classes: list[str]
+) -> None:
+    config = loading.load(config_file, [*ALL, "data.classes=none", f"model.init_from={file}"])
+    branch, theirs = begun(config, classes).branches[0], resnet.state_dict()
+    fresh = Ensemble.of(config.with_classes(len(classes))).branches[0]
+    for key, value in branch.state_dict().items():
+        if key != "conv1.weight":
+            new = key.startswith("fc.") and len(classes) == 3
+            assert torch.equal(value, (fresh.state_dict() if new else theirs)[key])
+    words = initial_weights(config.with_classes(len(classes)), range(1), classes)[0].words
+    assert words.endswith("; new head, for 3 classes instead of 10") == (len(classes) == 3)
+
+
+def exported(ensemble: Ensemble, config: RunConfig, classes: list[str], path: Path) -> None:
+    """Writes the file that `bandsplit export` writes, in float16."""
+    view = View.of(config)
+    network = config.model.model_dump(mode="json", include={"source", "arch", "width", "stem", "tweaks"})
+    pairs = zip(config.split.numbers, config.split.groups, strict=True)
+    about = {
+        "classes": classes, "block": config.split.block, "matrix": view.matrix.tolist(), "std": view.std,
+        "image_size": config.data.image_size,
+        "branches": [{"number": k, "bands": bands, "network": network} for k, bands in pairs],
+    }  # fmt: skip
+    state = {key: value.half() if value.is_floating_point() else value for key, value in ensemble.state_dict().items()}
+    save_file(state, path, {"bandsplit": json.dumps(about)})
+
+
+def test_weights_of_a_run_and_of_an_exported_one_come_back(
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path
+) -> None:
+    """Branch by branch, with the head where classes have the same names; over another transform, through pixels."""
+    restored = Restored.of(finished(1), "best")
+    exported(restored.ensemble, restored.config, restored.classes, tmp_path / "run.safetensors")
+    for source, exact in ((finished(1), 1e-6), (tmp_path / "run.safetensors", 2e-3)):
+        config = loading.load(config_file, [f"model.init_from={source}"])
+        ours = begun(config, restored.classes)
+        for (key, a), b in zip(ours.state_dict().items(), restored.ensemble.state_dict().values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=exact, atol=exact, msg=key)
+        assert initial_weights(config, range(4), CLASSES)[0].words.endswith("; new head, for 10 other classes")
+        other = loading.load(config_file, [f"model.init_from={source}", "split.branches=[[0], [1], [2], [3], [0, 1]]"])
+        with pytest.raises(UserError, match=r"has branches \[0, 1, 2, 3\]; allowed: one with branch 4, or with one"):
+            begun(other)
+
+
+@torch.no_grad()
+def test_one_network_on_one_transform_serves_all_branches_of_another(
+    file: Path, config_file: Path, tmp_path: Path
+) -> None:
+    first = loading.load(config_file, [*ALL, "split.transform=dct1d", f"model.init_from={file}"])
+    exported(begun(first), first, CLASSES, tmp_path / "one.safetensors")
+    keys = [*ALL, "split.branches=[[0, 1, 2, 3], [3, 2, 1, 0]]", f"model.init_from={tmp_path / 'one.safetensors'}"]
+    second = loading.load(config_file, keys)
+    expected = begun(first)(inputs(first))[0]
+    for logits in begun(second)(inputs(second)):
+        torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.02)
+
+
+def test_torchvisions_weights_are_read_from_its_cache(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    config = loading.load(config_file, [*ALL, "model.init_from=torchvision"])
+    with pytest.raises(UserError, match=r"'torchvision' given, but https.*resnet18-f37072fd.pth cannot be read: "):
+        begun(config)
+    (tmp_path / "hub/checkpoints").mkdir(parents=True, exist_ok=True)
+    theirs = torchvision.models.resnet18()
+    torch.save(theirs.state_dict(), tmp_path / "hub/checkpoints/resnet18-f37072fd.pth")
+    assert torch.equal(begun(config).branches[0].layer4[1].conv2.weight, theirs.layer4[1].conv2.weight)
+    keys = ["model.source=timm", "model.arch=resnet10t", "model.width=1", "model.init_from=torchvision"]
+    with pytest.raises(UserError, match="'torchvision' given, but it has no weights of 'resnet10t'"):
+        begun(loading.load(config_file, keys))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.pth", None, "none.pth' given, but there is no such file; allowed: 'torchvision', 'timm', a file"),
+        (".", None, "not a run directory: it has no config.toml"),
+        ("text.pth", b"weights", "text.pth: cannot be read as weights alone: "),
+        ("text.safetensors", b"weights", "text.safetensors: not a safetensors file: "),
+        ("epoch.pth", {"epoch": 3}, "epoch.pth: holds no state dict, also not as 'state_dict' or 'model'"),
+        (
+            "narrow.pth",
+            {"conv1.weight": torch.zeros(8, 3, 7, 7), "stem.bias": torch.zeros(8)},
+            "is another network: bn1.weight is missing, bn1.bias is missing, bn1.running_mean is missing and ",
+        ),
+    ],
+)
+def test_what_cannot_be_read_is_one_message(
+    config_file: Path, tmp_path: Path, name: str, content: Any, message: str
+) -> None:
+    if isinstance(content, bytes):
+        (tmp_path / name).write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / name)
+    with pytest.raises(UserError, match="model.init_from") as error:
+        begun(loading.load(config_file, [f"model.init_from={tmp_path / name}"]))
+    assert message in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_network_of_another_width_is_named_by_its_weights(file: Path, config_file: Path) -> None:
+    with pytest.raises(UserError, match=r"conv1.weight is \(64, 3, 7, 7\), here \(8, 3, 7, 7\)"):
+        begun(loading.load(config_file, ["model.stem=no_stride", f"model.init_from={file}"]))
+
+
+def test_a_branch_may_begin_with_weights_of_its_own(file: Path, config_file: Path) -> None:
+    with config_file.open("a") as config:
+        config.write(f'[[branch]]\nbands = [0]\nwidth = 1.0\ninit_from = "{file}"\n[[branch]]\nbands = [1]\n')
+    loaded = loading.load(config_file)
+    assert list(initial_weights(loaded.with_classes(10), range(2), CLASSES)) == [0]
+    assert first_convolution(begun(loaded).branches[1])[1].out_channels == 8
