@@ -60,6 +60,11 @@ def its_help(command: str) -> str:
     return f"{command} --help"
 
 
+def from_another_run(command: str) -> str:
+    """That of the README is not there; evaluation.md has trained this one."""
+    return in_two_epochs(command.replace("demo-seed0", "demo-holdout"))
+
+
 def with_few_images(command: str) -> str:
     """So few held-out images can vouch for 10 points only."""
     return re.sub(r"--cascade \S+", "--cascade 10", command)
@@ -95,6 +100,8 @@ RULES: dict[str, Rule] = {
     r"python src/data\.py scan .*": as_it_is,
     r"python src/data\.py (pack --to|verify) data/demo_bands": as_it_is,
     r"python src/data\.py pack config/.*": no_more,  # tests/data/test_store.py, test_store_images.py
+    r"torchrun src/train\.py --set model\.init_from=.* --run-dir runs/demo-\w+": from_another_run,
+    r"torchrun src/train\.py --resume --run-dir runs/demo-\w+ --set train\.epochs=\d+": no_more,  # test_loop.py
     r"torchrun src/train\.py --set data\.kind=bands .* --run-dir runs/demo-bands": in_two_epochs,
     r"sbatch .*": no_more,  # tests/slurm
     r"python src/data\.py prepare .*": no_more,  # tests/data/test_prepare.py

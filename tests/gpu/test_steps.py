@@ -60,6 +60,7 @@ def state(learners: list[Learner]) -> list[Tensor]:
         *(OPTIMIZERS[name] for name in ("sgd", "nesterov", "plain", "adam", "adamw")),
         ["train.ema_decay=0.9", "train.on_nonfinite=skip"],
         ["train.precision=fp16"],
+        ["optim.layer_decay=0.7", "train.freeze=conv1,bn1", "optim.decay_norm_and_bias=false"],
         ["train.clip_norm=1.0", "train.branches_at_once=1"],
         ["train.branches_at_once=16", "split.block=4"],
         ["loss.smoothing=0.1", "train.grad_accum_steps=2"],

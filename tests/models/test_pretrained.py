@@ -141,7 +141,7 @@ def test_a_small_kernel_has_the_middle_and_a_large_block_fewer_places(
     assert initial.share == pytest.approx(float(weight.square().sum() / resnet.conv1.weight.square().sum()), rel=1e-2)
     bands = f"{block**2} of {block**2} bands of {block} x {block} blocks"
     told = f"7 x 7 over pixels with a stride of 2 pixels, becomes 3 x 3 over {bands} with a stride of {block} pixels"
-    assert initial.words == f"{file}; the first convolution, {told}"
+    assert initial.words == f"{file}; its first convolution, {told}"
 
 
 @pytest.mark.parametrize("classes", [CLASSES[:3], CLASSES])
@@ -229,7 +229,12 @@ def test_torchvisions_weights_are_read_from_its_cache(
         ("text.safetensors", b"weights", "text.safetensors: not a safetensors file: "),
         ("epoch.pth", {"epoch": 3}, "epoch.pth: holds no state dict, also not as 'state_dict' or 'model'"),
         (
-            "narrow.pth",
+            "cifar.pth",
+            torchvision.models.resnet18().state_dict() | {"conv1.weight": torch.zeros(64, 3, 3, 3)},
+            "is another network: conv1.weight is (64, 3, 3, 3), here (8, 3, 7, 7), ",
+        ),
+        (
+            "other.pth",
             {"conv1.weight": torch.zeros(8, 3, 7, 7), "stem.bias": torch.zeros(8)},
             "is another network: bn1.weight is missing, bn1.bias is missing, bn1.running_mean is missing and ",
         ),

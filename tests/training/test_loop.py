@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from bandsplit.config import loading
+from bandsplit.config import loading, schema
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
+from bandsplit.models import networks
 from bandsplit.models.precision import Precision
 from bandsplit.runs import checkpoint, directory
 from bandsplit.training.learner import Learner
@@ -189,6 +190,34 @@ def test_an_extended_run_says_how_far_its_lr_jumps(finished: Callable[..., Path]
     ends = [(line["event"], line["step"]) for line in metrics(copy) if line["event"] != "train"]
     assert ends == [("validation", 13), ("validation", 26), ("validation", 39), ("end", 39)]
     assert metrics(copy)[: len(metrics(finished(1))) - 1] == metrics(finished(1))[:-1]
+
+
+def test_a_run_is_fine_tuned_and_its_source_is_read_once(config_file: Path, tmp_path: Path) -> None:
+    """Frozen parts are those of the file to the end, also after resuming without it."""
+    source, run_dir = tmp_path / "source.pth", tmp_path / "run"
+    theirs = networks.build(schema.Model(arch="resnet18", width=0.125), 3, 7, 32).state_dict()
+    torch.save(theirs, source)
+    keys = ["split.branches=all", "model.stem=no_stride", f"model.init_from={source}", "optim.layer_decay=0.8"]
+    sets = [x for key in [*keys, "train.freeze=bn1,layer1", "train.epochs=1"] for x in ("--set", key)]
+    done = run("train.py", config_file, "--run-dir", run_dir, *sets)
+    assert done.returncode == 0, done.stderr
+    becomes = "7 x 7 over pixels with a stride of 2 pixels, becomes 7 x 7 over 4 of 4 bands of 2 x 2 blocks"
+    told = f"begins with {source}; its first convolution, {becomes} with a stride of 2 pixels; new head, for 10 classes"
+    assert told in done.stderr
+    assert "frozen: bn1, layer1; 98." in done.stderr
+    assert f"lr of layers: {0.8**9:.3g} of the schedule's in the first that is trained, 1 in the last" in done.stderr
+    source.unlink()
+    done = run("train.py", "--resume", "--run-dir", run_dir, "--set", "train.epochs=2")
+    assert done.returncode == 0, done.stderr
+    assert "begins with" not in done.stderr
+    state = checkpoint.read(run_dir / "checkpoints/last", "branch_00.pt")["network"]
+    for key, value in state.items():
+        assert not key.startswith(("bn1", "layer1.")) or torch.equal(value, theirs[key])
+    assert not torch.equal(state["layer2.0.conv1.weight"], theirs["layer2.0.conv1.weight"])
+    done = run("train.py", config_file, "--run-dir", tmp_path / "other", *sets)
+    assert done.returncode == 2
+    assert f"model.init_from: '{source}' given, but there is no such file" in done.stderr
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.slow

@@ -80,7 +80,7 @@ class Initial:
     state: dict[str, Tensor]
     """Its state dict, without the head if that is new."""
     share: float
-    """Of the squared weights of the trained first convolution, over pixels, how much this one has."""
+    """Of the squared weights of the trained first convolution, over pixels, how much that of the branch has."""
     words: str
     """What was done, for the log."""
 
@@ -93,16 +93,17 @@ def adapted(branch: nn.Module, trained: Trained, channels: Channels, classes: Se
     """
     own, state = branch.state_dict(), dict(trained.state)
     name, convolution = networks.first_convolution(branch)
-    words, share = trained.name, 0.0
-    first = state.get(f"{name}.weight")
-    if first is not None and first.ndim == 4 and first.shape[1] == 3 * len(trained.channels.bands):
-        pixels = over_pixels(first, trained.channels)
+    words, share, key = trained.name, 1.0, f"{name}.weight"
+    weight = state.get(key)
+    if weight is not None and weight.shape[1:] == (3 * len(trained.channels.bands), *trained.first.kernel_size):
+        pixels = over_pixels(weight, trained.channels)
         start = -int(trained.first.padding[0]) * trained.channels.block
-        first = over_blocks(pixels, start, channels, convolution.kernel_size[0], int(convolution.padding[0]))
-        state[f"{name}.weight"] = first.to(own[f"{name}.weight"].dtype)
-        share = float(over_pixels(first, channels).square().sum() / pixels.square().sum())
-        before = _described(trained.first, trained.channels)
-        words += f"; the first convolution, {before}, becomes {_described(convolution, channels)}"
+        fitted = over_blocks(pixels, start, channels, convolution.kernel_size[0], int(convolution.padding[0]))
+        state[key] = fitted.to(own[key].dtype)
+        share = float(over_pixels(fitted, channels).square().sum() / pixels.square().sum())
+        before, after = _described(trained.first, trained.channels), _described(convolution, channels)
+        if before != after:
+            words += f"; its first convolution, {before}, becomes {after}"
     head = networks.head_of(branch)
     count, theirs = own[f"{head}.weight"].shape[0], state.get(f"{head}.weight")
     if theirs is not None and (len(theirs) != count or trained.classes not in (None, list(classes))):

@@ -47,9 +47,9 @@ def begin(initial: Mapping[int, Initial], numbers: Sequence[int], ensemble: Ense
     for number, branch in zip(numbers, ensemble.branches, strict=True):
         if number in initial:
             branch.load_state_dict(initial[number].state, strict=False)  # without the head, if that is new
-            shares[initial[number].words].append(f"branch {number} {100 * initial[number].share:.1f} %")
+            shares[initial[number].words].append(f"{100 * initial[number].share:.1f} % in branch {number}")
     for words, each in shares.items():
-        logger.info(f"begins with {words}; share of its squared weights over pixels: {', '.join(each)}")
+        logger.info(f"begins with {words}; squared weights of the first convolution: {', '.join(each)}")
 
 
 def _trained(model: Model, size: int) -> dict[int, Trained]:

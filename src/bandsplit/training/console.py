@@ -95,5 +95,17 @@ def log_start(session: Session, directory: RunDirectory) -> None:
     sent = step_traffic(config, ranks.world_size, mesh.branch_groups, parameters, plan.precision.half_bands)
     share = f"each trains {sent.branches} of {len(parameters)} branches and sends {sent.bytes / 1e6:,.1f} MB per step; "
     logger.info(f"{share if several else ''}batch norm over {plan.bn_batch_size(session.streams)} images")
+    _log_what_is_tuned(session)
     if plan.teacher is not None:
         logger.info(f"distills from {plan.teacher.name}")
+
+
+def _log_what_is_tuned(session: Session) -> None:
+    """Logs what `train.freeze` and `optim.layer_decay` do to the branches of this rank."""
+    config, parameters = session.config, list(session.ensemble.parameters())
+    if config.train.freeze:
+        trained = sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
+        logger.info(f"frozen: {', '.join(config.train.freeze)}; {100 * trained:.1f} % of the params are trained")
+    if config.optim.layer_decay < 1:
+        scales = [group["lr_scale"] for learner in session.learners for group in learner.optimizer.param_groups]
+        logger.info(f"lr of layers: {min(scales):.3g} of the schedule's in the first that is trained, {max(scales):.3g} in the last")
