@@ -203,6 +203,14 @@ def test_one_network_on_one_transform_serves_all_branches_of_another(
         torch.testing.assert_close(logits, expected, rtol=0.02, atol=0.02)
 
 
+def test_a_network_on_one_band_is_nothing_for_another(file: Path, config_file: Path, tmp_path: Path) -> None:
+    first = loading.load(config_file, [*ALL, "split.branches=[[0]]", f"model.init_from={file}"])
+    exported(begun(first), first, CLASSES, tmp_path / "low.safetensors")
+    keys = [*ALL, "split.branches=[[1]]", f"model.init_from={tmp_path / 'low.safetensors'}"]
+    with pytest.raises(UserError, match="low.safetensors reads none of the bands of a branch that begins with it"):
+        begun(loading.load(config_file, keys))
+
+
 def test_torchvisions_weights_are_read_from_its_cache(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -88,8 +88,8 @@ class Initial:
 def adapted(branch: nn.Module, trained: Trained, channels: Channels, classes: Sequence[str]) -> Initial:
     """The weights of a trained network for a branch that reads `channels` and tells `classes` apart.
 
-    `branch` may be on the meta device, and is not changed. Raises UserError, naming some of the weights, if its network
-    is another one.
+    `branch` may be on the meta device, and is not changed. Raises UserError if the trained network read none of its
+    bands, and, naming some of the weights, if it is another network.
     """
     own, state = branch.state_dict(), dict(trained.state)
     name, convolution = networks.first_convolution(branch)
@@ -101,6 +101,8 @@ def adapted(branch: nn.Module, trained: Trained, channels: Channels, classes: Se
         fitted = over_blocks(pixels, start, channels, convolution.kernel_size[0], int(convolution.padding[0]))
         state[key] = fitted.to(own[key].dtype)
         share = float(over_pixels(fitted, channels).square().sum() / pixels.square().sum())
+        if share < 1e-6:  # orthogonal, but for rounding
+            raise UserError(f"model.init_from: {trained.name} reads none of the bands of a branch that begins with it")
         before, after = _described(trained.first, trained.channels), _described(convolution, channels)
         if before != after:
             words += f"; its first convolution, {before}, becomes {after}"

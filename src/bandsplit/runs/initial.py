@@ -43,13 +43,14 @@ def initial_weights(config: RunConfig, own: range, classes: Sequence[str]) -> di
 
 def begin(initial: Mapping[int, Initial], numbers: Sequence[int], ensemble: Ensemble) -> None:
     """Loads them into the branches of this rank, which have these numbers, and logs what was done."""
-    shares = defaultdict(list)
+    alike: dict[str, dict[int, float]] = defaultdict(dict)
     for number, branch in zip(numbers, ensemble.branches, strict=True):
         if number in initial:
             branch.load_state_dict(initial[number].state, strict=False)  # without the head, if that is new
-            shares[initial[number].words].append(f"{100 * initial[number].share:.1f} % in branch {number}")
-    for words, each in shares.items():
-        logger.info(f"begins with {words}; squared weights of the first convolution: {', '.join(each)}")
+            alike[initial[number].words][number] = initial[number].share
+    for words, shares in alike.items():
+        each = ", ".join(f"{100 * share:.1f} % in branch {number}" for number, share in shares.items())
+        logger.info(f"begins with {words}" + f"; of its squared weights {each}" * (min(shares.values()) < 0.9995))
 
 
 def _trained(model: Model, size: int) -> dict[int, Trained]:
