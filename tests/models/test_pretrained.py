@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -272,3 +275,34 @@ def test_a_branch_may_begin_with_weights_of_its_own(file: Path, config_file: Pat
     loaded = loading.load(config_file)
     assert list(initial_weights(loaded.with_classes(10), range(2), CLASSES)) == [0]
     assert first_convolution(begun(loaded).branches[1])[1].out_channels == 8
+
+
+@pytest.mark.slow
+def test_timms_weights_are_read_from_its_cache(config_file: Path, tmp_path: Path) -> None:
+    """In a process of its own: the place of the cache is read when the library is imported."""
+    timm = pytest.importorskip("timm")
+    snapshot = tmp_path / "hub/models--timm--resnet18.a1_in1k/snapshots/0"
+    snapshot.mkdir(parents=True)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs/main").write_text("0")
+    theirs = timm.create_model("resnet18").state_dict()
+    theirs["layer4.1.bn2.bias"].fill_(3)
+    save_file(theirs, snapshot / "model.safetensors")
+    code = (
+        "import sys; from bandsplit.config import loading; from bandsplit.runs.initial import initial_weights\n"
+        "config = loading.load(sys.argv[1], sys.argv[2:]).with_classes(10)\n"
+        "initial = initial_weights(config, range(1), 'abcdefghij')[0]\n"
+        "print(initial.words, '|', initial.state['layer4.1.bn2.bias'].mean().item())\n"
+    )
+
+    def begun_in_a_process(arch: str) -> subprocess.CompletedProcess[str]:
+        keys = [*ALL, "model.init_from=timm", f"model.arch={arch}"]
+        env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+        command = [sys.executable, "-c", code, str(config_file), *keys]
+        return subprocess.run(command, env=env, capture_output=True, text=True)
+
+    done = begun_in_a_process("resnet18")
+    assert done.stdout.startswith("timm's resnet18; its first convolution, 7 x 7 over pixels with"), done.stderr
+    assert done.stdout.endswith("; new head, for 10 classes instead of 1000 | 3.0\n")
+    done = begun_in_a_process("resnet34")
+    assert "UserError: model.init_from: 'timm' given, but its 'resnet34' cannot be loaded: " in done.stderr
