@@ -29,7 +29,7 @@ from PIL import Image
 from torchvision.datasets import imagenet
 
 from bandsplit.cli import options
-from bandsplit.config import loading, schema
+from bandsplit.config import loading, schema, shipped
 from bandsplit.data import class_names
 from bandsplit.data import folders as class_folders
 from bandsplit.data.prepare import checksums, destination, held_out, imagenet21k, synsets
@@ -870,7 +870,8 @@ def next_data(done: Done, folder: Path) -> schema.Data:
     words = shlex.split(done.stdout.rpartition("next: ")[2])
     variables = dict(word.split("=") for word in words[: words.index("torchrun")])
     sets = [word for before, word in itertools.pairwise(words) if before == "--set"]
-    config = next((REPOSITORY / word for word in words if word.endswith(".toml")), options.DEMO)
+    named = {path.stem: path for path in shipped.files("train")}
+    config = next((named[word] for word in words if word in named), options.DEMO)
     data = loading.load(config, sets).data
     assert Path(Template(data.root).substitute(variables)) == folder
     return data

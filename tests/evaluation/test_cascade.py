@@ -25,7 +25,7 @@ from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.fitted import Fitted
 from tests.conftest import Done, run
-from tests.evaluation.test_fitting import ALONE, HELD_OUT
+from tests.evaluation.test_fitting import ALONE, FIT, HELD_OUT
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_multiplications_are_those_of_the_dry_run(fitted_run: Path) -> None:
 
 def test_what_has_no_cascade_says_so(fitted_run: Path, run_here: Callable[..., Done], tmp_path: Path) -> None:
     for option, message in (
-        (("--cascade", "2.5"), "fusion.json: its cascade is for a loss of 10; fit it with python src/evaluate.py"),
+        (("--cascade", "2.5"), f"fusion.json: its cascade is for a loss of 10; {FIT}"),
         (("--cascade", "2", "--fit-fusion"), "--cascade 2: 40 held-out images cannot vouch for a loss of at most 2"),
         (("--cascade", "10", "--flip"), "--cascade 10: stages are fitted to the center crop"),
         (("--cascade", "x"), "'x' given, expected a number between 0 and 100"),
@@ -125,7 +125,7 @@ def test_what_has_no_cascade_says_so(fitted_run: Path, run_here: Callable[..., D
     fusion_file(old).write_text(json.dumps({**table, "format": 1}))
     assert run_here("evaluate.py", old, "--fusion", "learned").returncode == 0
     for option, message in (
-        (("--cascade", "10"), f"it has no cascade; fit it with python src/evaluate.py {old} --fit-fusion --cascade 10"),
+        (("--cascade", "10"), f"it has no cascade; {FIT} {old} --fit-fusion --cascade 10"),
         (("--fusion", "drop"), "it has no fusion 'drop'; fit it with"),
     ):
         done = run_here("evaluate.py", old, *option)

@@ -25,8 +25,9 @@ from bandsplit.models import fusion
 from bandsplit.runs import checkpoint
 from bandsplit.runs.predictions import Predictions
 from bandsplit.statistics import paired_interval
-from tests.conftest import Done, Shared, run
+from tests.conftest import REPOSITORY, Done, Shared, run
 
+FIT = f"fit it with python {REPOSITORY}/src/evaluate.py"  # as this process was started
 HELD_OUT = ("data.holdout=4", "train.epochs=4")
 """40 of 160 images."""
 
@@ -103,10 +104,7 @@ def test_fusion_is_fitted_on_the_held_out_images_and_measured_on_the_others(trai
 def test_a_fitted_fusion_is_used(trained: Path, tmp_path: Path, run_here: Callable[..., Done]) -> None:
     done = run_here("evaluate.py", trained, "--fusion", "learned")
     assert done.returncode == 2
-    assert (
-        f"{fitted_file(trained)}: no such file; fit it with python src/evaluate.py {trained} --fit-fusion"
-        in done.stderr
-    )
+    assert f"{fitted_file(trained)}: no such file; {FIT} {trained} --fit-fusion" in done.stderr
     assert run_here("evaluate.py", trained, "--fit-fusion").returncode == 0
     outputs = {}
     for name in fusion.FUSIONS:

@@ -1,15 +1,22 @@
-"""Validate a checkpoint, or the ensemble of several runs' branches: torchrun src/evaluate.py RUN [RUN …]"""
+"""Validate a checkpoint, or the ensemble of several runs' branches."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
 from bandsplit.cli import options
 
+EXAMPLES = """
+bandsplit evaluate runs/demo-seed0
+bandsplit evaluate runs/demo-seed0 --checkpoint last --ten-crop --output result.json
+bandsplit evaluate runs/demo-branches0,1 runs/demo-branches2,3      one ensemble from two runs
+torchrun --nproc-per-node 8 -m bandsplit evaluate runs/resnet34_sub16-seed0
+"""
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = options.parser(prog, __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, nargs="+", help="run directory; several runs form one ensemble")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step number (default: best)")
     parser.add_argument(
@@ -73,9 +80,9 @@ def main() -> None:
         action="store_true",
         help="with --save: only the five likeliest classes of each image, without the logits of the branches",
     )
-    arguments = parser.parse_args()
+    given = parser.parse_args(arguments)
     for option in ("save_sample", "save_fused"):
-        if getattr(arguments, option) and not arguments.save:
+        if getattr(given, option) and not given.save:
             parser.error(f"--{option.replace('_', '-')} needs --save")
 
     from bandsplit.distributed.ranks import rank
@@ -85,19 +92,19 @@ def main() -> None:
 
     evaluate_runs(
         Request(
-            arguments.run,
-            arguments.checkpoint,
-            arguments.set,
-            arguments.fusion,
-            arguments.fit_fusion,
-            arguments.crops or "center",
-            arguments.output,
-            arguments.save and Save(arguments.save, arguments.save_sample, arguments.save_fused),
-            arguments.cascade,
-            arguments.data,
-            arguments.corrupt,
-            arguments.latency,
+            given.run,
+            given.checkpoint,
+            given.set,
+            given.fusion,
+            given.fit_fusion,
+            given.crops or "center",
+            given.output,
+            given.save and Save(given.save, given.save_sample, given.save_fused),
+            given.cascade,
+            given.data,
+            given.corrupt,
+            given.latency,
         )
     )
-    if arguments.corrupt and arguments.output and rank() == 0:
-        corruption.write(arguments.output)
+    if given.corrupt and given.output and rank() == 0:
+        corruption.write(given.output)

@@ -3,16 +3,44 @@
 from __future__ import annotations
 
 import math
-from argparse import ArgumentParser, ArgumentTypeError
+import shutil
+import textwrap
+from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
 
-DEMO = Path(__file__).resolve().parents[3] / "config/train/demo.toml"
+from bandsplit.config import shipped
+
+DEMO = shipped.FOLDER / "train/demo.toml"
+
+FILE_OR_NAME = "a file, or the name of one that `bandsplit config list` shows"
+
+
+def parser(prog: str | None, about: str | None, examples: str) -> ArgumentParser:
+    """A parser whose help begins with `about` and ends with examples, one a line."""
+    return ArgumentParser(
+        prog=prog,
+        description=textwrap.fill(about or "", width()),
+        epilog=f"Examples:\n{textwrap.indent(examples.strip(), '  ')}",
+        formatter_class=RawDescriptionHelpFormatter,
+    )
+
+
+def width() -> int:
+    """Columns of text that fit the terminal, as in argparse's help."""
+    return shutil.get_terminal_size().columns - 2
 
 
 def add_config(parser: ArgumentParser, default: str = "the demo") -> None:
     """Adds CONFIG, --data and --set. CONFIG is None if not given; `default` only describes its default in the help."""
-    parser.add_argument("config", nargs="?", type=Path, help=f"train config (default: {default})")
-    parser.add_argument("--data", type=Path, help="data config, instead of the one that the train config names")
+    parser.add_argument(
+        "config", nargs="?", type=Path, metavar="CONFIG", help=f"train config: {FILE_OR_NAME} (default: {default})"
+    )
+    parser.add_argument(
+        "--data",
+        type=Path,
+        metavar="CONFIG",
+        help=f"data config, instead of the one that the train config names: {FILE_OR_NAME}",
+    )
     add_set(parser)
 
 

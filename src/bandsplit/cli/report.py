@@ -1,13 +1,22 @@
-"""Plot and tabulate runs, or saved predictions: python src/report.py RUN|FILE.npz …, or compare two: --compare A B"""
+"""Plot and tabulate runs or saved predictions, or compare two sets of runs."""
 
 from __future__ import annotations
 
-import argparse
+from collections.abc import Sequence
 from pathlib import Path
 
+from bandsplit.cli import options
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+EXAMPLES = """
+bandsplit report runs/demo-seed0
+bandsplit report runs/demo-seed0 runs/demo-seed1 runs/demo-rgb --output runs/plots
+bandsplit report --compare runs/demo-seed0,runs/demo-seed1 runs/demo-rgb --output runs/compared
+bandsplit report runs/demo-seed0/predictions.npz
+"""
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = options.parser(prog, __doc__, EXAMPLES)
     parser.add_argument(
         "run",
         nargs="*",
@@ -28,19 +37,19 @@ def main() -> None:
         metavar="FOLDER",
         help="folder of the images of saved predictions, if it is no longer where it was",
     )
-    arguments = parser.parse_args()
-    if not arguments.run and not arguments.compare:
+    given = parser.parse_args(arguments)
+    if not given.run and not given.compare:
         parser.error("no run directory or file of predictions is given")
 
     from bandsplit.reporting import report
     from bandsplit.reporting.predictions import report as predictions
 
-    files = predictions.files_of(arguments.run)
-    runs = [path for path in arguments.run if path not in files]
-    if runs or arguments.compare:
-        report.report(runs, arguments.output, arguments.compare)
+    files = predictions.files_of(given.run)
+    runs = [path for path in given.run if path not in files]
+    if runs or given.compare:
+        report.report(runs, given.output, given.compare)
     if files:
-        predictions.report(files, arguments.output, arguments.images)
+        predictions.report(files, given.output, given.images)
 
 
 def run_directories(text: str) -> list[Path]:

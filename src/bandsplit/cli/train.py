@@ -1,9 +1,10 @@
-"""Train an ensemble: torchrun src/train.py [CONFIG] [--set KEY=VALUE …]"""
+"""Train an ensemble, or resume a run; on one process, or with torchrun on several."""
 
 from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from bandsplit.cli import options
@@ -11,14 +12,21 @@ from bandsplit.config import loading
 from bandsplit.errors import UserError
 from bandsplit.runs.directory import RunDirectory
 
+EXAMPLES = """
+bandsplit train                                    train the demo, into runs/demo-seed0
+bandsplit train resnet34_sub16 --dry-run --world-size 8
+torchrun --nproc-per-node 8 -m bandsplit train resnet34_sub16 --set optim.lr=0.02
+torchrun --nproc-per-node 8 -m bandsplit train --resume --run-dir runs/resnet34_sub16-seed0
+"""
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = options.parser(prog, __doc__, EXAMPLES)
     options.add_config(parser, "that of the run with --resume --run-dir, else the demo")
     parser.add_argument(
         "--branches",
         metavar="0,3",
-        help="train only these branches, as a separate run; src/evaluate.py joins such runs into one ensemble",
+        help="train only these branches, as a separate run; `bandsplit evaluate` joins such runs into one ensemble",
     )
     parser.add_argument(
         "--run-dir",
@@ -33,26 +41,26 @@ def main() -> None:
     parser.add_argument("--dry-run", action="store_true", help="check the config, print what would run, and exit")
     parser.add_argument("--print-run-dir", action="store_true", help="print the run directory and exit")
     parser.add_argument("--world-size", type=int, help="with --dry-run: number of GPU ranks to check for")
-    arguments = parser.parse_args()
-    if arguments.world_size and not arguments.dry_run:
+    given = parser.parse_args(arguments)
+    if given.world_size and not given.dry_run:
         parser.error("--world-size needs --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")
 
-    overrides = [*arguments.set, *([f"split.only=[{arguments.branches}]"] if arguments.branches is not None else [])]
-    config = loading.load(_config_file(arguments), overrides, arguments.data)
+    overrides = [*given.set, *([f"split.only=[{given.branches}]"] if given.branches is not None else [])]
+    config = loading.load(_config_file(given), overrides, given.data)
     of_branches = f"-branches{','.join(map(str, config.split.only))}" if config.split.only else ""
-    run_dir = arguments.run_dir or Path("runs") / f"{config.name}-seed{config.seed}{of_branches}"
-    if arguments.print_run_dir:
+    run_dir = given.run_dir or Path("runs") / f"{config.name}-seed{config.seed}{of_branches}"
+    if given.print_run_dir:
         print(run_dir)
         return
-    if arguments.dry_run:
+    if given.dry_run:
         from bandsplit.training import dry_run
 
-        dry_run.show(config, arguments.world_size)
+        dry_run.show(config, given.world_size)
         return
     from bandsplit.training import loop
 
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
-    loop.train(config, run_dir, arguments.resume or restarted)
+    loop.train(config, run_dir, given.resume or restarted)
 
 
 def _config_file(arguments: argparse.Namespace) -> Path:

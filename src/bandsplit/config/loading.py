@@ -10,10 +10,13 @@ import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import tomli
 from pydantic import ValidationError
 
+from bandsplit.commands import command
+from bandsplit.config import shipped
 from bandsplit.config.keys import entry_types, field_at, table_at, tables_at
 from bandsplit.config.messages import explain
 from bandsplit.config.schema import RunConfig
@@ -36,29 +39,33 @@ def load(
 ) -> RunConfig:
     """Reads a train config and its data config: the one it names, relative to itself, or the file `data`.
 
+    For a config that comes with the package, its name is enough, such as `resnet34_sub16`, or `demo` for `data`.
     `images` is a data config whose images take the place of those of the run, but are prepared as these were: its keys
     of OF_THE_RUN are not used.
     `overrides` are ``a.b=value`` with a TOML value, a bare word for a string, or ``30,60,80`` for a list.
     Raises UserError with file, key, the value given, what is allowed and the nearest valid key.
     """
-    path = Path(path)
+    path = shipped.file_of(path, "train")
     sources = Sources(path)
     table: Table = {}
     for file, layer in _layers(path):
         table = _merged(table, layer)
         sources.add_file(layer, file)
     table["name"] = table.get("name", path.stem)
-    if data is None and isinstance(table.get("data"), str):
-        data = table["data"]
     if data is not None:
-        table["data"] = {"name": Path(data).stem, **_read(Path(data))}
+        data = shipped.file_of(data, "data")
+    elif isinstance(table.get("data"), str):
+        data = Path(table["data"])
+    if data is not None:
+        table["data"] = {"name": data.stem, **_read(data)}
         sources.add(("data",), str(data))
     if images is not None:
-        own, other = table["data"], _read(Path(images))
+        images = shipped.file_of(images, "data")
+        own, other = table["data"], _read(images)
         kept = {key: own[key] for key in OF_THE_RUN if key in own}
         which = {key: value for key, value in other.items() if key not in OF_THE_RUN}
         counted = {"classes": own["classes"]} if "classes" in own else {}
-        table["data"] = {"name": Path(images).stem, **counted, **which, **kept}
+        table["data"] = {"name": images.stem, **counted, **which, **kept}
         sources.add(("data",), str(images))
     _apply(overrides, table, sources)
     try:
@@ -101,15 +108,24 @@ def _read(path: Path) -> Table:
     try:
         with reading_from(path):
             if not path.is_file():
-                near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.toml")], n=1)
-                hint = f"; did you mean {path.parent / near[0]}?" if near else ""
-                raise UserError(f"{path}: no such config file{hint}")
+                raise UserError(f"{path}: no such config file{_instead_of(path)}")
             return tomli.loads(path.read_text(encoding="utf-8-sig"))  # with or without a byte order mark
     except tomli.TOMLDecodeError as error:
         lines = error.doc.splitlines()[error.lineno - 1 : error.lineno]
         raise UserError(f"{path}: not valid TOML: {error}{''.join(f': {line.strip()}' for line in lines)}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 ({error}); save it as UTF-8") from None
+
+
+def _instead_of(path: Path) -> str:
+    """A hint at the config that may have been meant: a file beside `path`, or one that comes with the package."""
+    known = {file.name: file for file in path.parent.glob("*.toml")}
+    if not path.suffix:
+        known |= {file.stem: Path(file.stem) for kind in get_args(shipped.Kind) for file in shipped.files(kind)}
+    near = difflib.get_close_matches(path.name, known, n=1)
+    if near:
+        return f"; did you mean {known[near[0]]}?"
+    return "" if path.suffix else f"; `{command('config')} list` shows those that have a name"
 
 
 def _apply(overrides: Sequence[str], table: Table, sources: Sources) -> None:

@@ -15,6 +15,7 @@ from filelock import FileLock
 from loguru import logger
 from numpy.typing import NDArray
 
+from bandsplit.commands import command
 from bandsplit.config.schema import Data
 from bandsplit.data import demo, folders, index
 from bandsplit.data.check import ON_GPU
@@ -276,7 +277,7 @@ def require_few_bad(data: Data, parts: Mapping[str, ImageFiles]) -> None:
         raise UserError(
             f"data.root: {data.root}: {len(bad):,} of {count:,} images cannot be read or decoded, and {given}; repair "
             f"or remove them, or leave them out with --set data.max_bad={len(bad)}; "
-            f"`python src/data.py scan` lists them all:{named}"
+            f"`{command('data')} scan` lists them all:{named}"
         )
 
 

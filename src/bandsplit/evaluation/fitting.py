@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from bandsplit.commands import command
 from bandsplit.errors import UserError
 from bandsplit.evaluation import collector
 from bandsplit.evaluation.collector import Collector, Gathered
@@ -57,7 +58,7 @@ def _find(runs: Joined, method: str | None, loss: float | None) -> Fitted | None
     if loss is not None:
         asked, option = f"--cascade {loss:g}", f" --cascade {loss:g}"
     dirs = " ".join(str(run.run_dir) for run in runs.runs)
-    how = f"fit it with python src/evaluate.py {dirs} --fit-fusion{option}"
+    how = f"fit it with {command('evaluate')} {dirs} --fit-fusion{option}"
     raise UserError(f"{asked}: {path}: {wrong}; {how if _has_holdout(runs) else _NO_HOLDOUT}")
 
 

@@ -10,6 +10,7 @@ import torch
 from loguru import logger
 from tqdm import tqdm
 
+from bandsplit.commands import command
 from bandsplit.distributed.traffic import step_traffic
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.training.memory import MIB, Memory
@@ -49,7 +50,7 @@ class Console:
             case "end":
                 self.close()
                 logger.info(
-                    f"done after {values['seconds']:.0f} s of training; plots: python src/report.py {self._path}"
+                    f"done after {values['seconds']:.0f} s of training; plots: {command('report')} {self._path}"
                 )
 
 

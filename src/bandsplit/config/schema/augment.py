@@ -128,6 +128,7 @@ class Augment(Table):
     auto: Annotated[RandAugment | AutoAugment | TrivialAugment | None, BeforeValidator(_with_type)] = Field(
         None, discriminator="type"
     )
+    """Augmentation by random operations; `type` must be given."""
     color: Color | None = None
     pca_noise: float = Field(0.0, ge=0)
     """σ of the lighting noise (Krizhevsky et al., NIPS 2012, section 4.1, has 0.1): multiples of the principal

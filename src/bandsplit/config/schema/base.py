@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, TypeGuard, get_args
+from typing import Annotated, Any, Literal, TypeGuard, get_args
 
 from pydantic import (
     BaseModel,
@@ -66,7 +66,7 @@ def count_or(key: str, *words: str) -> BeforeValidator:
             return value
         raise mistake(key, value, f"{', '.join(map(repr, words))} or an integer >= 1")
 
-    return BeforeValidator(check)
+    return BeforeValidator(check, json_schema_input_type=Literal[words] | Annotated[int, Field(ge=1)])
 
 
 def is_list(value: object) -> TypeGuard[list[Any] | tuple[Any, ...]]:

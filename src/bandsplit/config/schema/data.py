@@ -12,6 +12,8 @@ from pydantic import (
 
 from bandsplit.config.schema.base import Channels3, Fraction, Range, Table, mistake
 
+_Holdout = Annotated[int, Field(ge=1)] | Annotated[float, Field(gt=0, lt=1)] | None
+
 
 def _holdout(value: object) -> object:
     """Accepts a count or a fraction, with one message for everything else."""
@@ -24,6 +26,7 @@ class Generate(Table):
     """Images that the project draws if the data folder does not exist."""
 
     seed: int = Field(0, ge=0)
+    """Chooses the images; not `seed` of a run."""
     train_per_class: int = Field(200, ge=1)
     val_per_class: int = Field(50, ge=1)
 
@@ -73,7 +76,7 @@ class Data(Table):
     where training has begun; or the run ends."""
     max_bad: int = Field(100, ge=0)
     """More bad images than these end the run."""
-    holdout: Annotated[int | float | None, BeforeValidator(_holdout)] = None
+    holdout: Annotated[int | float | None, BeforeValidator(_holdout, json_schema_input_type=_Holdout)] = None
     """Training images that are not trained on, to fit fusion: a number per class, or a fraction of each class."""
     image_size: int = Field(224, ge=1)
     """Side in pixels of the square images before the split."""

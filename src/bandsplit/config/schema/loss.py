@@ -14,6 +14,7 @@ from bandsplit.config.schema.base import Fraction, Table, count_or, default_type
 class CrossEntropy(Table):
     type: Literal["cross_entropy"] = "cross_entropy"
     smoothing: Fraction = 0.0
+    """Share of the target that is spread evenly over all classes."""
 
 
 class BinaryCrossEntropy(Table):
@@ -21,6 +22,7 @@ class BinaryCrossEntropy(Table):
 
     type: Literal["bce"] = "bce"
     smoothing: Fraction = 0.0
+    """Share of the target that is spread evenly over all classes."""
     target_threshold: float | None = Field(None, ge=0, lt=1)
     """Targets above it become 1, the others 0; unset: soft targets, as smoothing and mixing give them."""
 

@@ -22,6 +22,7 @@ class _Optimizer(Table):
     scaling: Literal["linear", "sqrt"] = "linear"
     """With `base_batch`: scale lr linearly or with the square root of the batch size."""
     weight_decay: float = Field(1e-4, ge=0)
+    """λ of L2 regularization, or of decoupled weight decay with `adamw` and `lamb`."""
     decay_norm_and_bias: bool = True
     """Whether weight decay also applies to norm parameters and biases (all one-dimensional parameters)."""
     layer_decay: float = Field(1.0, gt=0, le=1)
@@ -33,6 +34,7 @@ class SGD(_Optimizer):
     type: Literal["sgd"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)
     nesterov: bool = False
+    """Nesterov's momentum, as in torch."""
 
     @model_validator(mode="after")
     def _check(self) -> SGD:
@@ -63,9 +65,11 @@ class AdamW(_Optimizer):
 class RMSprop(_Optimizer):
     type: Literal["rmsprop"] = "rmsprop"
     alpha: float = Field(0.9, gt=0, lt=1)
+    """Decay of the mean of squared gradients."""
     momentum: float = Field(0.9, ge=0, lt=1)
     eps: float = Field(1e-8, gt=0)
     centered: bool = False
+    """Divides by the standard deviation of the gradient instead of its root mean square."""
 
 
 class Lamb(_Optimizer):

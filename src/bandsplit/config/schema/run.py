@@ -29,6 +29,7 @@ class RunConfig(Table):
 
     name: str = Field(min_length=1)
     seed: int = Field(0, ge=0, lt=2**31)
+    """Initial weights, order of the images, crops, flips and all augmentation follow from it."""
     data: Data
     model: Model
     split: Split = Split()
@@ -36,6 +37,7 @@ class RunConfig(Table):
     """One table per branch, instead of `split.branches`; empty: every branch uses [model]."""
     augment: Augment = Augment()
     optim: Optim
+    """`type` is "sgd" unless it is given."""
     schedule: Schedule = Cosine()
     loss: Loss = CrossEntropy()
     distillation: Distillation | None = None

@@ -22,6 +22,7 @@ class Cosine(_Schedule):
 
     type: Literal["cosine"] = "cosine"
     lr_min: float = Field(0.0, ge=0)
+    """Lowest learning rate."""
     period_epochs: float | None = Field(None, gt=0)
     """Epochs from the peak to `lr_min`, at least one step; unset: all epochs after warm-up."""
     after: Literal["bounce", "restart"] = "bounce"
@@ -62,6 +63,7 @@ class Linear(_Schedule):
 
     type: Literal["linear"] = "linear"
     lr_min: float = Field(0.0, ge=0)
+    """Last learning rate."""
 
 
 class Constant(_Schedule):

@@ -37,6 +37,8 @@ class Split(Table):
     block: int = Field(1, ge=1, le=32)
     """Side s of the pixel block; s² bands. 1: an ordinary RGB classifier."""
     transform: Literal["dct2d", "dct1d", "hadamard", "identity", "random"] = "dct2d"
+    """What makes s² coefficients of a block (doc/method.md). `identity`: its pixels; `random`: a random rotation or
+    reflection."""
     norm: Literal["ortho", "none"] = "ortho"
     """`none`: the unnormalized transform, as in the published dct1d runs."""
     scale: Fraction = 0.0

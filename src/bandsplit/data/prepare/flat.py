@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
+from bandsplit.commands import launch
 from bandsplit.data.prepare import links, summary
 from bandsplit.data.prepare.archives import is_hidden, is_image, require_safe
 from bandsplit.data.prepare.destination import Job, opened
@@ -15,7 +16,7 @@ from bandsplit.data.prepare.summary import some
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from
 
-NEXT = "torchrun src/evaluate.py RUN --set data.root={parent} --set data.val={name}"
+NEXT = "{evaluate} RUN --set data.root={parent} --set data.val={name}"
 
 BOXES = re.compile(r"(\S+)(\s+\d+){4}(\s+\S+(\s+\d+){4})*")
 """Kaggle's list of ImageNet's validation images: the class and a box, once for each object."""
@@ -64,7 +65,7 @@ def prepare(source: Path, listing: Path, to: Path, classes: Path | None, link: L
     notes = links.described(used, link, source)
     if not_listed:
         notes.append(f"{not_listed:,} images are not in {listing} and are left out")
-    command = NEXT.format(parent=target.root.parent, name=target.root.name)
+    command = NEXT.format(evaluate=launch("evaluate"), parent=target.root.parent, name=target.root.name)
     return summary.lines(target.root, result, command, *notes)
 
 

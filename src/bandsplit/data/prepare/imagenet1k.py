@@ -30,8 +30,8 @@ from bandsplit.errors import UserError
 from bandsplit.paths import reading_from, writing_to
 
 TRAIN, VAL, DEVKIT = "ILSVRC2012_img_train.tar", "ILSVRC2012_img_val.tar", "ILSVRC2012_devkit_t12.tar.gz"
-TRAIN_NEXT = "IMAGENET={root} torchrun src/train.py config/train/resnet34_sub16.toml"
-EVALUATE_NEXT = "torchrun src/evaluate.py RUN --set data.root={root}"
+TRAIN_NEXT = "IMAGENET={root} {train} resnet34_sub16"
+EVALUATE_NEXT = "{evaluate} RUN --set data.root={root}"
 META = Path("data/meta.mat")
 GROUND_TRUTH = Path("data/ILSVRC2012_validation_ground_truth.txt")
 

@@ -25,6 +25,7 @@ Release = Literal["winter21", "fall11"]
 NAMES: dict[Release, str] = {"winter21": "winter21_whole.tar.gz", "fall11": "fall11_whole.tar"}
 TIMM: dict[Release, str] = {"winter21": "imagenet21k_miil_w21_synsets.txt", "fall11": "imagenet21k_miil_synsets.txt"}
 """timm's lists of the classes that have 500 images: 10,450 and 11,221."""
+NEXT = "IMAGENET21K={root} {train} resnet34_21k_baseline --set data.classes={classes}"
 
 
 def prepare(
@@ -60,10 +61,7 @@ def prepare(
     notes = [f"{len(left_out):,} classes with fewer than {min_images} images are left out ({few:,} images)"]
     if min_images == 500:  # as in timm's lists
         notes.append(compared(set(images["train"]), left_out, release))
-    command = (
-        "IMAGENET21K={root} torchrun src/train.py config/train/resnet34_21k_baseline.toml --set data.classes={classes}"
-    )
-    return summary.lines(target.root, images, command, *notes)
+    return summary.lines(target.root, images, NEXT, *notes)
 
 
 def _found(source: Path, release: Release | None) -> Path:

@@ -13,7 +13,7 @@ from bandsplit.data.prepare.links import Link
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from
 
-NEXT = "torchrun src/train.py CONFIG --set data.root={root} --set data.classes={classes}"
+NEXT = "{train} CONFIG --set data.root={root} --set data.classes={classes}"
 
 
 def prepare(source: Path, to: Path, share: Fraction | int, seed: int, link: Link) -> str:

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
+from bandsplit.commands import launch
 from bandsplit.data.prepare.destination import Counts
 
 
@@ -15,7 +16,7 @@ def lines(root: Path, images: Counts, next_command: str, *more: str) -> str:
     Args:
         root: the destination.
         images: what is in it; the part "" lies in the destination itself.
-        next_command: a command in which {root} and {classes} are filled in.
+        next_command: a command in which {root}, {classes}, {train} and {evaluate} are filled in.
         more: lines to add.
     """
     parts = {part: classes for part, classes in images.items() if part not in ("hidden", "left out")}
@@ -28,7 +29,8 @@ def lines(root: Path, images: Counts, next_command: str, *more: str) -> str:
     if hidden := sum(images.get("hidden", {}).values()):
         text.append(f"{hidden:,} hidden files of the archives are left out")
     text += more
-    text.append(f"next: {next_command.format(root=shlex.quote(str(root)), classes=len(names))}")
+    commands = {name: launch(name) for name in ("train", "evaluate")}
+    text.append(f"next: {next_command.format(root=shlex.quote(str(root)), classes=len(names), **commands)}")
     return "\n".join(text).encode(errors="backslashreplace").decode()  # a path may have bytes that are no UTF-8
 
 

@@ -27,7 +27,7 @@ from bandsplit.paths import reading_from, writing_to
 NAME = "tiny-imagenet-200"
 CLASSES, ANNOTATIONS = "wnids.txt", "val/val_annotations.txt"
 NEXT = (
-    "torchrun src/train.py config/train/resnet34_baseline.toml --set data.root={root} --set data.classes={classes} "
+    "{train} resnet34_baseline --set data.root={root} --set data.classes={classes} "
     "--set data.image_size=64 --set data.resize_size=64"
 )
 

@@ -17,6 +17,7 @@ from typing import Literal
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from bandsplit import __version__
+from bandsplit.commands import command
 from bandsplit.config.schema import RunConfig
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.store import manifest as stored
@@ -118,7 +119,7 @@ def _require_class_folders(part: str, files: ImageFiles, names: Sequence[str]) -
         if not name.startswith(f"{part}/{files.classes[label]}/"):
             raise UserError(
                 f"{name}: not in {part}/{files.classes[label]}/, the folder of its class; "
-                "`python src/data.py prepare flat` makes class folders from a list"
+                f"`{command('data')} prepare flat` makes class folders from a list"
             )
     renamed = {packed_name(name) for name in names if packed_name(name) != name}
     if taken := renamed.intersection(names):

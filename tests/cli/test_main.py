@@ -1,0 +1,121 @@
+"""The command `bandsplit`: its commands, the names of configs, and the hints that it prints."""
+
+from __future__ import annotations
+
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+
+from bandsplit import commands
+from bandsplit.cli import main
+from bandsplit.config import loading
+from bandsplit.errors import UserError
+from tests.conftest import REPOSITORY, Done
+
+Run = Callable[..., Done]
+
+
+@pytest.fixture
+def bandsplit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """`python -m bandsplit`, in this process."""
+
+    def call(*arguments: object) -> Done:
+        monkeypatch.setattr(sys, "argv", ["bandsplit", *map(str, arguments)])
+        code = 0
+        try:
+            runpy.run_module("bandsplit", run_name="__main__")
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Done(code, *capsys.readouterr())
+
+    return call
+
+
+def test_both_doors_lead_to_the_same(bandsplit: Run, run_here: Run, tmp_path: Path) -> None:
+    for arguments in (
+        ("resnet34_sub16", "--set", "seed=7", "--print-run-dir"),
+        ("--set", "optim.lrr=1", "--dry-run"),
+        ("resnet34_sub61", "--dry-run"),
+        ("--resume", "--run-dir", tmp_path / "none"),
+    ):
+        ours, script = bandsplit("train", *arguments), run_here("train.py", *arguments)
+        assert ours == script
+        assert ours.returncode == (0 if "--print-run-dir" in arguments else 2)
+        assert len((ours.stdout + ours.stderr).splitlines()) == 1
+    usage = bandsplit("train", "--world-size", "2").stderr
+    assert usage.startswith("usage: bandsplit train ")
+    assert "--world-size needs --dry-run" in usage
+    for arguments in ((), ("trian",), ("config",)):
+        assert bandsplit(*arguments).returncode == 2
+
+
+@pytest.mark.parametrize("command", main.COMMANDS)
+def test_examples_of_the_help_are_understood(bandsplit: Run, command: str) -> None:
+    """Every command has some, and every option in them is told by the help of that command."""
+    module, _ = main.COMMANDS[command]
+    examples = re.findall(r"bandsplit [^\n]*?(?=   |\n)", import_module(f"bandsplit.cli.{module}").EXAMPLES)
+    assert examples
+    shown = bandsplit(command, "--help")
+    assert shown.returncode == 0
+    assert "\nExamples:\n  " in shown.stdout
+    for example in examples:
+        _, name, *words = shlex.split(example.partition(" > ")[0])
+        assert name == command
+        told, path = shown, [command]
+        while words and re.search(rf"^    {words[0]}\b", told.stdout, re.MULTILINE):  # a command of this command
+            path.append(words.pop(0))
+            told = bandsplit(*path, "--help")
+        for option in [word for word in words if word.startswith("--")]:
+            assert option in told.stdout, example
+
+
+def test_a_shipped_config_is_found_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless there is a file of that name; a path is never taken for a name."""
+    monkeypatch.chdir(tmp_path)
+    by_path = loading.load(REPOSITORY / "config/train/resnet34_sub16.toml", data=REPOSITORY / "config/data/demo.toml")
+    assert loading.load("resnet34_sub16", data="demo") == by_path
+    for text, message in (
+        ("train/resnet34_sub16", "train/resnet34_sub16: no such config file; did you mean resnet34_sub16"),
+        ("alexnet_sub166", "alexnet_sub166: no such config file; did you mean alexnet_sub16"),
+        ("resnet34_sub16.tml", "resnet34_sub16.tml: no such config file$"),
+        ("q", "q: no such config file; `bandsplit config list` shows"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["bandsplit"])
+        with pytest.raises(UserError, match=message):
+            loading.load(text)
+    Path("resnet34_sub16").write_text(f'extends = "{REPOSITORY}/config/train/demo.toml"\nseed = 5\n')
+    assert loading.load("resnet34_sub16").seed == 5
+
+
+def test_hints_are_in_the_form_that_was_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(REPOSITORY)
+    for started, command, launch in (
+        ("/usr/bin/bandsplit", "bandsplit find-lr", "torchrun -m bandsplit find-lr"),
+        (f"{REPOSITORY}/src/bandsplit/__main__.py", "python -m bandsplit find-lr", "torchrun -m bandsplit find-lr"),
+        ("src/train.py", "python src/find_lr.py", "torchrun src/find_lr.py"),
+        ("script/ablation.py", "bandsplit find-lr", "torchrun -m bandsplit find-lr"),
+    ):
+        monkeypatch.setattr(sys, "argv", [started])
+        assert (commands.command("find-lr"), commands.launch("find-lr")) == (command, launch)
+
+
+def test_a_hint_can_be_followed(tmp_path: Path) -> None:
+    """Neither the error nor the list needs torch."""
+    code = "import runpy, sys; runpy.run_module('bandsplit', run_name='__main__', alter_sys=True)"
+    watched = f"import atexit, sys; atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); {code}"
+    failed = subprocess.run([sys.executable, "-c", watched, "config", "show", "q"], capture_output=True, text=True)
+    assert (failed.returncode, failed.stderr.splitlines()[-1]) == (2, "False")
+    hint = re.search("`(.*)`", failed.stderr)
+    assert hint is not None
+    words = [sys.executable if word == "python" else word for word in shlex.split(hint[1])]
+    listed = subprocess.run(words, capture_output=True, text=True, cwd=tmp_path)
+    assert listed.returncode == 0
+    names = {line.split()[0] for line in listed.stdout.splitlines() if line.startswith("  ")}
+    assert names == {path.stem for folder in ("train", "data") for path in REPOSITORY.glob(f"config/{folder}/*.toml")}
