@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import tomli
 
+from bandsplit import __version__
 from tests.conftest import REPOSITORY
 
 PROJECT = tomli.loads((REPOSITORY / "pyproject.toml").read_text(encoding="utf-8"))["project"]
@@ -43,3 +44,9 @@ def test_every_import_is_declared(folder: str, extras: list[str]) -> None:
         names = {name.lower().replace("_", "-") for name in distributions.get(module, [module.replace("_", "-")])}
         names |= {PART_OF[name] for name in names & PART_OF.keys()}
         assert names & declared(*extras), f"{folder} imports {module}, of the package {' or '.join(sorted(names))}"
+
+
+def test_the_citation_is_of_this_version() -> None:
+    text = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
+    assert f"\nversion: {__version__}\n" in text
+    assert re.findall(r"doi: (\S+)", text) == re.findall(r"doi\.org/(\S+?)\)", (REPOSITORY / "README.md").read_text())
