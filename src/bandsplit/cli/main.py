@@ -12,7 +12,10 @@ from bandsplit.cli import entry, options
 COMMANDS = {
     "train": ("train", "train an ensemble, or resume a run"),
     "evaluate": ("evaluate", "validate a checkpoint, or the ensemble of several runs' branches"),
+    "predict": ("predict", "classify image files or a folder of them"),
+    "export": ("export", "write a trained model as one file: safetensors, ONNX or torch.export"),
     "report": ("report", "plot and tabulate runs or saved predictions, or compare runs"),
+    "track": ("track", "pass the metrics of a run on to TensorBoard or Weights & Biases"),
     "find-lr": ("find_lr", "find a learning rate"),
     "data": ("data", "prepare, scan, pack and verify data sets"),
     "config": ("config", "list the configs and their keys, show a resolved config"),

@@ -109,4 +109,7 @@ def _log_what_is_tuned(session: Session) -> None:
         logger.info(f"frozen: {', '.join(config.train.freeze)}; {100 * trained:.1f} % of the params are trained")
     if config.optim.layer_decay < 1:
         scales = [group["lr_scale"] for learner in session.learners for group in learner.optimizer.param_groups]
-        logger.info(f"lr of layers: {min(scales):.3g} of the schedule's in the first that is trained, {max(scales):.3g} in the last")
+        lowest, highest = min(scales), max(scales)
+        logger.info(
+            f"lr of layers: {lowest:.3g} of the schedule's in the first that is trained, {highest:.3g} in the last"
+        )
