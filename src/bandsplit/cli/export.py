@@ -1,4 +1,4 @@
-"""Write a trained model as one file: bandsplit export RUN --format safetensors|onnx|torch"""
+"""Write a trained model as one file: safetensors, ONNX or torch.export."""
 
 from __future__ import annotations
 
@@ -9,11 +9,16 @@ from pathlib import Path
 from bandsplit.cli import options
 from bandsplit.errors import UserError
 
+EXAMPLES = """
+bandsplit export runs/demo-seed0
+bandsplit export runs/demo-seed0 --format onnx --output demo.onnx
+bandsplit export runs/demo-seed0 --branches 0,1 --dtype float16
+"""
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = options.parser(prog, __doc__, EXAMPLES)
     parser.add_argument("model", type=Path, help="run directory, or a safetensors file of this command")
     parser.add_argument(
         "--format",

@@ -1,16 +1,21 @@
-"""Classify images with a trained model: bandsplit predict RUN|FILE.safetensors IMAGE|FOLDER …"""
+"""Classify images with a trained model: top classes, confidences and the vote of every branch."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from bandsplit.cli import options
 
+EXAMPLES = """
+bandsplit predict runs/demo-seed0 photo.jpg
+bandsplit predict demo-seed0.safetensors photos --csv classes.csv
+bandsplit predict runs/demo-seed0 photo.jpg -k 1 --json -
+"""
+
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = options.parser(prog, __doc__, EXAMPLES)
     parser.add_argument("model", type=Path, help="run directory, or a file of `bandsplit export`")
     parser.add_argument("images", type=Path, nargs="+", metavar="IMAGE", help="image file, or folder of images")
     parser.add_argument("-k", type=options.count, default=5, help="how many of the likeliest classes to tell (5)")

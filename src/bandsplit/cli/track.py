@@ -1,17 +1,21 @@
-"""Pass the metrics of a run on to TensorBoard or Weights & Biases: bandsplit track RUN --to wandb [--follow]"""
+"""Pass the metrics of a run on to TensorBoard or Weights & Biases."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from bandsplit.cli import entry
+from bandsplit.cli import entry, options
 from bandsplit.tracking.tracker import TRACKERS
+
+EXAMPLES = """
+bandsplit track runs/demo-seed0 --to tensorboard
+bandsplit track runs/demo-seed0 --to wandb --follow
+"""
 
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = options.parser(prog, __doc__, EXAMPLES)
     parser.add_argument("run", type=Path, metavar="RUN", help="run directory")
     parser.add_argument(
         "--to",
