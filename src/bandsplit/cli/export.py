@@ -1,4 +1,4 @@
-"""Write a trained model as one file: safetensors, ONNX or torch.export."""
+"""Write a trained model as one file: weights as safetensors, or a graph from images to logits for other tools."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from bandsplit.cli import options
 from bandsplit.errors import UserError
 
 EXAMPLES = """
-bandsplit export runs/demo-seed0
-bandsplit export runs/demo-seed0 --format onnx --output demo.onnx
-bandsplit export runs/demo-seed0 --branches 0,1 --dtype float16
+bandsplit export runs/demo-seed0 --output demo.safetensors
+bandsplit export runs/demo-seed0 --format onnx --branches 0,2 --dtype float16
 """
+
 SUFFIXES = {"safetensors": ".safetensors", "onnx": ".onnx", "torch": ".pt2"}
 
 

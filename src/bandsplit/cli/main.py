@@ -12,7 +12,7 @@ from bandsplit.cli import entry, options
 COMMANDS = {
     "train": ("train", "train an ensemble, or resume a run"),
     "evaluate": ("evaluate", "validate a checkpoint, or the ensemble of several runs' branches"),
-    "predict": ("predict", "classify image files or a folder of them"),
+    "predict": ("predict", "classify images with a trained model"),
     "export": ("export", "write a trained model as one file: safetensors, ONNX or torch.export"),
     "report": ("report", "plot and tabulate runs or saved predictions, or compare runs"),
     "track": ("track", "pass the metrics of a run on to TensorBoard or Weights & Biases"),

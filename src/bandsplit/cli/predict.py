@@ -1,4 +1,4 @@
-"""Classify images with a trained model: top classes, confidences and the vote of every branch."""
+"""Classify images with a trained model: their likeliest classes, and what each branch says."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from pathlib import Path
 from bandsplit.cli import options
 
 EXAMPLES = """
-bandsplit predict runs/demo-seed0 photo.jpg
-bandsplit predict demo-seed0.safetensors photos --csv classes.csv
-bandsplit predict runs/demo-seed0 photo.jpg -k 1 --json -
+bandsplit predict runs/demo-seed0 data/demo/val/disc_striped/00000.jpg
+bandsplit predict runs/demo-seed0 data/demo/val --csv runs/demo-seed0/predictions.csv
+bandsplit predict demo.safetensors image.jpg -k 1 --json -
 """
 
 

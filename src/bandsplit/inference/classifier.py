@@ -167,10 +167,8 @@ class Classifier(nn.Module):
         """Classifies crops of `preparation.prepared` at once."""
         if not crops:
             return []
-        same = len({crop.dtype for crop in crops}) == 1
-        batch = torch.stack([crop if same or crop.is_floating_point() else crop / 255 for crop in crops])
         with torch.inference_mode():
-            return self.predictions(self.branch_logits(batch.to(self.weights.device)), k)
+            return self.predictions(self.branch_logits(torch.stack(list(crops)).to(self.weights.device)), k)
 
     def predictions(self, logits: Tensor, k: int = 5) -> list[Prediction]:
         """The predictions for B images, from the logits (branches, B, classes) of their branches."""

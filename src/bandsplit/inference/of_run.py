@@ -7,6 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from bandsplit.commands import command
 from bandsplit.errors import UserError
 from bandsplit.inference.description import Branch, Description, Network, Training
 from bandsplit.models.fusion import FUSIONS, MEAN
@@ -64,7 +65,7 @@ def _weights(restored: Restored, method: str) -> tuple[float, ...]:
     fitted = Fitted.read(path)
     if fitted is None or fitted.branches != restored.fitted_branches or method not in fitted.fusions:
         wrong = "no such file" if fitted is None else "it is not fitted for these branches"
-        how = f"python src/evaluate.py {restored.run_dir} --checkpoint {restored.step} --fit-fusion"
+        how = f"{command('evaluate')} {restored.run_dir} --checkpoint {restored.step} --fit-fusion"
         raise UserError(f"fusion {method!r}: {path}: {wrong}; fit it with {how}, or use 'mean'")
     return tuple(fitted.fusions[method].weights)
 

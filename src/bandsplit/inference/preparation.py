@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import numpy as np
@@ -10,19 +9,16 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
 
 from bandsplit.errors import UserError
 from bandsplit.inference.description import Description
+from bandsplit.inference.resizing import resize_shorter, round_half_up
 
 Source = str | Path | Image.Image | npt.NDArray[np.generic] | Tensor
 """A file, a Pillow image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (1, H, W); RGB, or gray.
 
 Arrays and tensors are uint8 from 0 to 255, or floating point from 0 to 1.
 """
-
-_MODES = {"bilinear": InterpolationMode.BILINEAR, "bicubic": InterpolationMode.BICUBIC}
 
 
 def pixels(image: Source) -> Tensor:
@@ -49,19 +45,16 @@ def pixels(image: Source) -> Tensor:
 
 
 def prepared(image: Source, description: Description) -> Tensor:
-    """The center crop of the resized image, (3, val_size, val_size), as DALI makes it in validation.
+    """The center crop of the resized image, (3, val_size, val_size), uint8, as DALI makes it in validation.
 
     Raises UserError and ValueError as `pixels` does.
     """
     full = pixels(image)
-    height, width = full.shape[-2:]
-    scale = description.resize_size / min(height, width)
-    resized = transforms.resize(
-        full, [_round(height * scale), _round(width * scale)], _MODES[description.interpolation], antialias=True
-    )
-    top, left = (_round((side - description.val_size) / 2) for side in resized.shape[-2:])
-    crop: Tensor = resized[:, top : top + description.val_size, left : left + description.val_size]
-    return crop.clamp(0, 1) if crop.is_floating_point() else crop  # bicubic overshoots
+    scaled = full * 255 if full.is_floating_point() else full
+    resized = resize_shorter(scaled, description.resize_size, description.interpolation)
+    size = description.val_size
+    top, left = (round_half_up((side - size) / 2) for side in resized.shape[-2:])
+    return resized[:, top : top + size, left : left + size].byte()
 
 
 def _decoded(path: Path) -> Image.Image:
@@ -77,8 +70,3 @@ def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I;16"):  # convert would clip it
         image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
     return image.convert("RGB")
-
-
-def _round(x: float) -> int:
-    """Half up, as DALI rounds sides and places."""
-    return math.floor(x + 0.5)
