@@ -91,8 +91,9 @@ def test_whatever_an_image_comes_as(config_file: Path, tmp_path: Path) -> None:
     assert [each.top[0].label for each in model.predict([tensor / 255, image])] == [wanted.top[0].label] * 2
     sixteen = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
     assert model.predict(sixteen) == of_gray
-    for wrong in (np.zeros((3, 50, 70, 1)), torch.zeros(4, 5, 5), np.zeros((50, 70, 3), dtype=np.int64)):
-        with pytest.raises(ValueError, match="image of"):
+    shapes = np.zeros((3, 50, 70, 1)), torch.zeros(4, 5, 5)
+    for wrong in (*shapes, np.zeros((50, 70, 3), dtype=np.int64), array.astype(np.float32)):
+        with pytest.raises(ValueError, match="^image (of|with)"):
             model.predict(wrong)
 
 

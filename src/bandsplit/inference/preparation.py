@@ -34,13 +34,15 @@ def pixels(image: Source) -> Tensor:
         tensor = torch.from_numpy(np.array(image))
         tensor = tensor[None] if tensor.ndim == 2 else tensor.movedim(-1, 0)
     else:
-        tensor = image
+        tensor = image.cpu()
     if tensor.ndim != 3 or tensor.shape[0] not in (1, 3) or not tensor.numel():
         raise ValueError(
             f"image of shape {tuple(image.shape)}: expected an array (H, W, 3) or (H, W), or a tensor (3, H, W)"
         )
     if tensor.dtype != torch.uint8 and not tensor.is_floating_point():
         raise ValueError(f"image of dtype {image.dtype}: expected uint8 from 0 to 255, or floating point from 0 to 1")
+    if tensor.is_floating_point() and not (tensor.min() >= -0.01 and tensor.max() <= 1.01):
+        raise ValueError(f"image with values {tensor.min():g} to {tensor.max():g}: expected 0 to 1, or uint8")
     return (tensor if tensor.dtype == torch.uint8 else tensor.float()).expand(3, -1, -1)
 
 
