@@ -1,4 +1,4 @@
-"""`pack` and `verify` of src/data.py: images resized once, or the bands of every image, as files that are read fast."""
+"""`bandsplit data pack` and `verify`: images resized once, or the bands of every image, as files that are read fast."""
 
 from __future__ import annotations
 
@@ -10,9 +10,18 @@ from bandsplit.cli import options
 from bandsplit.config import loading
 from bandsplit.cpus import available_cpus
 
+PACK_EXAMPLES = """
+bandsplit data pack resnet34_sub16 --to /data/bands
+bandsplit data pack resnet34_baseline --to /data/resized --kind images --size 256
+"""
+VERIFY_EXAMPLES = """
+bandsplit data verify /data/bands
+"""
+
 
 def add(commands: Any) -> None:
-    pack = commands.add_parser("pack", help="resize all images once, or store their bands", description=_pack.__doc__)
+    about = "resize all images once, or store their bands"
+    pack = commands.add_parser("pack", help=about, **options.texts(_pack.__doc__, PACK_EXAMPLES))
     options.add_config(pack)
     pack.add_argument("--to", type=Path, required=True, metavar="DIR", help="new or unfinished folder to pack into")
     pack.add_argument(
@@ -28,7 +37,7 @@ def add(commands: Any) -> None:
     pack.add_argument("--quality", type=_quality, default=90, help="images: JPEG quality, 1 to 100 (90)")
     pack.add_argument("--workers", type=_positive, default=available_cpus(), help="processes (the CPUs allotted)")
     pack.set_defaults(run=_pack)
-    verify = commands.add_parser("verify", help="check packed data", description=_verify.__doc__)
+    verify = commands.add_parser("verify", help="check packed data", **options.texts(_verify.__doc__, VERIFY_EXAMPLES))
     verify.add_argument("folder", type=Path, metavar="DIR", help="what `pack` has written")
     verify.add_argument("--workers", type=_positive, default=available_cpus(), help="threads (the CPUs allotted)")
     verify.set_defaults(run=_verify)

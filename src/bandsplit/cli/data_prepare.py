@@ -1,4 +1,4 @@
-"""Class folders from the archives that data sets come in: python src/data.py prepare WHAT"""
+"""Make class folders from the archives that data sets come in, or from flat folders."""
 
 from __future__ import annotations
 
@@ -13,12 +13,18 @@ from bandsplit.errors import UserError
 
 KEEPS = "An interrupted run is continued by the same command. Nothing is ever written outside of --to."
 
+EXAMPLES = """
+bandsplit data prepare imagenet1k --archives /data/archives --to /data/imagenet
+bandsplit data prepare tiny-imagenet --archives tiny-imagenet-200.zip --to /data/tiny
+bandsplit data prepare flat --from images --list labels.csv --to /data/own
+bandsplit data prepare split --from /data/own --to /data/own_split --fraction 0.1
+"""
+
 
 def add(commands: Any) -> None:
     """Adds `prepare` and its own commands."""
-    parser = commands.add_parser(
-        "prepare", help="make class folders from archives or flat folders", description=__doc__
-    )
+    about = "make class folders from archives or flat folders"
+    parser = commands.add_parser("prepare", help=about, **options.texts(f"{__doc__} {KEEPS}", EXAMPLES))
     whats = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     for add_one in (_imagenet1k, _imagenet21k, _tiny_imagenet, _flat, _split):
         add_one(whats)

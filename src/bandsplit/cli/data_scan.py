@@ -1,4 +1,4 @@
-"""python src/data.py scan [CONFIG]: examine every image of a data set and summarize it."""
+"""`bandsplit data scan`: examine every image of a data set and summarize it."""
 
 from __future__ import annotations
 
@@ -11,14 +11,20 @@ from bandsplit.config import loading
 from bandsplit.errors import UserError
 from bandsplit.paths import writing_to
 
+ABOUT = """
+Decodes every image that is new or has changed since the last scan, and prints a summary: images per class, formats,
+sizes, duplicates within and across training and validation images, bad files.
+"""
+EXAMPLES = """
+bandsplit data scan
+bandsplit data scan resnet34_sub16 --output bad_images.csv
+bandsplit data scan --data imagenette --set data.root=/data/imagenette
+"""
+
 
 def add(commands: Any) -> None:
-    parser = commands.add_parser(
-        "scan",
-        help="examine every image and summarize the data set",
-        description="Decodes every image that is new or has changed since the last scan, and prints a summary: images "
-        "per class, formats, sizes, duplicates within and across training and validation images, bad files.",
-    )
+    about = "examine every image and summarize the data set"
+    parser = commands.add_parser("scan", help=about, **options.texts(ABOUT, EXAMPLES))
     options.add_config(parser)
     parser.add_argument("--output", type=Path, metavar="CSV", help="write all files that are left out to this file")
     parser.set_defaults(run=run)

@@ -20,7 +20,10 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument("run", type=Path, nargs="+", help="run directory; several runs form one ensemble")
     parser.add_argument("--checkpoint", default="best", help="best, last or a step number (default: best)")
     parser.add_argument(
-        "--data", type=Path, metavar="CONFIG", help="data config of other validation images, prepared as the run's"
+        "--data",
+        type=Path,
+        metavar="CONFIG",
+        help=f"data config of other validation images, prepared as the run's: {options.FILE_OR_NAME}",
     )
     options.add_set(parser)
     parser.add_argument(
@@ -67,7 +70,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "--save",
         type=Path,
         metavar="FILE.npz",
-        help="save the predictions for every image, fused and of every branch; report.py draws them",
+        help="save the predictions for every image, fused and of every branch; `bandsplit report` draws them",
     )
     parser.add_argument(
         "--save-sample",

@@ -7,6 +7,7 @@ import shutil
 import textwrap
 from argparse import ArgumentParser, ArgumentTypeError, RawDescriptionHelpFormatter
 from pathlib import Path
+from typing import Any
 
 from bandsplit.config import shipped
 
@@ -17,12 +18,16 @@ FILE_OR_NAME = "a file, or the name of one that `bandsplit config list` shows"
 
 def parser(prog: str | None, about: str | None, examples: str) -> ArgumentParser:
     """A parser whose help begins with `about` and ends with examples, one a line."""
-    return ArgumentParser(
-        prog=prog,
-        description=textwrap.fill(about or "", width()),
-        epilog=f"Examples:\n{textwrap.indent(examples.strip(), '  ')}",
-        formatter_class=RawDescriptionHelpFormatter,
-    )
+    return ArgumentParser(prog=prog, **texts(about, examples))
+
+
+def texts(about: str | None, examples: str) -> dict[str, Any]:
+    """The arguments of `parser` for the parser of a subcommand."""
+    return {
+        "description": textwrap.fill(" ".join((about or "").split()), width()),
+        "epilog": f"Examples:\n{textwrap.indent(examples.strip(), '  ')}",
+        "formatter_class": RawDescriptionHelpFormatter,
+    }
 
 
 def width() -> int:

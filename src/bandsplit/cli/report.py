@@ -21,7 +21,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "run",
         nargs="*",
         type=Path,
-        help="run directory; runs that differ only in their seed are averaged; or a file of evaluate.py --save",
+        help="run directory; runs that differ only in their seed are averaged; or a file of `evaluate --save`",
     )
     parser.add_argument(
         "--compare",

@@ -90,8 +90,8 @@ def _rows(table: Table) -> Iterator[str]:
     if table.keys:
         yield "\n| key | type | default | meaning |\n|---|---|---|---|"
     for key in table.keys:
-        cells = (f"`{key.name}`", key.kind, key.default, key.about)
-        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in cells)} |"
+        cells = " | ".join(cell.replace("|", "\\|") for cell in (f"`{key.name}`", key.kind, key.default, key.about))
+        yield f"| {cells} |"
 
 
 def _resolved(node: Any, definitions: Node) -> Any:

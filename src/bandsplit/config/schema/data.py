@@ -51,8 +51,9 @@ class Data(Table):
     """Where the images are and how they become a batch (config/data/*.toml)."""
 
     name: str = Field(min_length=1)
+    """What the data is called in logs and reports."""
     kind: Literal["images", "bands"] = "images"
-    """`images`: files that DALI decodes; `bands`: a band store that `python src/data.py pack` has written."""
+    """`images`: files that DALI decodes; `bands`: a band store that `bandsplit data pack` has written."""
     root: str = Field(min_length=1)
     """Folder of the data set or band store; `~` and `$VARIABLES` are expanded."""
     layout: Literal["folders", "list"] = "folders"

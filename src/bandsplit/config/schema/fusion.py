@@ -10,4 +10,4 @@ from bandsplit.config.schema.base import Table
 class Fusion(Table):
     method: Literal["mean", "rank", "learned", "temperature", "drop"] = "mean"
     """The fusion that a trained run is evaluated with. All but `mean` are fitted on held-out images after training, by
-    `evaluate.py RUN --fit-fusion`. Does not affect training."""
+    `bandsplit evaluate RUN --fit-fusion`. Does not affect training."""

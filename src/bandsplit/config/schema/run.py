@@ -28,6 +28,7 @@ class RunConfig(Table):
     """The complete config of a run."""
 
     name: str = Field(min_length=1)
+    """What the run is called: in its directory, logs and reports."""
     seed: int = Field(0, ge=0, lt=2**31)
     """Initial weights, order of the images, crops, flips and all augmentation follow from it."""
     data: Data
@@ -39,7 +40,9 @@ class RunConfig(Table):
     optim: Optim
     """`type` is "sgd" unless it is given."""
     schedule: Schedule = Cosine()
+    """`type` is "cosine" unless it is given."""
     loss: Loss = CrossEntropy()
+    """`type` is "cross_entropy" unless it is given."""
     distillation: Distillation | None = None
     mix: Mix = Mix()
     train: Train
