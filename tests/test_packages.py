@@ -28,7 +28,7 @@ def imported(folder: Path) -> set[str]:
     return {name.partition(".")[0] for name in names} - set(sys.stdlib_module_names) - OURS - NOT_ON_PYPI
 
 
-OPTIONAL = ["timm", "tensorboard", "wandb", "onnx", "hub"]
+OPTIONAL = ["timm", "tensorboard", "wandb", "onnx", "hub", "app"]
 
 
 def declared(*extras: str) -> set[str]:

@@ -14,6 +14,7 @@ COMMANDS = {
     "evaluate": ("evaluate", "validate a checkpoint, or the ensemble of several runs' branches"),
     "predict": ("predict", "classify images with a trained model"),
     "export": ("export", "write a trained model as one file: safetensors, ONNX or torch.export"),
+    "app": ("app", "a page in the browser on which to try a trained model"),
     "report": ("report", "plot and tabulate runs or saved predictions, or compare runs"),
     "track": ("track", "pass the metrics of a run on to TensorBoard or Weights & Biases"),
     "find-lr": ("find_lr", "find a learning rate"),

@@ -76,6 +76,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def port(text: str) -> int:
+    """The type of an option that takes a TCP port."""
+    if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):
+        raise ArgumentTypeError(f"{text!r} given, expected a port, 1 to 65535")
+    return int(text)
+
+
 def percent(text: str) -> float:
     """The type of an option that takes a number between 0 and 100, both excluded."""
     try:

@@ -1,0 +1,24 @@
+"""Try a trained model in a browser: bandsplit app RUN|FILE.safetensors"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from bandsplit.cli import options
+
+
+def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
+    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser.add_argument("model", type=Path, help="run directory, or a file of `bandsplit export`")
+    options.add_checkpoint(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="address to serve at (127.0.0.1, which other machines cannot reach)"
+    )
+    parser.add_argument("--port", type=options.port, default=7860, help="port to serve at (7860)")
+    given = parser.parse_args(arguments)
+
+    from bandsplit.app.server import Request, serve
+
+    serve(Request(**vars(given)))
