@@ -1,16 +1,20 @@
-"""Try a trained model in a browser: bandsplit app RUN|FILE.safetensors"""
+"""A page in the browser on which to try a trained model."""
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
 from bandsplit.cli import options
 
+EXAMPLES = """
+bandsplit app runs/demo-seed0
+bandsplit app demo.safetensors --port 8080
+"""
+
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    parser = argparse.ArgumentParser(prog=prog, description=__doc__)
+    parser = options.parser(prog, __doc__, EXAMPLES)
     parser.add_argument("model", type=Path, help="run directory, or a file of `bandsplit export`")
     options.add_checkpoint(parser)
     parser.add_argument(
