@@ -13,11 +13,13 @@ if [[ ${1:-} == --quick ]]; then
     processes=$(nproc)
 fi
 
-# The tests of script/slurm start their own Slurm; without these packages they are skipped.
-if [[ ! ${selection[*]} && $(id -u) == 0 ]] && ! type slurmd munged shellcheck &>/dev/null && type apt-get &>/dev/null; then
-    echo "installing with apt-get: slurm-wlm munge shellcheck (for the tests of script/slurm)"
+# The tests of script/slurm start their own Slurm, those of the page a browser; without these packages they are skipped.
+packages=(slurm-wlm munge shellcheck chromium)
+if [[ ! ${selection[*]} && $(id -u) == 0 ]] && type apt-get &>/dev/null &&
+    ! type slurmd munged shellcheck chromium &>/dev/null; then
+    echo "installing with apt-get: ${packages[*]} (for the tests of script/slurm and of the page)"
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
-        slurm-wlm munge shellcheck; } >/dev/null 2>&1 || echo "not available: the tests with Slurm are skipped"
+        "${packages[@]}"; } >/dev/null 2>&1 || echo "not available: tests that need them are skipped"
 fi
 echo "installing into ${VENV:-.venv} what is missing there: the packages of pyproject.toml with its extra dev (7 GB in all)"
 source script/setup.sh dev
