@@ -115,12 +115,32 @@ def test_confidences_are_those_of_the_softmax(config_file: Path) -> None:
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["model.arch=resnet50", 'model.tweaks=["b", "c", "d"]', "model.drop_path=0.1", "model.zero_gamma=true"],
-        ["model.arch=alexnet", "model.width=1", "data.image_size=128", "data.resize_size=128", "model.dropout=0.2"],
+        [
+            "model.arch=resnet50",
+            "split.branches=[[0, 1]]",
+            'model.tweaks=["b", "c", "d"]',
+            "model.drop_path=0.1",
+            "model.zero_gamma=true",
+        ],
+        [
+            "model.arch=alexnet",
+            "split.branches=[[3]]",
+            "model.width=1",
+            "data.image_size=128",
+            "data.resize_size=128",
+            "model.dropout=0.2",
+        ],
         ["model.arch=mobilenet_v3_small", "split.branches=[[0, 1, 2, 3], [0]]", "train.precision=fp32"],
-        ["model.source=timm", "model.arch=test_vit", "model.width=1", "data.image_size=64", "data.resize_size=64"],
+        [
+            "model.source=timm",
+            "split.branches=[[0], [1]]",
+            "model.arch=test_vit",
+            "model.width=1",
+            "data.image_size=64",
+            "data.resize_size=64",
+        ],
     ],
-    ids=lambda overrides: overrides[0] if "timm" not in overrides[0] else overrides[1],
+    ids=lambda overrides: overrides[0] if "timm" not in overrides[0] else overrides[2],
 )
 def test_an_exported_file_is_the_model(config_file: Path, tmp_path: Path, overrides: list[str]) -> None:
     """The same weights, with float16 but for its rounding. Random numbers of the process are not touched."""
