@@ -69,7 +69,7 @@ def main() -> None:
     print("|----------:|--------------:|------------:|------------:|--------------------:|")
     measured = []
     with tempfile.TemporaryDirectory() as folder:
-        _write_images(Path(folder), config, arguments.images)
+        write_images(Path(folder), config, arguments.images)
         for processes in map(int, arguments.processes.split(",")):
             for groups in possible_groups(config, processes):
                 small = loading.load(
@@ -93,7 +93,7 @@ def _as_dict(sent: Traffic) -> dict[str, Any]:
     return {**vars(sent), "bytes": sent.bytes}
 
 
-def _write_images(root: Path, config: RunConfig, batch_size: int) -> None:
+def write_images(root: Path, config: RunConfig, batch_size: int) -> None:
     """Writes gray training and validation images: the same number per class, and at least one batch of each."""
     file, side = root / "gray.jpg", config.data.image_size
     Image.new("RGB", (side, side), (128, 128, 128)).save(file)
