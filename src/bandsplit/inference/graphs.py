@@ -9,6 +9,7 @@ import copy
 import importlib
 import json
 import logging
+import math
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -107,7 +108,10 @@ def _checked(model: Classifier, graph: Graph, dtype: torch.dtype, path: Path) ->
         wanted = model(images.to(model.weights.device)).cpu()
         differs = (graph(images) - wanted).abs().max().item()
         if not differs <= TOLERANCE[dtype] * max(1.0, wanted.abs().max().item()):
-            raise UserError(f"{path}: not written: with {batch} images its logits differ by {differs:.2g}")
+            beyond = (
+                ": its values exceed float16; use float32" if math.isnan(differs) and wanted.isfinite().all() else ""
+            )
+            raise UserError(f"{path}: not written: with {batch} images its logits differ by {differs:.2g}{beyond}")
         largest = max(largest, differs)
     return largest
 
