@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import os
 import re
 import shutil
@@ -234,3 +235,27 @@ def test_ten_uploads_at_once(browser: Any, url: str, page: Any, run_dir: Path, t
         notice(visitor, path.name)
         expect_top(visitor, expected.top)
         visitor.close()
+
+
+DROP = """
+files => {
+  const drop = new DataTransfer();
+  for (const [name, text] of files)
+    drop.items.add(new File([Uint8Array.from(atob(text), c => c.charCodeAt(0))], name));
+  return drop;
+}
+"""
+"""JavaScript: the files as (name, Base64) -> what a browser tells of files that are dropped."""
+
+
+@browser_test
+def test_of_ten_files_dropped_at_once_the_first_is_taken(page: Any, tmp_path: Path) -> None:
+    files = []
+    for i in range(10):
+        path = tmp_path / f"image{i}.png"
+        photograph(60, 50, seed=i).save(path)
+        files.append((path.name, base64.b64encode(path.read_bytes()).decode()))
+    page.dispatch_event("#file button", "drop", {"dataTransfer": page.evaluate_handle(DROP, files)})
+    assert notice(page, "image0.png").startswith("image0.png: 60 × 50 pixels")
+    upload(page, tmp_path / "image7.png")
+    notice(page, "image7.png")

@@ -103,6 +103,7 @@ RULES: dict[str, Rule] = {
     r"torchrun --nproc-per-node 8 src/train\.py --resume --run-dir runs/\w+-seed0": on_the_demo,
     r"torchrun --nproc-per-node 8 src/evaluate\.py runs/\w+-seed0": on_the_demo,
     r"bandsplit (train \w+ --dry-run --world-size 8|train --help|(config|predict|export) .*)": with_this_python,
+    r"bandsplit app .*": no_more,  # tests/app/test_page.py
     r"python src/data\.py scan .*": as_it_is,
     r"python src/data\.py (pack --to|verify) data/demo_bands": as_it_is,
     r"python src/data\.py pack config/.*": no_more,  # tests/data/test_store.py, test_store_images.py

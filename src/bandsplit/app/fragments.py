@@ -20,6 +20,9 @@ from bandsplit.models.cascade import Cascade
 
 TOP = 5
 
+LARGEST_LABELED = 4
+"""The largest block whose bands have room for all of their label."""
+
 EMPTY = '<p class="empty">No image yet.</p>'
 
 
@@ -94,22 +97,20 @@ def bands(model: Classifier, shown: Sequence[tuple[str, Tile]], on: Collection[i
     figures = []
     for k, (uri, tile) in enumerate(shown):
         state = "" if k in on else ' class="off"'
-        how = "natural color" if tile.contrast is None else f"contrast × {tile.contrast:.3g}"
-        note = how if k in read else f"{how}; read by no branch"
+        note = "natural color" if tile.contrast is None else f"contrast × {_two_digits(tile.contrast)}"
+        if block > LARGEST_LABELED:
+            note = "color" if tile.contrast is None else f"× {_two_digits(tile.contrast)}"
+        unread = "" if k in read else "<span>no branch reads it</span>"
         figures.append(
-            f'<figure{state}><img src="{uri}" alt="Band {k}"><figcaption><b>{k}</b> {_place(k, block)}'
-            f"<span>{note}</span></figcaption></figure>"
+            f'<figure{state}><img src="{uri}" alt="Band {k}"><figcaption><b>{band_name(k, block)}</b>'
+            f"<span>{note}</span>{unread}</figcaption></figure>"
         )
-    return f'<div class="bands" style="--block:{block}">{"".join(figures)}</div>'
+    return f'<div class="bands">{"".join(figures)}</div>'
 
 
 def band_name(k: int, block: int) -> str:
-    """The label of a switch."""
-    return f"{k} {_place(k, block)}"
-
-
-def _place(k: int, block: int) -> str:
-    return f"({k // block}, {k % block})"
+    """Number, row and column of a band; the number alone where bands are many and small."""
+    return f"{k}" if block > LARGEST_LABELED else f"{k} ({k // block}, {k % block})"
 
 
 def votes(model: Classifier, now: Answer, weights: Sequence[float], on: Collection[int]) -> str:
@@ -183,6 +184,10 @@ def _row(name: str, bar: str, confidence: float) -> str:
 
 def _bar(confidence: float, mark: str = "") -> str:
     return f'<div class="track"><i style="width:{100 * confidence:.2f}%"></i>{mark}</div>'
+
+
+def _two_digits(number: float) -> str:
+    return f"{number:.1f}" if number < 9.95 else f"{number:.0f}"
 
 
 def _times(width: float) -> str:

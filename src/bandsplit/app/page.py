@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from bandsplit.app import fragments, uploads
-from bandsplit.app.answers import Answer, answer, bands_read, weights_of
+from bandsplit.app.answers import Answer, answer, weights_of
 from bandsplit.app.of_run import Example
 from bandsplit.app.tiles import Tile, tiles
 from bandsplit.errors import UserError
@@ -54,7 +54,7 @@ class Page:
 
     def __init__(self, model: Classifier, examples: Sequence[Example] = (), cascade: Cascade | None = None) -> None:
         self.model, self.examples, self.cascade = model, examples, cascade
-        self.bands, self.branches = bands_read(model), list(range(len(model.bands)))
+        self.bands, self.branches = list(range(model.description.block**2)), list(range(len(model.bands)))
 
     def upload(self, path: str | None, shown: Shown | None, bands: list[int], branches: list[int]) -> list[Any]:
         """An image was dropped: the file, and what `views` returns; a refused one leaves what was shown."""
@@ -109,6 +109,11 @@ def theme() -> Any:
     )
 
 
+def css(page: Page) -> str:
+    """page.css, and the number of columns of the bands."""
+    return f"{CSS}:root {{ --block: {page.model.description.block}; }}"
+
+
 def blocks(page: Page, name: str) -> Any:
     """The Gradio blocks of a page."""
     model, block = page.model, page.model.description.block
@@ -116,7 +121,7 @@ def blocks(page: Page, name: str) -> Any:
         shown = gr.State(None, time_to_live=3600)
         gr.HTML(fragments.header(model, name))
         with gr.Row(equal_height=True):
-            with gr.Column(scale=2, min_width=300, elem_id="panel-image"):
+            with gr.Column(scale=2, min_width=320, elem_id="panel-image"):
                 gr.HTML(_title("Image", f"At most {uploads.MOST_BYTES // 2**20} MiB; it stays on this server."))
                 file = gr.File(show_label=False, height=150, elem_id="file")
                 notice = gr.HTML()
@@ -124,20 +129,21 @@ def blocks(page: Page, name: str) -> Any:
                     gr.HTML(_title("Examples", "Validation images of the run."))
                     examples = [(fragments.uri(_thumbnail(each)), model.names[each.label]) for each in page.examples]
                     gallery = gr.HTML(fragments.examples(examples), js_on_load=CHOOSE, elem_id="examples")
-            with gr.Column(scale=5, min_width=420, elem_id="panel-prediction"):
+            with gr.Column(scale=5, min_width=320, elem_id="panel-prediction"):
                 gr.HTML(_title("Prediction", "Marks on the bars: with all bands and branches on."))
                 prediction = gr.HTML(fragments.EMPTY, elem_id="prediction")
         with gr.Row(equal_height=True):
-            with gr.Column(scale=1, min_width=420, elem_id="panel-bands"):
+            with gr.Column(scale=1, min_width=320, elem_id="panel-bands"):
                 gr.HTML(
                     _title(
-                        "Bands", f"Coefficient k of every {block} × {block} block, at (row, column) of its frequency."
+                        "Bands",
+                        f"Coefficient k of every {block} × {block} block, in its row and column of frequencies.",
                     )
                 )
                 labels = [(fragments.band_name(k, block), k) for k in page.bands]
                 bands = _switches(labels, "bands")
                 tiled = gr.HTML(fragments.EMPTY, elem_id="tiles")
-            with gr.Column(scale=1, min_width=420, elem_id="panel-branches"):
+            with gr.Column(scale=1, min_width=320, elem_id="panel-branches"):
                 gr.HTML(_title("Branches", "Each votes by its own logits; the fusion weighs these."))
                 numbers = [(str(each.number), place) for place, each in enumerate(model.description.branches)]
                 branches = _switches(numbers, "branches")

@@ -74,7 +74,7 @@ def served(request: Request) -> Iterator[str]:
                 server_port=request.port,
                 max_file_size=MOST_BYTES,
                 theme=page.theme(),
-                css=page.CSS,
+                css=page.css(made),
                 app_kwargs={"middleware": [Middleware(OwnContents)]},
                 prevent_thread_lock=True,
                 share=False,
@@ -88,7 +88,9 @@ def served(request: Request) -> Iterator[str]:
                 pwa=False,
             )
         except OSError as error:
-            raise UserError(f"--host {request.host} --port {request.port}: cannot be served there: {error}") from None
+            raise UserError(
+                f"--host {request.host} --port {request.port}: the port is in use, or this machine has no such address"
+            ) from error
         try:
             yield url
         finally:
