@@ -470,7 +470,7 @@ def timed(
             images = arguments.batch * count
             if arm == INDEPENDENT and node is not ALIKE:
                 share = BRANCHES // len(connections)
-                into.append(1 / in_turn([share * s / images for s in spent], BRANCHES))
+                into.append(images / in_turn([each / share for each in spent], BRANCHES))
             else:
                 into.append(images / max(spent))
     return speeds, nodes, sent
