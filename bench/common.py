@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
 from bandsplit.data import demo
 from bandsplit.runs import directory
@@ -47,6 +48,18 @@ def jpeg_files(folder: Path | None, count: int) -> list[Path]:
         raise SystemExit(f"error: {folder}: no JPEG files found")
     random.Random(0).shuffle(found)
     return (found * -(-count // len(found)))[:count]
+
+
+def gray_images(root: Path, config: RunConfig, batch_size: int) -> None:
+    """Writes gray training and validation images: the same number per class, and at least one batch of each."""
+    file, side = root / "gray.jpg", config.data.image_size
+    Image.new("RGB", (side, side), (128, 128, 128)).save(file)
+    for part in ("train", "val"):
+        for k in range(config.data.classes):
+            folder = root / part / f"{k:05d}"
+            folder.mkdir(parents=True)
+            for n in range(-(-batch_size // config.data.classes)):
+                (folder / f"{n}.jpg").hardlink_to(file)
 
 
 def decoded(files: list[Path], side: int) -> Images:

@@ -20,7 +20,6 @@ from typing import Any
 
 import common
 import torch
-from PIL import Image
 
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
@@ -69,7 +68,7 @@ def main() -> None:
     print("|----------:|--------------:|------------:|------------:|--------------------:|")
     measured = []
     with tempfile.TemporaryDirectory() as folder:
-        write_images(Path(folder), config, arguments.images)
+        common.gray_images(Path(folder), config, arguments.images)
         for processes in map(int, arguments.processes.split(",")):
             for groups in possible_groups(config, processes):
                 small = loading.load(
@@ -91,18 +90,6 @@ def main() -> None:
 
 def _as_dict(sent: Traffic) -> dict[str, Any]:
     return {**vars(sent), "bytes": sent.bytes}
-
-
-def write_images(root: Path, config: RunConfig, batch_size: int) -> None:
-    """Writes gray training and validation images: the same number per class, and at least one batch of each."""
-    file, side = root / "gray.jpg", config.data.image_size
-    Image.new("RGB", (side, side), (128, 128, 128)).save(file)
-    for part in ("train", "val"):
-        for k in range(config.data.classes):
-            folder = root / part / f"{k:05d}"
-            folder.mkdir(parents=True)
-            for n in range(-(-batch_size // config.data.classes)):
-                (folder / f"{n}.jpg").hardlink_to(file)
 
 
 def _measure(config: RunConfig, processes: int, steps: int) -> float:

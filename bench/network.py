@@ -39,24 +39,24 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import common
 import numpy as np
 import torch
-from communication import write_images
 from tqdm import tqdm
 
 from bandsplit.cli import entry
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
-from bandsplit.distributed.ranks import Ranks, joined
 from bandsplit.distributed.traffic import Traffic, step_traffic
 from bandsplit.errors import UserError
 from bandsplit.models.costs import costs_of
 from bandsplit.models.ensemble import parameters_of_branches
-from bandsplit.training.session import Plan, Session
+
+if TYPE_CHECKING:
+    from bandsplit.training.session import Session
 
 SIDES = {"alexnet": 128, "vgg16": 64, "resnet34": 64}
 """Side of the images in pixels: small, but its half is large enough for a branch."""
@@ -69,6 +69,9 @@ OF_NODES = (BASELINE, REPLICAS, INDEPENDENT)
 
 MARGIN = 1.1
 """Branches win where they are this much faster."""
+
+BURST = 2**17
+"""Bytes."""
 
 UNLIMITED = 0
 """As a rate: links without a limit."""
@@ -102,7 +105,6 @@ def network(ranks: int, serve: Callable[[Connection, int], None]) -> Iterator[li
     run("ip", "link", "add", "switch", "type", "bridge")
     run("ip", "link", "set", "switch", "up")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bandsplit.training.session"])
     connections, processes = [], []
     try:
         for rank in range(ranks):
@@ -138,7 +140,7 @@ def joining(connection: Connection, rank: int, serve: Callable[[Connection, int]
         serve(connection, rank)
     except UserError as error:
         connection.send(error)
-    except EOFError:  # the parent has ended
+    except (EOFError, ConnectionError):  # the parent has ended
         pass
 
 
@@ -173,11 +175,11 @@ def address(rank: int) -> str:
 
 
 def limit(device: str, rate: int) -> None:
-    """Limits what a device sends to `rate` Mbit/s; the first millisecond, or 128 KiB, may go at once."""
+    """Limits what a device sends to `rate` Mbit/s; a millisecond's worth, or BURST, may go at once after a pause."""
     if rate == UNLIMITED:
         run("tc", "qdisc", "replace", "dev", device, "root", "noqueue")
     else:
-        burst = max(2**17, rate * 125)
+        burst = max(BURST, rate * 125)
         run("tc", "qdisc", "replace", "dev", device, "root", "tbf", "rate", f"{rate}mbit", "burst", str(burst),
             "latency", "50ms")  # fmt: skip
 
@@ -213,7 +215,7 @@ def carried(rates: Sequence[int]) -> dict[int, float]:
         ask(connections, None)
         for rate in rates:
             set_rate(connections, rate)
-            count = 125_000 * (rate or 10_000)  # a second's worth
+            count = max(125_000 * (rate or 10_000), 10 * BURST)  # a second's worth
             seconds, _ = ask(connections, Stream(count))
             found[rate] = count * 8 / 1e6 / seconds
     return found
@@ -312,6 +314,9 @@ class Job:
 
     def __call__(self, connection: Connection, rank: int) -> None:
         """Serves as one rank."""
+        from bandsplit.distributed.ranks import Ranks, joined  # late: DALI is not needed to measure links
+        from bandsplit.training.session import Plan, Session
+
         torch.set_num_threads(self.threads)
         place: dict[str, object] = {"RANK": rank, "WORLD_SIZE": len(self.alone), "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 1}
         place |= {"MASTER_ADDR": address(0), "MASTER_PORT": 29500, "GLOO_SOCKET_IFNAME": "eth0"}
@@ -404,6 +409,7 @@ class Found:
 
 def bench(arguments: argparse.Namespace) -> None:
     require()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     carries = carried([*arguments.rates, UNLIMITED])
     print("\n| link, Mbit/s | carries |\n|-------------:|--------:|")
     for rate, mbits in carries.items():
@@ -422,7 +428,7 @@ def measure(arch: str, arguments: argparse.Namespace) -> Found:
     full = loading.load(Path(f"config/train/{arch}_baseline.toml"))
     with tempfile.TemporaryDirectory() as folder:
         job = Job.of(arch, ranks, batch, arguments.threads, Path(folder))
-        write_images(Path(folder), job.together[BASELINE], batch)
+        common.gray_images(Path(folder), job.together[BASELINE], batch)
         with network(ranks, job) as connections:
             ask(connections, None)
             traffic = {arm: traffic_of(config, ranks) for arm, config in job.together.items()}
@@ -556,7 +562,6 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.threads = arguments.threads or max(1, available_cpus() // arguments.ranks)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the addresses of the ranks have no names
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     entry.run(lambda: bench(arguments))
 
 
