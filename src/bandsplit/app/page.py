@@ -56,31 +56,29 @@ class Page:
         self.model, self.examples, self.cascade = model, examples, cascade
         self.bands, self.branches = list(range(model.description.block**2)), list(range(len(model.bands)))
 
-    def upload(self, path: str | None, shown: Shown | None, bands: list[int], branches: list[int]) -> list[Any]:
-        """An image was dropped: the file, and what `views` returns; a refused one leaves what was shown."""
-        if path is None:
-            return [shown, "", *self.views(shown, bands, branches)]
+    def upload(self, path: str, shown: Shown | None, bands: list[int], branches: list[int]) -> list[Any]:
+        """An image was dropped -> what is shown now, a notice and `views`; a refused file leaves what was shown."""
         try:
             image = uploads.opened(Path(path))
-            crop = preparation.prepared(image, self.model.description)
+            shown = self.shown(preparation.prepared(image, self.model.description))
         except UserError as error:
             return [shown, fragments.notice(str(error), error=True), *self.views(shown, bands, branches)]
-        height, width = crop.shape[-2:]
+        height, width = shown.crop.shape[-2:]
         told = f"{Path(path).name}: {image.width:,} × {image.height:,} pixels, cropped to {width} × {height}."
-        shown = self.shown(crop)
         return [shown, fragments.notice(told), *self.views(shown, bands, branches)]
 
     def example(self, number: int, bands: list[int], branches: list[int]) -> list[Any]:
-        """An example was chosen."""
+        """An example was chosen -> what `upload` returns."""
         chosen = self.examples[number]
         shown = self.shown(chosen.crop)
         told = f"{chosen.name}: a validation image of {self.model.names[chosen.label]}."
         return [shown, fragments.notice(told), *self.views(shown, bands, branches)]
 
     def shown(self, crop: Tensor) -> Shown:
-        pixels = crop.movedim(0, -1).numpy()
-        shown = [(fragments.uri(tile.pixels), tile) for tile in tiles(self.model, crop)]
-        return Shown(crop, fragments.uri(pixels), shown, answer(self.model, crop, self.bands, self.branches))
+        """A crop (3, H, W) with its bands and the answer of the whole model."""
+        images = [(fragments.uri(tile.pixels), tile) for tile in tiles(self.model, crop)]
+        whole = answer(self.model, crop, self.bands, self.branches)
+        return Shown(crop, fragments.uri(crop.movedim(0, -1).numpy()), images, whole)
 
     def views(self, shown: Shown | None, bands: list[int], branches: list[int]) -> list[str]:
         """Prediction, bands, votes and cascade, as HTML, with these bands and branches on."""
@@ -134,12 +132,7 @@ def blocks(page: Page, name: str) -> Any:
                 prediction = gr.HTML(fragments.EMPTY, elem_id="prediction")
         with gr.Row(equal_height=True):
             with gr.Column(scale=1, min_width=320, elem_id="panel-bands"):
-                gr.HTML(
-                    _title(
-                        "Bands",
-                        f"Coefficient k of every {block} × {block} block, in its row and column of frequencies.",
-                    )
-                )
+                gr.HTML(_title("Bands", f"Coefficient k of every {block} × {block} block, at its place in the block."))
                 labels = [(fragments.band_name(k, block), k) for k in page.bands]
                 bands = _switches(labels, "bands")
                 tiled = gr.HTML(fragments.EMPTY, elem_id="tiles")
