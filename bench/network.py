@@ -50,7 +50,7 @@ from bandsplit.cli import entry
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
-from bandsplit.distributed.traffic import Traffic, step_traffic
+from bandsplit.distributed.traffic import Traffic, branch_groups, step_traffic
 from bandsplit.errors import UserError
 from bandsplit.models.costs import costs_of
 from bandsplit.models.ensemble import parameters_of_branches
@@ -414,13 +414,12 @@ def bench(arguments: argparse.Namespace) -> None:
     print("\n| link, Mbit/s | carries |\n|-------------:|--------:|")
     for rate, mbits in carries.items():
         print(f"| {name_of(rate):>12} | {mbits:>7,.0f} |")
-    results = []
+    results, settings = [], {key: str(value) for key, value in vars(arguments).items()}
     for arch in arguments.archs:
         found = measure(arch, arguments)
         show(found)
         results.append({**vars(found), "traffic": {arm: vars(each) for arm, each in found.traffic.items()}})
-    settings = {key: str(value) for key, value in vars(arguments).items()}
-    common.write(arguments.output, settings, {"links": carries, "archs": results})
+        common.write(arguments.output, settings, {"links": carries, "archs": results})
 
 
 def measure(arch: str, arguments: argparse.Namespace) -> Found:
@@ -442,9 +441,9 @@ def measure(arch: str, arguments: argparse.Namespace) -> Found:
 
 
 def traffic_of(config: RunConfig, ranks: int) -> Traffic:
-    groups = config.parallel.branch_groups
-    assert groups != "auto" or len(config.split.groups) == 1
-    return step_traffic(config, ranks, 1 if groups == "auto" else groups, parameters_of_branches(config), half=False)
+    parameters = parameters_of_branches(config)
+    groups = branch_groups(config, ranks, parameters, half=False)
+    return step_traffic(config, ranks, groups, parameters, half=False)
 
 
 def timed(
