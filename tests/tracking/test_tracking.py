@@ -204,6 +204,6 @@ def test_a_killed_tracker_and_a_server_that_does_not_answer_do_not_touch_a_run(
     assert done.returncode == 0
     assert metrics(run_dir) == metrics(finished(1))
     assert done.stderr.count("tracker tensorboard has ended") == 1
-    assert f"bandsplit.cli.track {run_dir} --to tensorboard" in done.stderr
+    assert f"bandsplit track {run_dir} --to tensorboard" in done.stderr
     follower.follow(run_dir, "tensorboard", live=False)
     assert read_back.tensorboard(run_dir)[0] == in_float32(told(run_dir))

@@ -24,11 +24,11 @@ import numpy as np
 from numpy.random import Generator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
-from tqdm import tqdm
 
 from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
 from bandsplit.paths import writing_to
+from bandsplit.progress import followed
 
 Array = NDArray[np.float64]
 
@@ -110,7 +110,7 @@ def _exists(root: Path) -> UserError:
 
 def _write_all(root: Path, images: list[ImageSpec], workers: int) -> None:
     def follow(written: Iterator[None]) -> None:
-        for _ in tqdm(written, desc="drawing demo images", total=len(images), unit="img", disable=None):
+        for _ in followed(written, "drawing demo images", len(images)):
             pass
 
     write = partial(_write, root)

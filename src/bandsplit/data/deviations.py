@@ -17,6 +17,7 @@ from bandsplit.data.source import Images
 from bandsplit.data.store.manifest import StoredImages
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
+from bandsplit.progress import followed
 
 IMAGES, AT_ONCE = 1024, 64
 
@@ -53,7 +54,7 @@ def measured(config: RunConfig, files: Images) -> tuple[float, ...]:
     loader = source.training_loader(plain, Streams(plain, 1, _ALONE), files, half=False, states=None, teacher=None)
     sums: npt.NDArray[np.float64] = np.zeros((2, len(stored)))
     values = 0
-    for _ in range(batches):
+    for _ in followed(range(batches), "measuring deviations of bands", batches, "batches"):
         (x,) = next(loader).inputs
         x = x.double()
         sums += [reduce(each, "b (k c) h w -> k", "sum", c=3).numpy() for each in (x, x.square())]

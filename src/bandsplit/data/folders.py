@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from
+from bandsplit.progress import followed
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".jp2", ".ppm", ".pgm", ".pbm", ".pnm")
 """What DALI decodes, in upper and lower case."""
@@ -100,7 +101,7 @@ def _walk(folder: Path) -> Found:
     if not classes:
         raise UserError(f"{folder}: no class folders in it; expected one folder per class")
     classes.sort()
-    walked = list(_walk_classes(str(folder), classes))
+    walked = list(followed(_walk_classes(str(folder), classes), f"listing {folder}", len(classes), "classes"))
     for name, one in zip(classes, walked, strict=True):
         if not len(one.names):
             raise UserError(f"{folder / name}: no images in this class folder; expected {expected}")

@@ -25,12 +25,12 @@ import pyarrow.compute as pc
 from filelock import FileLock, Timeout
 from loguru import logger
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from bandsplit import paths
 from bandsplit.cpus import available_cpus
 from bandsplit.data import check, folders
 from bandsplit.data.folders import MISSING, OWN_FOLDER, Found
+from bandsplit.progress import Progress
 
 VERSION = 2
 
@@ -323,15 +323,15 @@ class _Facts:
         processes = min(available_cpus(), -(-len(rows) // _PER_PROCESS))
         verdicts = check.examine(files, processes, decode=LEVELS[wanted] == "decode")
         bad = 0
-        with tqdm(total=len(rows), desc=title, unit=" images", disable=None) as bar:
+        with Progress(title, len(rows)) as progress:
             for i, verdict in zip(rows.tolist(), verdicts, strict=True):
                 for name, value in asdict(verdict).items():
                     self._columns[name][i] = self._code(name, value) if name in self._texts else value
                 self._columns["checked"][i] = 0 if verdict.unread else wanted  # an error of the disk may pass
-                bar.update()
+                progress.advance()
                 if verdict.reason:
                     bad += 1
-                    bar.set_postfix(bad=bad, refresh=False)
+                    progress.note(f"{bad} bad")
                 yield
 
     def index(self) -> Index:

@@ -283,6 +283,10 @@ class ValidationLoader:
             training=False,
         )
 
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return self._order.batches
+
     def __iter__(self) -> Iterator[Batch]:
         for n in range(self._order.batches):
             batch = _next_batch(self._pipeline, self._views, self._shard)

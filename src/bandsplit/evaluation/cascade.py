@@ -19,6 +19,7 @@ from bandsplit.evaluation.measures import Sums
 from bandsplit.models.cascade import Cascade
 from bandsplit.models.costs import forward_macs
 from bandsplit.models.ensemble import Ensemble
+from bandsplit.progress import followed
 from bandsplit.statistics import paired_interval
 
 T = TypeVar("T")
@@ -142,7 +143,8 @@ def run(runs: Joined, loader: AnyValidationLoader, cascade: Cascade) -> Cascaded
     full: list[Tensor] = []
     seconds = all_seconds = 0.0
     staged: Staged | None = None
-    for number, batch in enumerate(loader):
+    batches = followed(loader, "cascade", len(loader), "batches", runs.ranks.is_first)
+    for number, batch in enumerate(batches):
         counts = batch.labels >= 0
         labels.append(batch.labels[counts])
         inputs = [x[counts] for x in batch.inputs]

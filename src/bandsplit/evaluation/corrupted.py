@@ -6,8 +6,6 @@ import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from tqdm import tqdm
-
 from bandsplit.data.corruption import KINDS, Corruption
 from bandsplit.data.crops import Crop
 from bandsplit.data.source import Images
@@ -15,6 +13,7 @@ from bandsplit.errors import UserError
 from bandsplit.evaluation.detailed import evaluate_in_detail
 from bandsplit.evaluation.evaluate import report_left_out
 from bandsplit.evaluation.joined import Joined
+from bandsplit.progress import followed
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ def evaluate_corrupted(
     """
     needed, rows = {name: w for name, w in weights.items() if name == fusion}, []
     passes = [(kind, strength, value) for kind in kinds for strength, value in enumerate(KINDS[kind], 1)]
-    for kind, strength, value in tqdm(passes, "corruptions", disable=None if runs.ranks.is_first else True):
+    for kind, strength, value in followed(passes, "corruptions", len(passes), "passes", runs.ranks.is_first):
         loader = runs.loader(files, [replace(crop, corruption=Corruption(kind, value)) for crop in crops])
         found = evaluate_in_detail(
             runs.ensemble, loader, len(files), runs.mesh, runs.precision, needed, truth=runs.truth(files)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -20,6 +20,9 @@ from bandsplit.distributed.ranks import Ranks
 from bandsplit.evaluation.measures import Sums, count_correct, sum_of_losses
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
+from bandsplit.progress import followed
+
+Batches = AnyValidationLoader | Sequence[Batch]
 
 
 @dataclass(frozen=True)
@@ -43,15 +46,16 @@ class Accuracy:
 
 @torch.inference_mode()
 def outputs(
-    ensemble: Ensemble, batches: Iterable[Batch], mesh: Mesh, precision: Precision
+    ensemble: Ensemble, batches: Batches, mesh: Mesh, precision: Precision, what: str = "validating"
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Logits (branches, B, classes), float32, and labels (B,) of each batch: all branches, the images of this rank.
 
-    `ensemble` holds this rank's branches. Every rank must have the same number of batches of equal size.
+    `ensemble` holds this rank's branches. Every rank must have the same number of batches of equal size. `what` names
+    the work in the progress that rank 0 shows.
     """
     ensemble.eval()
     feed = BatchFeed(batches, mesh)
-    for batch in feed:
+    for batch in followed(feed, what, len(batches), "batches", mesh.ranks.is_first):
         with precision.autocast():
             own = ensemble(batch.inputs)
         yield feed.of_own_images(own, batch.labels)
@@ -60,7 +64,7 @@ def outputs(
 @torch.inference_mode()
 def evaluate(
     ensemble: Ensemble,
-    batches: Iterable[Batch],
+    batches: Batches,
     images: int,
     mesh: Mesh,
     precision: Precision,

@@ -113,7 +113,8 @@ def held_out_logits(runs: Joined, loss: float | None = None) -> HeldOutLogits:
     if loss is not None:
         cascade.most_lost(count, loss)
     kept, loader = Collector(collector.sample(len(files), count, config.seed)), runs.loader(files)
-    for number, (logits, labels) in enumerate(outputs(runs.ensemble, loader, runs.mesh, runs.precision)):
+    of_held_out = outputs(runs.ensemble, loader, runs.mesh, runs.precision, "held-out images")
+    for number, (logits, labels) in enumerate(of_held_out):
         kept.add(loader.rows(number), labels, logits=collector.half(logits))
     report_left_out(runs.ranks.largest([len(loader.left_out)])[0], loader, config, runs.ranks, "held-out")
     return HeldOutLogits(kept.gathered(files, runs.ranks), len(files))

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import torch
 from loguru import logger
-from tqdm import tqdm
 
 from bandsplit.errors import UserError
 from bandsplit.inference import files, output
@@ -19,6 +18,7 @@ from bandsplit.inference.classifier import Classifier
 from bandsplit.inference.files import Outcome
 from bandsplit.inference.loading import load
 from bandsplit.inference.output import STDOUT
+from bandsplit.progress import followed
 
 
 @dataclass(frozen=True)
@@ -94,11 +94,8 @@ def _outcomes(request: Request, model: Classifier, single: list[str], below: lis
         return
     logger.disable("bandsplit.data.recovery")  # bad files are named at the end
     run: Callable[..., Iterator[Outcome]] = files.by_dali if files.has_dali() else files.by_pillow
-    live = sys.stderr.isatty()
-    seconds = 0.1 if live else 30  # in a log file one line in half a minute
     began = time.perf_counter()
     outcomes = run(model, below, request.k, request.batch_size)
-    shown = {"mininterval": seconds, "maxinterval": seconds, "delay": 0 if live else seconds, "leave": False}
-    yield from tqdm(outcomes, total=len(below), unit="img", **shown)
+    yield from followed(outcomes, "predicting", len(below))
     took = time.perf_counter() - began
     print(f"{len(below):,} images in {took:.1f} s, {len(below) / took:,.0f} images/s", file=sys.stderr)

@@ -14,6 +14,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from bandsplit.errors import UserError
+from bandsplit.progress import followed
 from bandsplit.reporting.compare import Side, compare_figure, compare_table, side
 from bandsplit.reporting.figures import FIGURES, STYLE, branches_figure, curves_figure
 from bandsplit.reporting.frequency import frequency_figure
@@ -50,7 +51,8 @@ def report(folders: Sequence[Path], output: Path | None = None, compared: Compar
     try:
         output.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(STYLE):
-            for name, figure in draw(groups, sides).items():
+            drawn = draw(groups, sides)
+            for name, figure in followed(drawn.items(), "writing figures", len(drawn), "figures"):
                 if figure is None:
                     print(f"{name}: left out, these runs have no data for it")
                     continue

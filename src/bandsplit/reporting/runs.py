@@ -15,6 +15,7 @@ import pandas as pd
 import seaborn as sns
 
 from bandsplit.errors import UserError
+from bandsplit.progress import followed
 from bandsplit.reporting.events import read_events
 from bandsplit.reporting.settings import read_settings
 
@@ -64,7 +65,7 @@ def read_runs(folders: Sequence[Path]) -> tuple[list[Run], list[str]]:
     for folder in folders:
         named.setdefault(os.path.realpath(folder), folder)
     runs, left_out = [], []
-    for folder in named.values():
+    for folder in followed(named.values(), "reading runs", len(named), "runs"):
         try:
             runs.append(read_run(folder))
         except UserError as error:

@@ -13,6 +13,7 @@ from typing import Any
 from loguru import logger
 
 import bandsplit
+from bandsplit.commands import command
 from bandsplit.runs.directory import RunDirectory
 
 SECONDS_TO_FINISH = 60
@@ -58,16 +59,16 @@ class Followers:
         source = str(Path(bandsplit.__file__).parents[1])
         env = {key: value for key, value in os.environ.items() if not key.startswith("TORCHELASTIC_")}
         env["PYTHONPATH"] = os.pathsep.join([source, *filter(None, [env.get("PYTHONPATH")])])
-        command = [sys.executable, "-m", "bandsplit.cli.track", str(self._directory.path), "--to", name, "--follow"]
+        words = [sys.executable, "-m", "bandsplit.cli.track", str(self._directory.path), "--to", name, "--follow"]
         path = self._directory.logs / f"track_{name}.log"
         with path.open("ab") as log:
             process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
+                words, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, start_new_session=True
             )
             return Started(process, path, log.tell())
 
     def _warn(self, name: str, what: str) -> None:
-        later = f"python -m bandsplit.cli.track {self._directory.path} --to {name}"
+        later = f"{command('track')} {self._directory.path} --to {name}"
         logger.warning(f"tracker {name} {what}. The training goes on; {later} passes on what is missing afterwards")
 
     def _leave(self) -> None:

@@ -101,7 +101,7 @@ def held_out_losses(
 ) -> list[float]:
     """Mean cross-entropy of every branch over `images` images; every rank must call it, as `evaluate`."""
     sums = Sums()
-    for logits, labels in outputs(ensemble, batches, mesh, precision):
+    for logits, labels in outputs(ensemble, batches, mesh, precision, "held-out images"):
         sums.add(**seen(labels), losses=torch.stack([sum_of_losses(branch, labels) for branch in logits]))
     total = sums.over(mesh.ranks)
     counted = count_of(total, images)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from loguru import logger
-from tqdm import tqdm
 
 from bandsplit.commands import command
 from bandsplit.distributed.traffic import step_traffic
+from bandsplit.progress import Progress, duration
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.training.memory import MIB, Memory
 from bandsplit.training.session import Session
@@ -23,10 +24,14 @@ class Console:
 
     def __init__(self, session: Session, directory: RunDirectory, done: int) -> None:
         self._epochs, self._path = session.config.train.epochs, directory.path
-        self._bar = tqdm(total=session.plan.total_steps, initial=done, unit="step", disable=None)
+        total = session.plan.total_steps
+        self._bar = Progress("training", total, "steps", done, lines=False)  # the log has lines of its own
+        self._left, self._began = total - done, time.monotonic()
+        self._taken = 0
 
     def step(self) -> None:
-        self._bar.update()
+        self._bar.advance()
+        self._taken += 1
 
     def close(self) -> None:
         self._bar.close()
@@ -34,11 +39,11 @@ class Console:
     def __call__(self, event: str, **values: Any) -> None:
         match event:
             case "train":
-                self._bar.set_postfix_str(f"loss {_loss(values)}, {values['images_per_second']:.0f} img/s")
+                self._bar.note(f"loss {_loss(values)}, {values['images_per_second']:.0f} img/s")
                 logger.debug(
                     f"epoch {values['epoch']:.2f}/{self._epochs}  step {values['step']}  loss {_loss(values)}  "
                     f"lr {values['lr']:.3g}  {values['images_per_second']:.0f} img/s  "
-                    f"data wait {100 * values['data_wait']:.0f} %"
+                    f"data wait {100 * values['data_wait']:.0f} %  {self._time_left()} left"
                 )
             case "validation":
                 branches: Sequence[float] = values["branch_top1"]
@@ -52,6 +57,10 @@ class Console:
                 logger.info(
                     f"done after {values['seconds']:.0f} s of training; plots: {command('report')} {self._path}"
                 )
+
+    def _time_left(self) -> str:
+        """As this launch has gone so far, validation included."""
+        return duration((time.monotonic() - self._began) / max(1, self._taken) * (self._left - self._taken))
 
 
 def _loss(values: dict[str, Any]) -> str:

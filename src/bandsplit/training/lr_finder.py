@@ -12,11 +12,11 @@ import numpy.typing as npt
 import seaborn as sns
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.ranks import joined, rank
 from bandsplit.errors import UserError
+from bandsplit.progress import followed
 from bandsplit.reporting.figures import HEIGHT, STYLE, WIDTH
 from bandsplit.runs.files import make_folder, replace_text, writing_to
 from bandsplit.runs.logs import logged
@@ -67,7 +67,7 @@ def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
         mesh, branches = session.mesh, len(session.plan.parameters)
         losses = np.full((branches, len(lrs)), np.nan)
         alive = np.ones(branches, dtype=bool)
-        for step, lr in enumerate(tqdm(lrs, unit="step", disable=None if ranks.is_first else True)):
+        for step, lr in enumerate(followed(lrs, "learning rates", len(lrs), "steps", ranks.is_first)):
             parts = session.feed.take(session.streams.parts, ahead=step + 1 < len(lrs))
             found = torch.zeros(branches, dtype=torch.float64, device=ranks.device)
             going_on = [i for i, k in enumerate(mesh.own) if alive[k]]

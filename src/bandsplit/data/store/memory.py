@@ -16,6 +16,7 @@ from loguru import logger
 from bandsplit.data.store.manifest import header_bytes
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from
+from bandsplit.progress import followed
 
 _POPULATE_READ = 22
 """MADV_POPULATE_READ of Linux 5.14, which Python does not name."""
@@ -87,7 +88,7 @@ def _lock(array: Array) -> bool:
 
 def hold(bands: Sequence[MappedBand]) -> None:
     """Reads bands into memory."""
-    kept = [band.hold() for band in bands]
+    kept = [band.hold() for band in followed(bands, "reading bands into memory", len(bands), "bands")]
     if not all(kept):
         logger.info("bands are in memory, but not locked there (ulimit -l): they may be read again if it gets scarce")
 

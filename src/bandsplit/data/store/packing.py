@@ -28,12 +28,12 @@ import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
 from pydantic import BaseModel
-from tqdm import tqdm
 
 from bandsplit.data.images import ImageFiles, Paths
 from bandsplit.data.store.manifest import CHECKSUMS, MANIFEST, PLAN, LeftOut
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from, replace_bytes, writing_to
+from bandsplit.progress import Progress
 
 WORK = ".packing"
 """Folder of the records of a pack that is not finished."""
@@ -169,11 +169,11 @@ class Folder:
                 records[chunk.name] = json.loads(path.read_text(encoding="utf-8"))
         left = [chunk for chunk in chunks if chunk.name not in records]
         total, missing = (sum(len(chunk.paths) for chunk in some) for some in (chunks, left))
-        with tqdm(total=total, initial=total - missing, unit="img", smoothing=0.05, disable=None) as bar:
+        with Progress(f"packing into {self.path}", total, done=total - missing) as progress:
             for chunk, record in worked(pack, left, workers):
                 replace(self._record(chunk), json.dumps(record).encode())
                 records[chunk.name] = record
-                bar.update(len(chunk.paths))
+                progress.advance(len(chunk.paths))
         return [records[chunk.name] for chunk in chunks]
 
     def _record(self, chunk: Chunk) -> Path:

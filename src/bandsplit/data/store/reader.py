@@ -307,6 +307,10 @@ class BandValidationLoader:
         self.left_out: list[BadImage] = []
         """None: what cannot be decoded was not packed."""
 
+    def __len__(self) -> int:
+        """Batches of this rank."""
+        return self._order.batches
+
     def __iter__(self) -> Iterator[Batch]:
         for n, read in enumerate(ahead(self._prepare, range(self._order.batches), self._depth)):
             inputs, labels = read.taken()

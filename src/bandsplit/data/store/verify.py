@@ -7,12 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from bandsplit.data.store import packing
 from bandsplit.data.store.manifest import CHECKSUMS, BandManifest, Manifest, band_folder, read_manifest
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from
+from bandsplit.progress import followed
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def verify(root: Path, threads: int) -> Verified:
     wrong = []
     with ThreadPoolExecutor(threads) as pool:
         checked = zip(expected, pool.map(_verdict, expected, expected.values()), strict=True)
-        for path, verdict in tqdm(checked, total=len(expected), unit="file", disable=None):
+        for path, verdict in followed(checked, f"reading {root}", len(expected), "files"):
             if verdict:
                 wrong.append(f"{path}: {verdict}")
     wrong += list(_disagreeing(root, manifest))

@@ -10,6 +10,7 @@ import matplotlib as mpl
 from matplotlib.figure import Figure
 
 from bandsplit.errors import UserError
+from bandsplit.progress import followed
 from bandsplit.reporting.figures import STYLE
 from bandsplit.reporting.predictions.figures import FIGURES, Drawn
 from bandsplit.reporting.predictions.results import Results
@@ -68,7 +69,7 @@ def write(results: Results, folder: Path, images: Path | None) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context({**STYLE, "text.parse_math": False}):
-            for name, draw in figures.items():
+            for name, draw in followed(figures.items(), f"drawing {folder}", len(figures), "figures"):
                 drawn = draw(results)
                 if not isinstance(drawn, Figure):
                     print(f"{name}: left out, {drawn}")

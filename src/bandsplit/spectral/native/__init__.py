@@ -23,6 +23,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from bandsplit import paths
+from bandsplit.progress import followed
 
 HERE = Path(__file__).parent
 CPU_SOURCES = ("spectral_split.cc", "host_memory.cc")
@@ -129,18 +130,24 @@ def _compile(name: str, cxx: list[str], nvcc: str | None) -> Path:
     includes = [*sysconfig.get_compile_flags(), "-isystem", str(_cuda_headers(nvcc))]
     libraries = [*sysconfig.get_link_flags(), "-ldali_core"]
     with tempfile.TemporaryDirectory(dir=_cache_folder(), prefix="building-") as folder:
-        linked = str(Path(folder) / "plugin.so")
+        linked, gpu = str(Path(folder) / "plugin.so"), str(Path(folder) / "gpu.o")
         objects = [str(Path(folder) / f"{source}.o") for source in CPU_SOURCES]
-        for source, target in zip(CPU_SOURCES, objects, strict=True):
-            _run([*cxx, *CXX_FLAGS, *includes, "-c", str(HERE / source), "-o", target])
+        commands = [
+            [*cxx, *CXX_FLAGS, *includes, "-c", str(HERE / source), "-o", target]
+            for source, target in zip(CPU_SOURCES, objects, strict=True)
+        ]
         # --no-undefined reports a missing symbol at link time, not when a rank loads the plugin
         if nvcc is None:
-            _run([*cxx, "-shared", *objects, "-o", linked, *libraries, "-Wl,--no-undefined"])
+            commands += [[*cxx, "-shared", *objects, "-o", linked, *libraries, "-Wl,--no-undefined"]]
         else:
             host = ["-ccbin", cxx[-1]]  # $CXX may be "ccache g++", but -ccbin takes one program
-            gpu, dali_flags = str(Path(folder) / "gpu.o"), sysconfig.get_compile_flags()
-            _run([nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / CUDA_SOURCE), "-o", gpu])
-            _run([nvcc, *host, "-shared", *objects, gpu, "-o", linked, *libraries, "-Xlinker", "--no-undefined"])
+            dali_flags, link = sysconfig.get_compile_flags(), ["-Xlinker", "--no-undefined"]
+            commands += [
+                [nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / CUDA_SOURCE), "-o", gpu],
+                [nvcc, *host, "-shared", *objects, gpu, "-o", linked, *libraries, *link],
+            ]
+        for command in followed(commands, "building the DALI operator", len(commands), "commands"):
+            _run(command)
         return _into_cache(Path(linked), name)
 
 
