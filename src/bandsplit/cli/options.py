@@ -83,6 +83,17 @@ def port(text: str) -> int:
     return int(text)
 
 
+def seconds(text: str) -> float:
+    """The type of an option that takes a time to wait."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0.1 <= value <= 86400:
+        raise ArgumentTypeError(f"{text!r} given, expected seconds from 0.1 to 86400; run directories come before it")
+    return value
+
+
 def percent(text: str) -> float:
     """The type of an option that takes a number between 0 and 100, both excluded."""
     try:

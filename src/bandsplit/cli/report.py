@@ -12,6 +12,7 @@ bandsplit report runs/demo-seed0
 bandsplit report runs/demo-seed0 runs/demo-seed1 runs/demo-rgb --output runs/plots
 bandsplit report --compare runs/demo-seed0,runs/demo-seed1 runs/demo-rgb --output runs/compared
 bandsplit report runs/demo-seed0/predictions.npz
+bandsplit report runs/demo-seed0 --watch
 """
 
 
@@ -37,9 +38,24 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         metavar="FOLDER",
         help="folder of the images of saved predictions, if it is no longer where it was",
     )
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=options.seconds,
+        const=5.0,
+        metavar="SECONDS",
+        help="print a table every 5 seconds, or so many, until no run is in progress; no figures",
+    )
     given = parser.parse_args(arguments)
     if not given.run and not given.compare:
         parser.error("no run directory or file of predictions is given")
+    if given.watch:
+        if given.compare or given.output or given.images:
+            parser.error("--watch takes run directories alone")
+        from bandsplit.reporting import watch
+
+        watch.watch(given.run, given.watch)
+        return
 
     from bandsplit.reporting import report
     from bandsplit.reporting.predictions import report as predictions
