@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -56,12 +56,9 @@ def test_accuracy_does_not_depend_on_the_batches(config_file: Path, batch_size: 
     inputs = [torch.randn(20, 3, 16, 16, generator=generator) for _ in range(4)]
     labels = torch.randint(0, 10, (20,), generator=generator)
 
-    def batches() -> Iterator[Batch]:
-        for start in range(0, 20, batch_size):
-            part = slice(start, start + batch_size)
-            yield Batch([x[part] for x in inputs], labels[part])
-
-    accuracy = evaluate(ensemble, batches(), 20, ALONE, Precision("fp32", ALONE.ranks.device))
+    parts = [slice(start, start + batch_size) for start in range(0, 20, batch_size)]
+    batches = [Batch([x[part] for x in inputs], labels[part]) for part in parts]
+    accuracy = evaluate(ensemble, batches, 20, ALONE, Precision("fp32", ALONE.ranks.device))
     ensemble.eval()
     with torch.no_grad():
         logits = ensemble(inputs)
