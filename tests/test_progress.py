@@ -52,6 +52,16 @@ def test_bytes_and_what_has_no_end(capsys: pytest.CaptureFixture[str]) -> None:
     assert re.search(r"walking: 7 files, \S+ files/s$", lines[2])
 
 
+@pytest.mark.usefixtures("hasty")
+def test_slow_work_has_a_time_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress("building", 3, "commands") as building:
+        time.sleep(1.6)
+        building.advance()
+    assert re.search(
+        r"building: 1 of 3 commands \(33 %\), 2 s each, 3 s left$", capsys.readouterr().err.splitlines()[0]
+    )
+
+
 def test_nothing_is_said_of_a_moment_or_by_other_ranks(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

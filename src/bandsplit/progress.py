@@ -82,15 +82,20 @@ class Progress:
 
     def _line(self) -> str:
         rate = (self._done - self._before) / (time.monotonic() - self._began)
-        number = f"{rate:,.0f}" if rate >= 100 else f"{rate:.3g}"
-        per_second = f"{tqdm.format_sizeof(rate)}B/s" if self._unit == "B" else f"{number} {self._unit}/s"
         note = f", {self._note}" if self._note else ""
         if self._total is None:
-            return f"{self._amount(self._done)}, {per_second}{note}"
+            return f"{self._amount(self._done)}, {self._rate(rate)}{note}"
         left = f", {duration((self._total - self._done) / rate)} left" if rate else ""
         share = 100 * self._done / self._total if self._total else 100
         of = f"{self._amount(self._done, short=True)} of {self._amount(self._total)}"
-        return f"{of} ({share:.0f} %), {per_second}{left}{note}"
+        return f"{of} ({share:.0f} %), {self._rate(rate)}{left}{note}"
+
+    def _rate(self, rate: float) -> str:
+        if self._unit == "B":
+            return f"{tqdm.format_sizeof(rate)}B/s"
+        if 0 < rate < 1:
+            return f"{duration(1 / rate)} each"
+        return f"{f'{rate:,.0f}' if rate >= 100 else f'{rate:.3g}'} {self._unit}/s"
 
     def _amount(self, count: int, short: bool = False) -> str:
         if self._unit == "B":
