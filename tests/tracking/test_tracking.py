@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 
 from bandsplit.errors import UserError
 from bandsplit.runs.directory import RunDirectory
@@ -167,6 +169,16 @@ def test_a_run_is_in_progress_while_its_process_lives(tmp_path: Path) -> None:
     assert not directory.in_progress
     os.waitpid(child, 0)
     assert not directory.in_progress
+
+
+def test_a_follower_that_finishes_is_waited_for_but_not_one_of_a_run_that_goes_on(run_dir: Path) -> None:
+    lock = FileLock(run_dir / ".tensorboard.lock", thread_local=False)
+    with lock:
+        with RunDirectory(run_dir).locked(), pytest.raises(UserError, match="another process passes its events on"):
+            follower.follow(run_dir, "tensorboard", live=False)
+        threading.Timer(0.5, lock.release).start()
+        follower.follow(run_dir, "tensorboard", live=False)
+    assert read_back.tensorboard(run_dir)[0] == in_float32(told(run_dir))
 
 
 def followers(run_dir: Path) -> dict[str, int]:

@@ -32,7 +32,9 @@ def follow(path: Path, name: str, live: bool) -> str:
     Args:
         live: goes on until the run ends, or the process that trains it; with low priority.
 
-    Raises UserError if this is no run, if another process does the same, or if the tracker fails.
+    Another process that passes on the last events of a run that has ended is waited for.
+
+    Raises UserError if this is no run, if another process does the same during the run, or if the tracker fails.
     """
     require([name], "--to")
     directory = RunDirectory(path)
@@ -42,8 +44,10 @@ def follow(path: Path, name: str, live: bool) -> str:
         os.nice(19)
     with writing_to(path):
         lock = FileLock(path / f".{name}.lock")
+        # a follower goes on for a while after its run has ended, or was killed and resumed
+        patience = -1 if live else 0 if directory.in_progress else TIME_TO_FINISH
         try:
-            lock.acquire(blocking=live)  # of a run that was killed and resumed, another may still be at work
+            lock.acquire(patience)
         except Timeout:
             raise UserError(f"{path}: another process passes its events on to {name}") from None
     with lock:
