@@ -18,6 +18,7 @@ from bandsplit.data.pipeline import Shard
 from bandsplit.errors import UserError
 from bandsplit.inference import preparation, weights
 from bandsplit.inference.classifier import Classifier
+from bandsplit.inference.resizing import resized_center
 from bandsplit.models.fusion import Fusion
 from bandsplit.runs.fitted import FILE, Fitted, HeldOut
 from tests.conftest import image_files
@@ -63,17 +64,23 @@ def test_resized_images_are_those_of_validation(config_file: Path, tmp_path: Pat
     keys = ["split.block=1", "data.mean=[0, 0, 0]", "data.std=[1, 1, 1]", f"data.interpolation={filter}"]
     keys += ["data.image_size=40"]  # as large as the shorter side, so that edges are seen
     model, run = classifier(config_file, *keys), restored(config_file, *keys)
-    for i, (height, width) in enumerate([(53, 91), (91, 53), (200, 151), (23, 30), (150, 151)]):
+    for i, (height, width) in enumerate([(53, 91), (91, 53), (200, 151), (23, 30), (150, 151), (2, 900)]):
         path = tmp_path / "val" / "ab"[i % 2] / f"{i}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         noise = np.random.default_rng(i).integers(0, 256, (height, width, 3), dtype=np.uint8)
         Image.fromarray(noise).save(path)
     files = image_files(tmp_path / "val")
-    (batch,) = ValidationLoader(run.config, files, Shard(0, 1, 5, threads=1, device_id=None))
+    (batch,) = ValidationLoader(run.config, files, Shard(0, 1, 6, threads=1, device_id=None))
     ours = torch.stack([preparation.prepared(path, model.description) for path in files.paths]).float()
     difference = (ours - batch.inputs[0]).abs()
     assert difference.max() <= 1
     assert difference.mean() < 0.02
+
+
+@pytest.mark.parametrize("shape", [(2**40, 1), (3, 2**40)])
+def test_how_long_an_image_is_does_not_matter(shape: tuple[int, int]) -> None:
+    endless = torch.tensor(7, dtype=torch.uint8).expand(3, *shape)
+    assert torch.equal(resized_center(endless, 40, 32, "bicubic"), torch.full((3, 32, 32), 7.0))
 
 
 def test_whatever_an_image_comes_as(config_file: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from bandsplit.errors import UserError
 from bandsplit.inference.description import Description
-from bandsplit.inference.resizing import resize_shorter, round_half_up
+from bandsplit.inference.resizing import resized_center
 
 Source = str | Path | Image.Image | npt.NDArray[np.generic] | Tensor
 """A file, a Pillow image, an array (H, W, 3) or (H, W), or a tensor (3, H, W) or (1, H, W); RGB, or gray.
@@ -53,10 +53,8 @@ def prepared(image: Source, description: Description) -> Tensor:
     """
     full = pixels(image)
     scaled = full * 255 if full.is_floating_point() else full
-    resized = resize_shorter(scaled, description.resize_size, description.interpolation)
-    size = description.val_size
-    top, left = (round_half_up((side - size) / 2) for side in resized.shape[-2:])
-    return resized[:, top : top + size, left : left + size].byte()
+    size, interpolation = description.val_size, description.interpolation
+    return resized_center(scaled, description.resize_size, size, interpolation).byte()
 
 
 def _decoded(path: Path) -> Image.Image:
