@@ -29,6 +29,7 @@ from bandsplit.runs.initial import begin, initial_weights
 from bandsplit.runs.restored import Restored
 from bandsplit.spectral import transforms
 from bandsplit.spectral.view import View
+from tests.conftest import Done
 
 CLASSES = [f"class {i}" for i in range(10)]
 ALL = ["split.branches=all", "model.stem=no_stride", "model.width=1", "data.image_size=64", "data.resize_size=64"]
@@ -102,6 +103,18 @@ def test_on_all_bands_the_logits_are_those_on_pixels(
     expected = resnet(normalized(config))
     torch.testing.assert_close(begun(config)(inputs(config))[0], expected, rtol=1e-4, atol=1e-4)
     assert expected.std() > 0.1
+
+
+def test_the_dry_run_reads_the_weights_that_the_run_would(
+    file: Path, config_file: Path, run_here: Callable[..., Done]
+) -> None:
+    keys = [word for key in [*ALL, f"model.init_from={file}"] for word in ("--set", key)]
+    done = run_here("train.py", config_file, "--dry-run", *keys)
+    assert done.returncode == 0, done.stderr
+    assert f"\nbegins    with {file}" in done.stdout
+    done = run_here("train.py", config_file, "--dry-run", *keys, "--set", "model.arch=resnet34")
+    assert done.returncode == 2
+    assert f"error: model.init_from: {file} is another network" in done.stderr
 
 
 @torch.no_grad()

@@ -352,9 +352,9 @@ def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(
     lines = capsys.readouterr().out.replace(f"{folder}/", "").splitlines()
     assert [line for line in lines if "left out" in line and "no data" not in line] == [
         "left out: broken/config.toml: not valid TOML: Invalid value (at end of document)",
-        "left out: gone: no such folder; expected a run directory, as written by src/train.py",
+        "left out: gone: no such folder; expected a run directory",
         "left out: half: not a run directory, metrics.jsonl is missing",
-        "left out: joined.json: not a folder; expected a run directory, as written by src/train.py",
+        "left out: joined.json: not a folder; expected a run directory",
         "left out: latin/config.toml: not valid TOML: "
         "'utf-8' codec can't decode byte 0xe9 in position 11: invalid continuation byte",
         "left out: other/config.toml: not the config of a run, train.epochs is missing",

@@ -16,6 +16,7 @@ from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.models.ema import EMA
+from bandsplit.models.precision import Precision
 from bandsplit.training import dry_run, memory
 from bandsplit.training.learner import learners_of
 from bandsplit.training.memory import MIB, Memory, StepMemory
@@ -82,6 +83,17 @@ def test_the_ranks_of_a_run(config_file: Path) -> None:
     assert groups.gradients == alone.gradients
     assert groups.activations == alone.activations  # all images through half of the branches
     assert replicas.activations == pytest.approx(alone.activations / 2, rel=0.15)
+
+
+def test_frozen_weights_have_no_gradients_in_the_estimate(config_file: Path) -> None:
+    precision = Precision("fp32", torch.device("cpu"))
+    whole, frozen = (
+        memory.estimate(loading.load(config_file, ["data.classes=10", *keys]), 1, 1, precision)
+        for keys in ([], ["train.freeze=conv1,bn1,layer1,layer2,layer3,layer4"])
+    )
+    assert frozen.weights == whole.weights
+    assert frozen.gradients < whole.gradients / 50
+    assert frozen.optimizer < whole.optimizer / 50
 
 
 def test_a_run_tells_its_memory_once_and_the_dry_run_before(

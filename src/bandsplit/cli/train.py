@@ -53,9 +53,12 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         print(run_dir)
         return
     if given.dry_run:
+        from bandsplit.runs import checkpoint
+        from bandsplit.runs.directory import RunDirectory
         from bandsplit.training import dry_run
 
-        dry_run.show(config, given.world_size)
+        restores = given.resume and bool(checkpoint.saved(RunDirectory(run_dir).checkpoints))
+        dry_run.show(config, given.world_size, restores)
         return
     from bandsplit.training import loop
 

@@ -78,7 +78,7 @@ def read_run(folder: Path) -> Run:
     try:
         if not folder.is_dir():
             what = "not a folder" if folder.exists() else "no such folder"
-            raise UserError(f"{folder}: {what}; expected a run directory, as written by src/train.py")
+            raise UserError(f"{folder}: {what}; expected a run directory")
         for name in ("config.toml", "metrics.jsonl"):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: not a run directory, {name} is missing")

@@ -43,14 +43,23 @@ def initial_weights(config: RunConfig, own: range, classes: Sequence[str]) -> di
 
 def begin(initial: Mapping[int, Initial], numbers: Sequence[int], ensemble: Ensemble) -> None:
     """Loads them into the branches of this rank, which have these numbers, and logs what was done."""
-    alike: dict[str, dict[int, float]] = defaultdict(dict)
     for number, branch in zip(numbers, ensemble.branches, strict=True):
         if number in initial:
             branch.load_state_dict(initial[number].state, strict=False)  # without the head, if that is new
-            alike[initial[number].words][number] = initial[number].share
+    for words in described(initial):
+        logger.info(f"begins with {words}")
+
+
+def described(initial: Mapping[int, Initial]) -> list[str]:
+    """What the branches begin with, those alike together."""
+    alike: dict[str, dict[int, float]] = defaultdict(dict)
+    for number, one in initial.items():
+        alike[one.words][number] = one.share
+    texts = []
     for words, shares in alike.items():
         each = ", ".join(f"{100 * share:.1f} % in branch {number}" for number, share in shares.items())
-        logger.info(f"begins with {words}" + f"; of its squared weights {each}" * (min(shares.values()) < 0.9995))
+        texts.append(words + f"; of its squared weights {each}" * (min(shares.values()) < 0.9995))
+    return texts
 
 
 def _trained(model: Model, size: int) -> dict[int, Trained]:

@@ -1,4 +1,4 @@
-"""Dry run: cost, memory and steps of a config, from tensors that hold no data. Nothing is allocated or written."""
+"""Dry run: cost, memory and steps of a config, from tensors that hold no data. No run is written."""
 
 from __future__ import annotations
 
@@ -16,17 +16,19 @@ from bandsplit.errors import UserError
 from bandsplit.models import batch_norm
 from bandsplit.models.costs import costs_of
 from bandsplit.models.precision import Precision
+from bandsplit.runs import initial
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.restored import teachers_directory
 from bandsplit.training import accumulation, memory
 from bandsplit.training.memory import MIB
 
 
-def show(config: RunConfig, planned_ranks: int | None = None) -> None:
+def show(config: RunConfig, planned_ranks: int | None = None, restores: bool = False) -> None:
     """Prints branches, cost, memory and steps of a config for the ranks that torchrun started.
 
     With `planned_ranks`, for that many GPU ranks instead; this machine need not have a GPU.
-    Raises UserError if the batch does not fit the ranks, the networks or the data.
+    `restores`: whether weights would be loaded from a checkpoint, so that `model.init_from` is not read.
+    Raises UserError if the batch does not fit the ranks, the networks or the data, or trained weights the networks.
     """
     found = _found(config)
     if config.data.classes is None:
@@ -70,6 +72,8 @@ def show(config: RunConfig, planned_ranks: int | None = None) -> None:
             f"{forward / 1e9:.3f} GMACs"
         )
     _show_teacher(config)
+    if not restores:
+        _show_initial(config, found)
     print(f"memory    per rank, estimated: {memory.estimate(config, world_size, groups, precision)}")
     _show_ranks(config, world_size, groups, parameters, half)
     otherwise = branch_groups(config, world_size, parameters, other.half_bands)
@@ -116,6 +120,18 @@ def _show_teacher(config: RunConfig) -> None:
         f"teacher   {teacher.name}, {teacher.networks} with block {teacher.split.block}: {macs / 1e9:.3f} GMACs per "
         f"image forward, {weights:,.2f} MiB"
     )
+
+
+def _show_initial(config: RunConfig, found: dict[str, Listed] | UserError) -> None:
+    """Prints the trained weights that branches begin with, which are read, and downloaded if a run would do that."""
+    numbers = config.split.numbers
+    if all(config.model_of(number).init_from is None for number in numbers):
+        return
+    if isinstance(found, UserError):
+        print(f"begins    not known without the names of the classes: {found}")
+        return
+    for words in initial.described(initial.initial_weights(config, range(len(numbers)), found["train"].classes)):
+        print(f"begins    with {words}")
 
 
 def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: list[int], half: bool) -> None:

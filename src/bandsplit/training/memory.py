@@ -216,7 +216,7 @@ def _hold_no_data(module: nn.Module) -> None:
 
     for each in module.modules():
         for name, parameter in each.named_parameters(recurse=False):
-            setattr(each, name, nn.Parameter(without_data(parameter)))
+            setattr(each, name, nn.Parameter(without_data(parameter), parameter.requires_grad))
         for name, buffer in each.named_buffers(recurse=False):
             setattr(each, name, without_data(buffer))
 
