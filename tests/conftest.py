@@ -191,6 +191,7 @@ def _script(rank: int, argv: list[str], output: Path) -> None:
         os.dup2(os.open(output / f"{rank}.{end}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout, sys.stderr = open(1, "w", buffering=1), open(2, "w", buffering=1)  # noqa: SIM115
     sys.argv = argv
+    sys.path.insert(0, str(Path(argv[0]).parent))  # as Python does
     runpy.run_path(argv[0], run_name="__main__")
 
 
@@ -215,9 +216,9 @@ def _free_port() -> int:
         return port
 
 
-def run(script: str, *arguments: object, ranks: int = 1) -> Done:
+def run(script: str, *arguments: object, ranks: int = 1, env: dict[str, str] | None = None) -> Done:
     """Runs an entry point to its end."""
-    return Launch(script, *arguments, ranks=ranks).wait()
+    return Launch(script, *arguments, ranks=ranks, env=env).wait()
 
 
 @pytest.fixture
