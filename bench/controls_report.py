@@ -16,15 +16,18 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import seaborn as sns
+import torch
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from bandsplit.config import loading
 from bandsplit.errors import UserError
 from bandsplit.models.costs import costs_of
+from bandsplit.models.precision import Precision
 from bandsplit.reporting.compare import difference_over_images
 from bandsplit.reporting.figures import STYLE, WIDTH
 from bandsplit.runs.files import reading, replace_text
+from bandsplit.training.memory import MIB, estimate
 
 CONFIGS = Path(__file__).resolve().parent.parent / "config/controls"
 BASELINE = "rgb128"
@@ -40,6 +43,7 @@ FAMILIES = {
         "rgb128_growing": "RGB growing, 64 to 128",
         "rgb128_thin": "RGB 128, half the width",
         "rgb128_deep": "RGB 128, deep stem",
+        "rgb128_accumulated": "RGB 128, 4 accumulation steps",
         "rgb80": "RGB 80",
         "rgb64": "RGB 64",
     },
@@ -77,6 +81,9 @@ FAMILIES = {
 PIXELS = ("coarse2_identity", "coarse2_random", "coarse2_random_unit", "each_identity", "rgb64_x4")
 NO_TRANSFORM = (*FAMILIES[RGB], *PIXELS)
 
+
+CLASSES = 10
+"""In the tables of costs."""
 
 FIRST = "first branch"
 """In place of a fusion: what the first branch of several says alone."""
@@ -130,7 +137,7 @@ def report(work: Path) -> None:
     results.to_parquet(folder / "controls.parquet", compression="zstd", index=False)
     frame = table(curves)
     frame.to_csv(folder / "controls.csv", index=False)
-    text = markdown(frame) + cascades(results)
+    text = markdown(frame) + cascades(results) + costs(results.attrs.get("times", {}))
     (folder / "controls.md").write_text(text, encoding="utf-8")
     with mpl.rc_context(STYLE):
         figure = draw(curves)
@@ -336,10 +343,34 @@ def cascades(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
+def costs(times: dict[str, dict[str, float]]) -> str:
+    """Table of the arms that were timed: a step of training with one thread, a prediction, and memory by kind."""
+    kinds = ("weights", "optimizer", "gradients", "activations", "bands")
+    lines = [
+        "",
+        f"| arm | step, ms | a prediction, MMACs | parameters, M | memory of a step, MiB | {' | '.join(kinds)} |",
+        f"|---|{'--:|' * (4 + len(kinds))}",
+    ]
+    precision = Precision("fp32", torch.device("cpu"))
+    for arm in (arm for names in FAMILIES.values() for arm in names if arm in times):
+        config = loading.load(CONFIGS / f"{arm}.toml").with_classes(CLASSES)
+        each = costs_of(config)
+        memory = estimate(config, 1, 1, precision)
+        cells = [
+            arm,
+            " / ".join(f"{1000 * seconds:.0f}" for _, seconds in sorted(times[arm].items(), key=lambda x: int(x[0]))),
+            f"{sum(cost.macs[config.data.image_size] for cost in each) / 1e6:.0f}",
+            f"{sum(cost.parameters for cost in each) / 1e6:.2f}",
+            *(f"{bytes / MIB:.0f}" for bytes in (memory.total, *(getattr(memory, kind) for kind in kinds))),
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
+
+
 def macs_of(arm: str, fusion: str) -> int:
     """Multiply-accumulates of a forward pass over one validation image, of all branches or of the first."""
     config = loading.load(CONFIGS / f"{arm}.toml")
-    each = [cost.macs[config.data.image_size] for cost in costs_of(config.with_classes(10))]
+    each = [cost.macs[config.data.image_size] for cost in costs_of(config.with_classes(CLASSES))]
     return each[0] if fusion == FIRST else sum(each)
 
 
