@@ -255,8 +255,12 @@ def best_control(curves: Sequence[Curve], budget: float) -> Curve | None:
 
 
 def table(curves: Sequence[Curve]) -> pd.DataFrame:
-    """One row for each way and budget; `top1_above` is against the baseline at the same budget, `control_above` against
-    the best network on RGB, which is chosen by the same images and so looks a little better than it is."""
+    """One row for each way and budget.
+
+    `top1_above` is against the baseline at the same budget, `control_above` against the best network on RGB, which is
+    chosen by the same images and so looks a little better than it is. A time that is `time_first`, that of the smallest
+    budget of the arm, is an upper bound.
+    """
     base = next(curve for curve in curves if curve.arm == BASELINE)
     rows = []
     for curve in curves:
@@ -276,6 +280,7 @@ def table(curves: Sequence[Curve]) -> pd.DataFrame:
                 row |= {"control": control.label, "control_above": mean, "control_low": low, "control_high": high}
                 names = ("time_ratio", "time_low", "time_high")
                 row |= dict(zip(names, time_ratio(curve, base, budget), strict=True))
+                row["time_first"] = curve.seconds[0] / base.seconds[base.budgets.index(budget)]
             rows.append(row)
     return pd.DataFrame(rows)
 
@@ -301,11 +306,13 @@ def markdown(frame: pd.DataFrame) -> str:
                     (row.control_above, row.control_low, row.control_high),
                 )
             )
-            time = (
-                "" if np.isnan(row.time_ratio) else f"{row.time_ratio:.2f} ({row.time_low:.2f} to {row.time_high:.2f})"
+            time, low, high = (
+                "not reached" if math.isinf(ratio) else f"{'≤ ' * (ratio <= row.time_first)}{ratio:.2f}"
+                for ratio in (row.time_ratio, row.time_low, row.time_high)
             )
-            cells = row.arm, row.runs, f"{row.images:,}", f"{row.top1:.2f}", above, above_control
-            lines.append(f"| {' | '.join(map(str, cells))} | {time.replace('inf', 'not reached')} |")
+            times = "" if np.isnan(row.time_ratio) else f"{time} ({low} to {high})"
+            cells = row.arm, row.runs, f"{row.images:,}", f"{row.top1:.2f}", above, above_control, times
+            lines.append(f"| {' | '.join(map(str, cells))} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
 
