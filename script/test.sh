@@ -30,4 +30,4 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
-python -m pytest -n "$((processes < 8 ? processes : 8))" --dist loadgroup --no-loadscope-reorder "${selection[@]}" "$@"
+python -m pytest -n "$((processes < 8 ? processes : 8))" --dist loadgroup --no-loadscope-reorder --durations=15 "${selection[@]}" "$@"
