@@ -187,6 +187,27 @@ def test_operator_and_plain_torch_give_the_same_batches(
             torch.testing.assert_close(a, b, atol=1e-4, rtol=0)
 
 
+@pytest.mark.parametrize("operator", [True, False])
+@pytest.mark.parametrize(
+    "mixing", [[], ["mix.mixup=0.5", "mix.cutmix=1.0", "data.classes=100"]], ids=["plain", "mixed"]
+)
+def test_branches_of_the_same_bands_share_their_input(
+    config_file: Path, numbered: ImageFiles, monkeypatch: pytest.MonkeyPatch, operator: bool, mixing: list[str]
+) -> None:
+    if not operator:
+        monkeypatch.setattr(pipeline, "has_operator", lambda device: False)
+    repeated, once = (
+        TrainingLoader(loading.load(config_file, [f"split.branches={branches}", *mixing]), numbered, [share()])
+        for branches in ("[[0, 3], [1], [0, 3], [3, 0], [1]]", "[[0, 3], [1], [3, 0]]")
+    )
+    for _ in range(3):
+        batch, expected = next(repeated), next(once)
+        for x, k in zip(batch.inputs, (0, 1, 0, 2, 1), strict=True):
+            assert torch.equal(x, expected.inputs[k])
+        for inputs in (batch.inputs, batch.copied().inputs):
+            assert [[x is y for y in inputs].index(True) for x in inputs] == [0, 1, 0, 3, 1]
+
+
 _FILTERS = {"bilinear": v2.InterpolationMode.BILINEAR, "bicubic": v2.InterpolationMode.BICUBIC}
 
 

@@ -224,7 +224,7 @@ def evaluate_on_mesh(config: RunConfig, branch_groups: int) -> Accuracy:
     with joined(60) as ranks:
         mesh = Mesh(ranks, len(config.split.groups), branch_groups)
         return evaluate(
-            Ensemble.of(config, mesh.own), validation(config, ranks), 25, mesh, Precision("fp32", ranks.device)
+            Ensemble.of(config, mesh.own), [*validation(config, ranks)], 25, mesh, Precision("fp32", ranks.device)
         )
 
 

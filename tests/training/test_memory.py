@@ -17,6 +17,7 @@ from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.models.ema import EMA
 from bandsplit.models.precision import Precision
+from bandsplit.spectral.view import View
 from bandsplit.training import dry_run, memory
 from bandsplit.training.learner import learners_of
 from bandsplit.training.memory import MIB, Memory, StepMemory
@@ -29,6 +30,7 @@ CASES = {
     "accumulated": ["split.block=1", "train.grad_accum_steps=3"],
     "adam": ["optim.type=adamw", "train.ema_decay=0.9", 'split.branches="all"', "model.stem=no_stride"],
     "rmsprop": ["optim.type=rmsprop", "split.branches=[[0, 1], [2]]", "train.clip_norm=1.0", "train.on_nonfinite=skip"],
+    "repeated": ["split.branches=[[0, 1], [2], [0, 1], [0, 1]]"],
     "ghost": ["model.bn_batch_size=8", "model.drop_path=0.2", "split.only=[1, 2]"],
     "vgg": ["model.arch=vgg16_bn", "model.width=1", "split.only=[0]", "train.batch_size=4"],
 }
@@ -40,7 +42,10 @@ def of_a_step(config: RunConfig) -> tuple[Memory, int]:
     ensemble, learners = learners_of(config, at_once, FP32, Mesh(ALONE.ranks, len(config.split.groups)))
     emas = [learner.ema for learner in learners if isinstance(learner.ema, EMA)]
     parts = config.train.grad_accum_steps
-    inputs = [[torch.randn(at_once, 3 * len(group), size, size) for _ in range(parts)] for group in config.split.groups]
+    view = View.of(config)
+    inputs = view.of_branches(
+        [[torch.randn(at_once, 3 * len(bands), size, size) for _ in range(parts)] for bands in view.inputs]
+    )
     labels = [torch.randint(0, 10, (at_once,)) for _ in range(parts)]
     for learner, x in zip(learners, inputs, strict=True):
         learner.step(x, labels, lr=0.01)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from itertools import cycle
+from itertools import cycle, islice
 from pathlib import Path
 from typing import Protocol, TypedDict, cast
 
@@ -36,7 +36,7 @@ class Batch:
     """One batch as the branches see it."""
 
     inputs: list[Tensor]
-    """One tensor (B, 3·bands, h, w) per branch, in channels_last memory format."""
+    """One tensor (B, 3·bands, h, w) per branch, in channels_last memory format; the same for those of equal bands."""
     labels: Tensor
     """Class indices (B,), int64, or PADDING, LEFT_OUT; with mixup or CutMix class probabilities (B, classes), float32.
     """
@@ -50,7 +50,8 @@ class Batch:
     def copied(self) -> Batch:
         """The batch in memory of its own, in the same memory formats."""
         teacher_logits = None if self.teacher_logits is None else self.teacher_logits.clone()
-        return Batch([x.clone() for x in self.inputs], self.labels.clone(), teacher_logits)
+        copies = {id(x): x.clone() for x in self.inputs}
+        return Batch([copies[id(x)] for x in self.inputs], self.labels.clone(), teacher_logits)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -308,10 +309,12 @@ def _next_batch(pipe: RecoveringPipeline, views: Sequence[View], shard: Shard) -
     outputs = pipe.run(torch.cuda.current_stream() if shard.device == "gpu" else None)
     *outputs, labels = [torch.from_dlpack(output.as_tensor()) for output in outputs]
     if pipeline.has_operator(shard.device):
-        inputs = [rearrange(x, "b h w c -> b c h w") for x in outputs]
+        bands = iter([rearrange(x, "b h w c -> b c h w") for x in outputs])
+        of_views = [list(islice(bands, len(view.inputs))) for view in views]
     else:
         images, mirror = outputs
-        inputs = [x for view in views for x in _split_in_torch(images, mirror, view, shard)]
+        of_views = [_split_in_torch(images, mirror, view, shard) for view in views]
+    inputs = [x for view, found in zip(views, of_views, strict=True) for x in view.of_branches(found)]
     return Batch(inputs, labels.flatten().long())
 
 
@@ -323,6 +326,6 @@ def _split_in_torch(images: Tensor, mirror: Tensor, view: View, shard: Shard) ->
         view.mean,
         view.std,
         mirror.flatten().to(images.device),
-        view.split.groups,
+        view.inputs,
         torch.float16 if shard.half else torch.float32,
     )

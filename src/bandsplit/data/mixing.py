@@ -36,8 +36,8 @@ def mix(
         grid = math.gcd(*(x.shape[-1] for x in inputs))  # whole cells of it are whole pixels of each input
         drawn = transform.make_params([torch.empty(1, 1, grid, grid)])
     drawn |= {"labels": labels, "batch_size": len(labels)}
-    mixed = []
-    for x in inputs:
+    mixed = {}
+    for x in {id(x): x for x in inputs}.values():  # branches may share one
         box = {"box": [edge * (x.shape[-1] // grid) for edge in drawn["box"]]} if cut else {}
-        mixed.append(transform.transform(x, drawn | box).contiguous(memory_format=torch.channels_last))
-    return mixed, transform.transform(labels, drawn)
+        mixed[id(x)] = transform.transform(x, drawn | box).contiguous(memory_format=torch.channels_last)
+    return [mixed[id(x)] for x in inputs], transform.transform(labels, drawn)

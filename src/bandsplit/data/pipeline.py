@@ -218,7 +218,7 @@ def _turns(crops: Sequence[Crop], batch_size: int) -> Any:
 
 
 def _finish(images: Any, mirror: Any, labels: Any, shard: Shard, views: Sequence[View]) -> Any:
-    """One output (h, w, 3·bands) per branch, or image, flip and labels if the operator is not available."""
+    """One output (h, w, 3·bands) per input of each view, or image, flip and labels if the operator is not available."""
     if shard.device == "gpu":
         labels = labels.gpu()
     if not has_operator(shard.device):
@@ -227,7 +227,7 @@ def _finish(images: Any, mirror: Any, labels: Any, shard: Shard, views: Sequence
 
 
 def _split(images: Any, mirror: Any, shard: Shard, view: View) -> Sequence[Any]:
-    split = view.split
+    split, inputs = view.split, view.inputs
     bands = fn.spectral_split(
         images,
         mirror=mirror,
@@ -235,8 +235,8 @@ def _split(images: Any, mirror: Any, shard: Shard, view: View) -> Sequence[Any]:
         matrix=view.matrix.ravel().tolist(),
         mean=list(view.mean),
         std=list(view.std),
-        groups=[k for group in split.groups for k in group],
-        group_sizes=[len(group) for group in split.groups],
+        groups=[k for bands in inputs for k in bands],
+        group_sizes=[len(bands) for bands in inputs],
         dtype=types.FLOAT16 if shard.half else types.FLOAT,
     )
     return bands if isinstance(bands, list | tuple) else [bands]

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from bandsplit.config.schema import RunConfig, Split
 from bandsplit.spectral import transforms
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -27,6 +31,16 @@ class View:
     @classmethod
     def of(cls, config: RunConfig) -> View:
         return cls(config.split, config.data.mean, config.data.std)
+
+    @property
+    def inputs(self) -> list[tuple[int, ...]]:
+        """The different lists of bands that branches read; branches with the same list share their input."""
+        return list(dict.fromkeys(self.split.groups))
+
+    def of_branches(self, inputs: Sequence[T]) -> list[T]:
+        """The input of each branch, of one for each of `inputs`."""
+        found = dict(zip(self.inputs, inputs, strict=True))
+        return [found[group] for group in self.split.groups]
 
     @property
     def factors(self) -> npt.NDArray[np.float64]:

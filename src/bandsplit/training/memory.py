@@ -163,6 +163,9 @@ def estimate(config: RunConfig, world_size: int, groups: int, precision: Precisi
             found[kind] = of_branch(config, number, at_once, min(norm_over, at_once), reduced, precision)
         branches.append(found[kind])
     count = len(branches) // groups
+    if groups == 1:  # branches that read the same bands share them, unless they are received
+        repeated = [group in config.split.groups[:i] for i, group in enumerate(config.split.groups)]
+        branches = [replace(b, bands=0) if again else b for b, again in zip(branches, repeated, strict=True)]
     streams = capture.overlapping(config, precision.device, world_size // groups, count)
     ranks = [_together(branches[first : first + count], streams, reduced) for first in range(0, len(branches), count)]
     return max(ranks, key=lambda memory: memory.total)

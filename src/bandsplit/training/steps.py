@@ -99,7 +99,7 @@ class Graphs(InTurn):
                     self._learners[i].optimizer.zero_grad(set_to_none=True)
                 return super().__call__(branches, parts, number, lr, momentum)
         theirs, own = ([x for part in each for x in _tensors(part, branches)] for each in (parts, self._parts))
-        for static, x in zip(own, theirs, strict=True):
+        for static, x in {id(static): (static, x) for static, x in zip(own, theirs, strict=True)}.values():
             static.copy_(x)
         return self._replay(number, lr)
 

@@ -48,8 +48,8 @@ class BandReader:
         self, images: StoredImages, views: Sequence[View], shard: Shard, hflip: float = 0.0, in_memory: bool = False
     ) -> None:
         self._images = images
-        self._groups = [(group, view.factors) for view in views for group in view.split.groups]
-        """Bands of each branch, and what each band is multiplied by."""
+        self._views = [(view, view.factors) for view in views]
+        """With what each band is multiplied by."""
         self._device = torch.device("cpu") if shard.device_id is None else torch.device("cuda", shard.device_id)
         self._dtype = torch.float16 if shard.half else torch.float32
         self._in_memory, manifest, about = in_memory, images.manifest, images.about
@@ -111,13 +111,16 @@ class BandReader:
         slices = [slice(first, first + at_once) for first in range(0, images, at_once)]
         rows = [self._on_device(torch.from_numpy(np.flatnonzero(flipped[some]))) for some in slices]
         inputs = []
-        for group, factors in self._groups:
-            x = torch.empty(images, height, width, len(group), 3, dtype=self._dtype, device=self._device)
-            for some, mirrored in zip(slices, rows, strict=True):
-                for n, k in enumerate(group):
-                    values = {j: values[some] for j, values in stored.items()}
-                    self._write(k, float(factors[k]), values, mirrored, x[some, :, :, n])
-            inputs.append(rearrange(x, "b h w i c -> b (i c) h w"))
+        for view, factors in self._views:
+            found = []
+            for bands in view.inputs:
+                x = torch.empty(images, height, width, len(bands), 3, dtype=self._dtype, device=self._device)
+                for some, mirrored in zip(slices, rows, strict=True):
+                    for n, k in enumerate(bands):
+                        values = {j: values[some] for j, values in stored.items()}
+                        self._write(k, float(factors[k]), values, mirrored, x[some, :, :, n])
+                found.append(rearrange(x, "b h w i c -> b (i c) h w"))
+            inputs += view.of_branches(found)
         return inputs
 
     def _on_device(self, rows: Tensor) -> Tensor:
