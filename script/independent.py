@@ -108,7 +108,10 @@ def bands_of(image: NDArray[np.uint8], data: dict[str, Any], split: dict[str, An
         blocks = dct(blocks.reshape(*blocks.shape[:3], -1), norm=norm)
     elif split["transform"] != "identity":
         raise SystemExit(f"transform {split['transform']!r}: not covered")
-    return blocks.reshape(*blocks.shape[:3], -1).transpose(3, 2, 0, 1)
+    bands = blocks.reshape(*blocks.shape[:3], -1).transpose(3, 2, 0, 1)
+    if split["scale"]:
+        bands = bands / np.array(split["sigma"])[:, None, None, None] ** split["scale"]
+    return bands
 
 
 def groups_of(split: dict[str, Any]) -> list[list[int]]:

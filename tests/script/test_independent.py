@@ -21,6 +21,7 @@ OTHERWISE = (  # all that the script covers besides the defaults
     "split.branches=[[0, 3], [1]]",
     "split.transform='dct1d'",
     "split.norm='none'",
+    "split.scale=0.5",
     "model.stem='small'",
     "train.ema_decay=0.9",
     "data.interpolation='bicubic'",
@@ -46,7 +47,7 @@ def pixels_of(run_dir: Path) -> tuple[list[np.typing.NDArray[np.uint8]], np.typi
     """Validation images as DALI has decoded, resized and cropped them, and their labels."""
     runs = Joined.of([run_dir], "last", [], Ranks(0, 1, 0, 1, torch.device("cpu")))
     config = runs.config
-    whole = config.split.model_copy(update={"block": 1, "transform": "identity", "branches": "each"})
+    whole = config.split.model_copy(update={"block": 1, "transform": "identity", "branches": "each", "scale": 0.0})
     plain = config.data.model_copy(update={"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)})
     loader = replace(runs, config=config.model_copy(update={"split": whole, "data": plain})).loader(
         runs.validation_files()
