@@ -191,7 +191,11 @@ def measure(arms: Sequence[str], work: Path) -> None:
                 subjects.append(step.of_config(plain, ranks, synthetic=False))
         seconds, _ = step.timed(subjects, 7, 1, ranks.device)
     found = {
-        arm: {str(size): float(np.median(seconds[f"{arm} {size}"]["step"])) for size in of} for arm, of in sizes.items()
+        arm: {
+            str(size): float(np.median(seconds[f"{arm} {size}"]["step"])) * config_of(arm).grad_accum_steps
+            for size in of
+        }
+        for arm, of in sizes.items()
     }
     for arm in TEACHERS.keys() & found.keys():
         for size in found[arm]:

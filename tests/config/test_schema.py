@@ -130,6 +130,8 @@ MISTAKES = {
     "train.clip_norm=off": r"""train.clip_norm: 'off' given; it should be a valid number or "none"$""",
     "data.decoder.crop_only=off": r"""crop_only: 'off' given; expected true or false or "none"$""",
     "schedule.type=step schedule.milestones=x": r"milestones: 'x' given; expected a list of numbers, such as \[30, 60,",
+    "log.trackers=wandb": r"log.trackers: 'wandb' given; expected a list with any of 'tensorboard', 'wandb', such as",
+    'log.trackers=["mlflow"]': r"log.trackers: \['mlflow'\] given; expected a list with any of 'tensorboard', 'wandb'",
     "schedule.type=step schedule.milestones=1,x": r"milestones: \[1, 'x'\] given; expected a list of numbers, such as",
     "schedule.type=step schedule.milestones=[1, nan]": r"milestones: \[1, nan\] given; nan should be a finite number$",
     "schedule.type=one_cycle schedule.momentum=1": r"""momentum: 1 given; expected 2 .* \[0.85, 0.95\] or "none"$""",

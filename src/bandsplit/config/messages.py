@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
@@ -99,12 +99,15 @@ def _value_at(table: Table, loc: tuple[str, ...]) -> object:
 
 
 def _wrong_list(loc: tuple[str, ...], error: Mapping[str, Any], table: Table) -> str:
-    """What is wrong with a list of numbers: its length, an entry that is not a number, or one out of bounds."""
+    """What is wrong with a list: its length, an entry that is no number, one out of bounds, or none of the words."""
     field = field_at(loc, table)
     assert field is not None
     if type(error["input"]) in (int, float) and error["type"] not in ("missing", "too_long", "tuple_type"):
         return f"{error['input']!r} {error['msg'].removeprefix('Input ')}"
     types = entry_types(field)
+    if types and get_origin(types[0]) is Literal:
+        words = get_args(types[0])
+        return f"expected a list with any of {', '.join(map(repr, words))}, such as {list(words[:1])}"
     count = "a list of" if Ellipsis in types else str(len(types))
     return f"expected {count} numbers, such as {list(field.default or (30, 60, 80))}{_or_none(field)}"
 
