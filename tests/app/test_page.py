@@ -35,6 +35,7 @@ CHROMIUM = shutil.which("chromium")
 
 in_a_browser = [
     pytest.mark.slow,
+    pytest.mark.xdist_group("page"),  # one server, which has seen the uploads at its end
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium on the PATH"),
     pytest.mark.skipif(find_spec("playwright") is None, reason="playwright is not installed"),
     pytest.mark.skipif(find_spec("gradio") is None, reason="gradio is not installed"),

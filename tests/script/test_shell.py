@@ -69,4 +69,4 @@ def test_what_test_sh_calls(tmp_path: Path, given: list[str]) -> None:
     selection = ["-m", "not slow and not long"] if quick else []
     module, pytest_, n, _, *options = [argument.strip() for argument in arguments.splitlines()]
     assert [module, pytest_, n] == ["-m", "pytest", "-n"]
-    assert options == ["--dist", "loadgroup", "--no-loadscope-reorder", *selection, *rest]
+    assert options == ["--dist", "loadgroup", "--no-loadscope-reorder", "--durations=15", *selection, *rest]
