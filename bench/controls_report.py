@@ -77,10 +77,8 @@ FAMILIES = {
 }
 """Arms with their names in the figure."""
 
-# pixels, or a matrix without frequencies
 PIXELS = ("coarse2_identity", "coarse2_random", "coarse2_random_unit", "each_identity", "rgb64_x4")
-NO_TRANSFORM = (*FAMILIES[RGB], *PIXELS)
-
+"""Arms of the other families that read pixels, or bands of a matrix without frequencies."""
 
 CLASSES = 10
 """In the tables of costs."""
@@ -416,7 +414,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
             mean, (low, high) = difference(curve.at(budget), base.at(budget))
             color = next(color for family, color in colors.items() if curve.arm in FAMILIES[family])
             axes.plot([low, high], [y, y], color=color, linewidth=1)
-            face = "white" if curve.arm in NO_TRANSFORM else color
+            face = "white" if curve.arm in (*FAMILIES[RGB], *PIXELS) else color
             axes.plot(mean, y, "o", markersize=4.5, color=color, markerfacecolor=face)
             if curve is control:
                 axes.axvline(mean, color=color, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)

@@ -138,7 +138,7 @@ def _compile(name: str, cxx: list[str], nvcc: str | None) -> Path:
         ]
         # --no-undefined reports a missing symbol at link time, not when a rank loads the plugin
         if nvcc is None:
-            commands += [[*cxx, "-shared", *objects, "-o", linked, *libraries, "-Wl,--no-undefined"]]
+            commands.append([*cxx, "-shared", *objects, "-o", linked, *libraries, "-Wl,--no-undefined"])
         else:
             host = ["-ccbin", cxx[-1]]  # $CXX may be "ccache g++", but -ccbin takes one program
             dali_flags, link = sysconfig.get_compile_flags(), ["-Xlinker", "--no-undefined"]
