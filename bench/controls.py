@@ -221,7 +221,7 @@ def seconds_of(arm: str, epochs: int, steps: int, times: dict[str, dict[str, flo
 def grown(arm: str, epochs: int) -> list[str]:
     """Overrides that set the number of epochs, three quarters of which growing images take to reach their size."""
     sets = [f"train.epochs={epochs}"]
-    if "progressive" in (CONFIGS / f"{arm}.toml").read_text():
+    if config_of(arm).augment.progressive:
         sets.append(f"augment.progressive.ramp_end={max(1, round(0.75 * epochs))}")
     return sets
 
