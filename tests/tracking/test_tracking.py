@@ -171,13 +171,18 @@ def test_a_run_is_in_progress_while_its_process_lives(tmp_path: Path) -> None:
     assert not directory.in_progress
 
 
-def test_a_follower_that_finishes_is_waited_for_but_not_one_of_a_run_that_goes_on(run_dir: Path) -> None:
+def test_a_follower_that_finishes_is_waited_for_but_not_one_of_a_run_that_goes_on(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(follower, "SECONDS_IN_SILENCE", 0.1)
     lock = FileLock(run_dir / ".tensorboard.lock", thread_local=False)
     with lock:
         with RunDirectory(run_dir).locked(), pytest.raises(UserError, match="another process passes its events on"):
             follower.follow(run_dir, "tensorboard", live=False)
+        assert not capsys.readouterr().err
         threading.Timer(0.5, lock.release).start()
         follower.follow(run_dir, "tensorboard", live=False)
+        assert "waiting for the process" in capsys.readouterr().err
     assert read_back.tensorboard(run_dir)[0] == in_float32(told(run_dir))
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import IO
@@ -24,6 +26,9 @@ SECONDS = 2.0
 
 TIME_TO_FINISH = 600
 """Seconds after the end of a run in which a follower in the background must be done."""
+
+SECONDS_IN_SILENCE = 5.0
+"""That a command waits for another one before it says so."""
 
 
 def follow(path: Path, name: str, live: bool) -> str:
@@ -47,11 +52,21 @@ def follow(path: Path, name: str, live: bool) -> str:
         # a follower goes on for a while after its run has ended, or was killed and resumed
         patience = -1 if live else 0 if directory.in_progress else TIME_TO_FINISH
         try:
-            lock.acquire(patience)
+            _acquire(lock, patience, f"waiting for the process that passes events of {path} on to {name}")
         except Timeout:
             raise UserError(f"{path}: another process passes its events on to {name}") from None
     with lock:
         return _follow(directory, opener(name)(directory), live)
+
+
+def _acquire(lock: FileLock, patience: float, waiting: str) -> None:
+    """Says on stderr that it is waiting, unless that takes a moment."""
+    if patience:
+        with suppress(Timeout):
+            lock.acquire(SECONDS_IN_SILENCE)
+            return
+        print(waiting, file=sys.stderr, flush=True)
+    lock.acquire(patience)
 
 
 def _follow(directory: RunDirectory, tracker: Tracker, live: bool) -> str:
