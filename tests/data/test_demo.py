@@ -51,7 +51,7 @@ def test_files_are_jpeg_of_many_kinds(data: Path) -> None:
             assert image.format == "JPEG"
             assert image.mode in ("RGB", "L")
             short, long = sorted(image.size)
-            assert SIDE[0] <= short <= SIDE[1]
+            assert SIDE <= short <= 2 * SIDE
             assert long / short < 4 / 3 + 0.01
             sizes.add(image.size)
             samplings.add(JpegImagePlugin.get_sampling(image) if image.mode == "RGB" else "gray")
@@ -193,12 +193,12 @@ def test_a_worker_that_is_killed_is_one_message(tmp_path: Path, monkeypatch: pyt
 # ------------------------------------------------------------------------------------------------------------ images
 
 
-def bands(image: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """Shorter side resized to 72, as validation does, then the 2x2 DCT by its definition: (4, height/2, width/2, 3).
+def bands(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
+    """Shorter side resized to `side`, as validation does, then the 2x2 DCT by its definition: (4, height/2, width/2, 3).
 
     Bands: block mean, change along x, change along y, change along both.
     """
-    height, width = (round(72 * n / min(image.shape[:2])) // 2 * 2 for n in image.shape[:2])
+    height, width = (round(side * n / min(image.shape[:2])) // 2 * 2 for n in image.shape[:2])
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)
     blocks = np.asarray(resized, float).reshape(height // 2, 2, width // 2, 2, 3)
     signs = np.array([[[1, 1], [1, 1]], [[1, -1], [1, -1]], [[1, 1], [-1, -1]], [[1, -1], [-1, 1]]]) / 2
@@ -206,12 +206,13 @@ def bands(image: NDArray[np.uint8]) -> NDArray[np.float64]:
     return coefficients
 
 
+@pytest.mark.parametrize("side", [SIDE, 2 * SIDE])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_textures_differ_in_the_detail_bands_alone(shape: str) -> None:
+def test_textures_differ_in_the_detail_bands_alone(shape: str, side: int) -> None:
     """Compares the energy of the difference between textures of the same scenes, by band."""
     energy = np.zeros(4)
     for seed in range(10):
-        one, other = (bands(draw(np.random.default_rng(seed), shape, texture)) for texture in PERIOD)
+        one, other = (bands(draw(np.random.default_rng(seed), shape, texture, side), side) for texture in PERIOD)
         energy += np.square(one - other).sum((1, 2, 3))
     low, _, along_y, both = energy / energy.sum()
     assert low < 0.1
@@ -224,7 +225,7 @@ def test_scenes_differ_in_the_low_band() -> None:
     energy = np.zeros(4)
     rng = np.random.default_rng(0)
     for _ in range(10):
-        one, other = (bands(draw(rng, "heart", "striped"))[:, :36, :36] for _ in range(2))
+        one, other = (bands(draw(rng, "heart", "striped"), SIDE)[:, :36, :36] for _ in range(2))
         energy += np.square(one - other).sum((1, 2, 3))
     assert energy[0] / energy.sum() > 0.9
 

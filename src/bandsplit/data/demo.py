@@ -33,15 +33,15 @@ from bandsplit.progress import followed
 Array = NDArray[np.float64]
 
 SHAPES = ("disc", "heart", "ring", "star", "triangle")
-PERIOD = {"checkered": 2.7 / 72, "striped": 2.4 / 72}
-"""Period of each texture, along both axes or the one it varies in. With the shorter side resized to 72 pixels, it is
-above 2 pixels, the limit of the full resolution, and far enough below 4 pixels, the limit of half the resolution, that
-the mean of 2x2 blocks keeps at most a tenth of the texture's energy."""
+PERIOD = {"checkered": 2.7, "striped": 2.4}
+"""Period of each texture, along both axes or the one it varies in, in pixels of an image whose shorter side was resized
+to SIDE. It is above 2 pixels, the limit of the full resolution, and far enough below 4 pixels, the limit of half the
+resolution, that the mean of 2x2 blocks keeps at most a tenth of the texture's energy."""
 CLASSES = tuple(f"{shape}_{texture}" for shape in SHAPES for texture in PERIOD)
 SPLITS = ("train", "val")
 
-SIDE = (72, 144)
-"""Shorter side, pixels."""
+SIDE = 72
+"""Shorter side of the smallest images, pixels; that of the largest is twice as long."""
 GRAY = 0.04
 """Fraction of images saved as grayscale JPEG files."""
 EDGE_BLUR = 0.02
@@ -56,12 +56,13 @@ BRIGHTEST = 220.0
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """One image to draw; these four numbers determine every byte of its file."""
+    """One image to draw; these five numbers determine every byte of its file."""
 
     seed: int
     split: int
     label: int
     index: int
+    side: int = SIDE
 
     @property
     def path(self) -> Path:
@@ -70,17 +71,26 @@ class ImageSpec:
 
 
 def generate(
-    root: Path, *, seed: int = 0, train_per_class: int = 200, val_per_class: int = 50, workers: int | None = None
+    root: Path,
+    *,
+    seed: int = 0,
+    train_per_class: int = 200,
+    val_per_class: int = 50,
+    side: int = SIDE,
+    workers: int | None = None,
 ) -> None:
     """Writes `root`/{train,val}/CLASS/INDEX.jpg with `workers` processes (default: one for each available CPU).
 
-    The files depend on `seed` alone, not on `workers`. `root` appears only when it is complete.
+    Args:
+        side: pixels of the shorter side of the smallest images, at which the textures are as described at PERIOD.
+
+    The files depend on `seed` and `side` alone, not on `workers`. `root` appears only when it is complete.
 
     Raises UserError if `root` exists or cannot be written, or if a worker is killed; nothing is left behind.
     """
     root = root.absolute()
     images = [
-        ImageSpec(seed, split, label, index)
+        ImageSpec(seed, split, label, index, side)
         for split, count in enumerate((train_per_class, val_per_class))
         for label in range(len(CLASSES))
         for index in range(count)
@@ -130,7 +140,7 @@ def _write_all(root: Path, images: list[ImageSpec], workers: int) -> None:
 
 def _write(root: Path, spec: ImageSpec) -> None:
     rng = np.random.default_rng([spec.seed, spec.split, spec.label, spec.index])
-    image = Image.fromarray(draw(rng, *CLASSES[spec.label].split("_")))
+    image = Image.fromarray(draw(rng, *CLASSES[spec.label].split("_"), spec.side))
     if rng.random() < GRAY:
         image = image.convert("L")
     subsampling = str(rng.choice(["4:4:4", "4:2:2", "4:2:0"]))
@@ -142,12 +152,12 @@ def _write(root: Path, spec: ImageSpec) -> None:
 # ---------------------------------------------------------------------------------------------------------- an image
 
 
-def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
+def draw(rng: Generator, shape: str, texture: str, smallest: int = SIDE) -> NDArray[np.uint8]:
     """A textured shape in front of an out-of-focus background: (height, width, 3).
 
     The same `rng` gives the same scene with every texture.
     """
-    side = int(rng.integers(SIDE[0], SIDE[1] + 1))
+    side = int(rng.integers(smallest, 2 * smallest + 1))
     aspect = math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
     width, height = round(side * max(1.0, aspect)), round(side * max(1.0, 1 / aspect))
     x, y = _axis(width, side)[None, :], _axis(height, side)[:, None]
@@ -156,7 +166,9 @@ def draw(rng: Generator, shape: str, texture: str) -> NDArray[np.uint8]:
     outline = _outline(rng, shape)
     mask = _blur(_mask(shape, outline, x, y, side), EDGE_BLUR * side)
     shadow = rng.uniform(0, 0.2) * _blur(_mask(shape, outline + np.array([0.02, 0.04]), x, y, side), 0.05 * side)
-    surface = front * (1 + 0.15 * _ramp(rng, x, y) + _relief(rng, texture, x, y, mask, side))[..., None]
+    light = 1 + 0.15 * _ramp(rng, x, y)
+    relief = _relief(rng, texture, PERIOD[texture] / smallest, x, y, mask, side)
+    surface = front * (light + relief)[..., None]
     image = _background(rng, back, x, y) * (1 - shadow)[..., None]
     image += mask[..., None] * (surface - image)
     image *= (1 - 0.25 * (x**2 + y**2))[..., None]  # vignetting
@@ -248,12 +260,12 @@ def _background(rng: Generator, color: Array, x: Array, y: Array) -> Array:
     return light[..., None] * tint * color
 
 
-def _relief(rng: Generator, texture: str, x: Array, y: Array, mask: Array, side: int) -> Array:
+def _relief(rng: Generator, texture: str, period: float, x: Array, y: Array, mask: Array, side: int) -> Array:
     """The texture as relative brightness, with mean 0 so that it vanishes in a blurred image: (height, width).
 
     It is strong in one spot and fades elsewhere, so that it does not trace the outline.
     """
-    frequency = 2 * np.pi / (PERIOD[texture] * rng.uniform(0.94, 1.06))
+    frequency = 2 * np.pi / (period * rng.uniform(0.94, 1.06))
     tilt = math.radians(rng.uniform(-8, 8))
     phase, other_phase = rng.uniform(0, 2 * np.pi, 2)
     wave: Array = np.cos(frequency * (y * math.cos(tilt) - x * math.sin(tilt)) + phase)

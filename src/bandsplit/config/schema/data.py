@@ -29,6 +29,8 @@ class Generate(Table):
     """Chooses the images; not `seed` of a run."""
     train_per_class: int = Field(200, ge=1)
     val_per_class: int = Field(50, ge=1)
+    side: int = Field(72, ge=16)
+    """Pixels of the shorter side of the smallest images. Resized to it, their textures need the full resolution."""
 
 
 class Decoder(Table):
