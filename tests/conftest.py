@@ -126,7 +126,16 @@ class Done:
 
 
 _forks = multiprocessing.get_context("forkserver")
-_forks.set_forkserver_preload(["tests.conftest", "bandsplit.training.loop", "bandsplit.training.dry_run"])
+_forks.set_forkserver_preload(
+    [
+        "tests.conftest",
+        "bandsplit.training.loop",
+        "bandsplit.training.dry_run",
+        "bandsplit.evaluation.runs",
+        "bandsplit.reporting.report",
+        "scipy.stats",
+    ]
+)
 
 
 class Launch:

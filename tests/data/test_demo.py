@@ -194,7 +194,7 @@ def test_a_worker_that_is_killed_is_one_message(tmp_path: Path, monkeypatch: pyt
 
 
 def bands(image: NDArray[np.uint8], side: int) -> NDArray[np.float64]:
-    """Shorter side resized to `side`, as validation does, then the 2x2 DCT by its definition: (4, height/2, width/2, 3).
+    """Shorter side resized as validation does, then the 2x2 DCT by its definition: (4, height/2, width/2, 3).
 
     Bands: block mean, change along x, change along y, change along both.
     """

@@ -187,23 +187,25 @@ LAUNCHER = r"(?:torchrun(?: --nproc-per-node (\d))?|python)"
 @pytest.mark.xdist_group("pages")  # starts early: it takes long
 @pytest.mark.parametrize(("pages", "but"), [([README], []), (PAGES, [README])], ids=["README.md", "doc"])
 def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    """From top to bottom: those of the README as a reader would run them, of the other pages from forked processes."""
+    """From top to bottom. In the README, the first use of each program is run as a reader would, others are forked."""
     monkeypatch.chdir(clone)
     (clone / "cli.py").write_text("from bandsplit.cli import main\n\nmain.run()\n")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     source = {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "PATH": path}
+    used = set()
     for line in lines_to_run(pages, but):
-        if line.startswith("python -m bandsplit") and pages != [README]:
-            line = line.replace("-m bandsplit", "cli.py")
-            line = line.replace("demo-seed0", "demo-holdout")  # as in `from_another_run`
-        entry = re.fullmatch(rf"(?:(\w+)=(\w+) )?{LAUNCHER} ((?:\w+/)?\w+\.py) ?([^|&;<>$]*)", line)
+        if pages != [README]:
+            line = line.replace("demo-seed0", "demo-holdout") if "-m bandsplit" in line else line  # `from_another_run`
+        entry = re.fullmatch(rf"(?:(\w+)=(\w+) )?({LAUNCHER} (?:-m bandsplit|\S+\.py)) ?([^|&;<>$]*)", line)
         done: Done | subprocess.CompletedProcess[str]
-        if entry and pages != [README]:
+        if entry and (entry[3] in used or pages != [README]):
             env = {entry[1]: entry[2]} if entry[1] else None
-            done = run(str(clone / entry[4]), *shlex.split(entry[5]), ranks=int(entry[3] or 1), env=env)
+            script = entry[3].split()[-1].replace("bandsplit", "cli.py")
+            done = run(str(clone / script), *shlex.split(entry[5]), ranks=int(entry[4] or 1), env=env)
         else:
             shell = ["bash", "-euo", "pipefail", "-c", line]
             done = subprocess.run(shell, env=os.environ | source, capture_output=True, text=True)
+            used |= {entry[3]} if entry else set()
         assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 

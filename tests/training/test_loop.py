@@ -6,12 +6,14 @@ import json
 import math
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
+from bandsplit.cli import train
 from bandsplit.config import loading, schema
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
@@ -20,7 +22,7 @@ from bandsplit.models.precision import Precision
 from bandsplit.runs import checkpoint, directory
 from bandsplit.training.learner import Learner
 from tests.compare import assert_equal, assert_same_run, metrics, wait_for
-from tests.conftest import VAL_PER_CLASS, Done, Launch, Shared, run
+from tests.conftest import VAL_PER_CLASS, Done, Launch, Shared, on_ranks, run
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
 
@@ -48,6 +50,18 @@ def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> N
             assert line["val_images"] == 10 * VAL_PER_CLASS
             assert len(line["branch_top1"]) == len(line["branch_top5"]) == 4
     assert "top-1" in (run_dir / "logs/rank0.log").read_text()
+
+
+def imports_of_a_training(config: Path, run_dir: Path) -> set[str]:
+    train.main([str(config), "--run-dir", str(run_dir)])
+    return set(sys.modules)
+
+
+def test_training_does_not_import_the_compiler(config_file: Path, tmp_path: Path) -> None:
+    """It takes seconds; only `train.compile` needs it."""
+    (imported,) = on_ranks(1, imports_of_a_training, config_file, tmp_path / "run")
+    assert "bandsplit.training.loop" in imported
+    assert "torch._inductor.compile_fx" not in imported
 
 
 @pytest.fixture(scope="module")

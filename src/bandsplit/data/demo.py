@@ -140,7 +140,8 @@ def _write_all(root: Path, images: list[ImageSpec], workers: int) -> None:
 
 def _write(root: Path, spec: ImageSpec) -> None:
     rng = np.random.default_rng([spec.seed, spec.split, spec.label, spec.index])
-    image = Image.fromarray(draw(rng, *CLASSES[spec.label].split("_"), spec.side))
+    shape, texture = CLASSES[spec.label].split("_")
+    image = Image.fromarray(draw(rng, shape, texture, spec.side))
     if rng.random() < GRAY:
         image = image.convert("L")
     subsampling = str(rng.choice(["4:4:4", "4:2:2", "4:2:0"]))

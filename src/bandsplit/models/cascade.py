@@ -25,7 +25,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.stats
 from numpy.typing import NDArray
 
 from bandsplit.errors import UserError
@@ -103,7 +102,9 @@ def apply(cascade: Cascade, logits: Logits) -> Applied:
 
 def most_lost(images: int, loss: float) -> int:
     """The most held-out images that may be lost; raises UserError if that is not even none."""
-    most = int(scipy.stats.binom.ppf(RISK, images, loss / 100)) - 1
+    from scipy import stats  # here, as every training imports this file
+
+    most = int(stats.binom.ppf(RISK, images, loss / 100)) - 1
     if most < 0:
         enough = math.ceil(math.log(RISK) / math.log1p(-loss / 100))
         least = 100 * (1 - RISK ** (1 / images))

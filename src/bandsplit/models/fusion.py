@@ -28,7 +28,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import scipy.optimize
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
@@ -139,6 +138,8 @@ def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | No
         basis: (branches, parameters).
         start: (parameters,), a t to start from.
     """
+    from scipy import optimize  # here, as every training imports this file
+
     scale = 1 / max(1e-12, float(np.sqrt(np.mean([np.mean(z.var(-1)) for z, _ in _chunks(logits, labels)]))))
 
     def objective(t: Floats) -> tuple[float, Floats]:
@@ -148,7 +149,7 @@ def least_loss(logits: Logits, labels: Labels, basis: Floats, start: Floats | No
     count = basis.shape[1]
     t = np.full(count, 1 / count) if start is None else start / scale
     for _ in range(_RESTARTS):
-        result = scipy.optimize.minimize(
+        result = optimize.minimize(
             objective,
             t,
             jac=True,
