@@ -56,3 +56,11 @@ def test_the_citation_is_of_this_version() -> None:
     text = (REPOSITORY / "CITATION.cff").read_text(encoding="utf-8")
     assert f"\nversion: {__version__}\n" in text
     assert re.findall(r"doi: (\S+)", text) == re.findall(r"doi\.org/(\S+?)\)", (REPOSITORY / "README.md").read_text())
+
+
+@pytest.mark.xdist_group("together")
+def test_pytest_xdist_sees_groups(request: pytest.FixtureRequest) -> None:
+    """With pytest 9.2 it did not, and each worker started its own Slurm."""
+    if not request.config.getoption("loadgroup", False):
+        pytest.skip("not in workers of --dist loadgroup")
+    assert request.node.nodeid.endswith("@together")
