@@ -222,7 +222,9 @@ ARCHITECTURES = {
 CASES = [
     *(pytest.param(f"{name}.toml", keys, id=name) for name, keys in FAMILIES.items()),
     *(
-        pytest.param("resnet34_sub4_channels_coarse.toml", (f"model.arch={arch}", *keys), id=arch)
+        pytest.param(
+            "resnet34_sub4_channels_coarse.toml", (f"model.arch={arch}", *keys), id=arch, marks=pytest.mark.long
+        )
         for arch, keys in ARCHITECTURES.items()
     ),
 ]

@@ -304,7 +304,7 @@ def validated(loaders: Sequence[ValidationLoader]) -> list[int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 5), (2, 5), (26, 4)])
+@pytest.mark.parametrize(("world_size", "batch_size"), [(1, 5), (2, 5), pytest.param(26, 4, marks=pytest.mark.long)])
 def test_validation_leaves_out_what_is_bad_and_counts_the_rest_once(
     config: schema.RunConfig, files: ImageFiles, world_size: int, batch_size: int
 ) -> None:

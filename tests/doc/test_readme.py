@@ -192,7 +192,7 @@ def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path], monke
     (clone / "cli.py").write_text("from bandsplit.cli import main\n\nmain.run()\n")
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     source = {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "PATH": path}
-    used = set()
+    used = {"torchrun src/train.py", "python src/report.py"}  # by script/demo.sh
     for line in lines_to_run(pages, but):
         if pages != [README]:
             line = line.replace("demo-seed0", "demo-holdout") if "-m bandsplit" in line else line  # `from_another_run`

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.compare import metrics
-from tests.conftest import REPOSITORY
+from tests.conftest import Done
 
 TRICK = "label smoothing 0.1"
 
 
-def ablation(config_file: Path, output: Path, *more: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, REPOSITORY / "script/ablation.py", config_file, "--output", output, *more]
-    command += ["--set", "train.epochs=1", "--seeds", "1", "--jobs", "2", "--only", TRICK]
-    return subprocess.run(command, capture_output=True, text=True)
+@pytest.fixture
+def ablation(config_file: Path, tmp_path: Path, run_here: Callable[..., Done]) -> Callable[..., Done]:
+    def call(*more: str) -> Done:
+        few = ["--set", "train.epochs=1", "--seeds", "1", "--jobs", "2", "--only", TRICK]
+        return run_here("../script/ablation.py", config_file, "--output", tmp_path / "ablation", *more, *few)
+
+    return call
 
 
 @pytest.mark.slow
-def test_an_ablation_matches_its_runs(config_file: Path, tmp_path: Path) -> None:
+def test_an_ablation_matches_its_runs(ablation: Callable[..., Done], tmp_path: Path) -> None:
     output = tmp_path / "ablation"
-    done = ablation(config_file, output)
+    done = ablation()
     assert done.returncode == 0, done.stderr
     runs = {path.name: path for path in output.glob("*-seed*")}
     assert sorted(runs) == ["label_smoothing_0_1-seed0", "plain_recipe-seed0"]
@@ -39,17 +41,17 @@ def test_an_ablation_matches_its_runs(config_file: Path, tmp_path: Path) -> None
     assert (output / "ablation.png").exists()
 
     written = {path: path.stat().st_mtime for path in runs.values()}
-    again = ablation(config_file, output)
+    again = ablation()
     assert again.stdout == done.stdout
     assert {path: path.stat().st_mtime for path in runs.values()} == written
 
-    other = ablation(config_file, output, "--set", "optim.lr=0.1")
+    other = ablation("--set", "optim.lr=0.1")
     assert other.returncode == 2
     assert "plain_recipe-seed0 holds a run of another config: optim.lr was 0.05, now 0.1" in other.stderr
 
 
-def test_a_mistake_shows_before_the_first_run(config_file: Path, tmp_path: Path) -> None:
-    done = ablation(config_file, tmp_path / "ablation", "--set", "optim.lrr=1")
+def test_a_mistake_shows_before_the_first_run(ablation: Callable[..., Done], tmp_path: Path) -> None:
+    done = ablation("--set", "optim.lrr=1")
     assert done.returncode == 2
     assert "did you mean optim.lr?" in done.stderr
     assert not (tmp_path / "ablation").exists()

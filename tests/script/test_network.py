@@ -63,15 +63,8 @@ def test_two_namespaces_pass_bytes_at_the_rate_of_their_link() -> None:
 
 
 @needs_root
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("sent", "code"),
-    [
-        (signal.SIGKILL, -9),
-        pytest.param(signal.SIGINT, 130, marks=pytest.mark.long),
-        pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long),
-    ],
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("sent", "code"), [(signal.SIGKILL, -9), (signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_nothing_is_left_when_it_is_stopped(sent: signal.Signals, code: int) -> None:
     own = str(Path("/proc/self/ns/net").readlink())
     bench = started("network.py", "--rates", "1")

@@ -28,7 +28,7 @@ from tests.conftest import REPOSITORY, Done, Launch, command, run
 
 pytestmark = pytest.mark.slow
 
-LONGER = "train.epochs=4"  # 52 steps, a checkpoint every 3
+LONGER = "train.epochs=3"  # 39 steps, a checkpoint every 3
 SEEDS = [pytest.param(0), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(1, 5))]
 
 
@@ -50,7 +50,7 @@ class Victim:
 
     def reach(self, launch: Launch, chance: random.Random) -> None:
         """Waits until a random moment between the first checkpoint and the last epoch."""
-        wait_for(self.run_dir / f"checkpoints/step_{chance.choice(range(3, 40, 3)):08d}", launch)
+        wait_for(self.run_dir / f"checkpoints/step_{chance.choice(range(3, 28, 3)):08d}", launch)
         time.sleep(chance.random() * 0.15)
 
     def steps(self) -> list[int]:
@@ -92,7 +92,7 @@ def test_one_rank_is_killed(victim: Victim, chance: random.Random) -> None:
 
 def test_all_ranks_are_killed_while_a_checkpoint_is_written(victim: Victim, chance: random.Random) -> None:
     launch = victim.start()
-    before = 3 * chance.randrange(1, 12)
+    before = 3 * chance.randrange(1, 9)
     wait_for(victim.run_dir / f"checkpoints/step_{before:08d}", launch)
     while not list(victim.run_dir.glob("checkpoints/.step_*")):
         assert launch.running
@@ -419,6 +419,7 @@ def test_torchrun_starts_again_after_a_rank_was_killed(
     assert_same_run(run_dir, finished(2))
 
 
+@pytest.mark.long  # tests/slurm trains on two nodes too
 def test_two_nodes_are_one_training(
     config_file: Path, tmp_path: Path, finished: Callable[..., Path], torchrun: Callable[..., subprocess.Popen[str]]
 ) -> None:
