@@ -124,6 +124,7 @@ def test_a_file_of_another_kind_beside_the_data_ends_nothing(tmp_path: Path, tol
     assert "fish" in told[0]
 
 
+@pytest.mark.slow
 def test_a_run_keeps_names_which_change_nothing_else(
     config_file: Path, image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:

@@ -88,6 +88,7 @@ def test_a_band_that_is_constant_is_told(config_file: Path, tmp_path: Path) -> N
     )
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_deviations(
     finished: Callable[..., Path], config_file: Path, run_here: Callable[..., Done], image_root: Path, tmp_path: Path
 ) -> None:

@@ -86,6 +86,7 @@ def of_run(run_dir: Path) -> tuple[ImageFiles, ImageFiles]:
     return holdout.split(pinned.as_began(run_dir / "data", open_data(config, ALONE), config.data)["train"], config)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_held_out_images(finished: Callable[..., Path], run_here: Callable[..., Done]) -> None:
     run_dir = finished(2, "data.holdout=4")
     training, out = of_run(run_dir)

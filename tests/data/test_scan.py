@@ -90,6 +90,7 @@ def test_bad_images_are_left_out_named_and_limited(
     assert "156 training and 50 validation images" in done.stderr
 
 
+@pytest.mark.slow
 def test_lists_train_and_are_evaluated_as_the_folders_are(
     config_file: Path, root: Path, run_here: Callable[..., Done], tmp_path: Path
 ) -> None:

@@ -615,6 +615,7 @@ def test_a_size_that_does_not_fit_is_refused(config_file: Path, tmp_path: Path, 
 # Through the commands -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_demo_of_bands(config_file: Path, tmp_path: Path, run_here: Callable[..., Done]) -> None:
     """Packed and verified by hand; trained, evaluated from the store and from the images."""
     store, run_dir = tmp_path / "store", tmp_path / "run"
@@ -682,6 +683,7 @@ def test_a_killed_run_resumes_bit_for_bit(config_file: Path, packed: Packed, tmp
     assert equal(checkpoints(killed), checkpoints(whole))
 
 
+@pytest.mark.slow
 def test_another_store_is_not_the_data_of_a_run(config_file: Path, packed: Packed, tmp_path: Path) -> None:
     """The same images in other types are other values."""
     keys = ["--set", "data.kind=bands", "--set", "train.epochs=1", "--set", "schedule.warmup_epochs=0"]

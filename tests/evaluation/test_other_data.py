@@ -212,6 +212,7 @@ def test_other_images_than_those_of_the_run_are_told(
     assert (done.returncode, "fusion is fitted on images of the run's own data" in done.stderr) == (2, True)
 
 
+@pytest.mark.slow
 def test_a_band_store_as_other_data(
     trained: Trained, image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:

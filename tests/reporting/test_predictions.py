@@ -117,6 +117,7 @@ def test_bands_are_at_their_place_in_the_block() -> None:
     assert FIGURES["bands"](Results(two)) == "not every branch reads one band of its own"
 
 
+@pytest.mark.slow
 def test_the_reports_say_what_the_evaluation_printed(
     finished: Callable[..., Path], image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:
@@ -191,6 +192,7 @@ def test_an_ensemble_without_mistakes() -> None:
     assert "Most confused" not in summary(results, tables(results))
 
 
+@pytest.mark.slow
 def test_odd_names_of_classes_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Bars, dollars, line breaks, bytes that are not UTF-8, two of one name, and long ones."""
     names = ["a|b", "$x_", "\udcff", "new\nline", "crane", "crane", "tench, Tinca tinca, of the fresh waters of Europe"]

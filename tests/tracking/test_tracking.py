@@ -87,6 +87,7 @@ def told_of(text: str, run_dir: Path) -> read_back.Values:
     return told(run_dir / "all")
 
 
+@pytest.mark.slow
 def test_wandb_gets_each_value_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     whole = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)

@@ -65,6 +65,7 @@ def test_a_step_is_tried_without_a_trace(config_file: Path, monkeypatch: pytest.
     assert torch.equal(torch.get_rng_state(), before)
 
 
+@pytest.mark.slow
 def test_a_run_keeps_the_number(
     config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_here: Callable[..., Done]
 ) -> None:

@@ -59,6 +59,7 @@ def branch(run_dir: Path, step: int, k: int) -> dict[str, Any]:
     return checkpoint.read(run_dir / f"checkpoints/step_{step:08d}", checkpoint.branch_file(k))
 
 
+@pytest.mark.slow
 def test_branches_rest_before_they_begin_and_after_they_end(
     finished: Callable[..., Path], config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:

@@ -179,6 +179,7 @@ def test_the_end_is_reported_if_a_run_was_killed_before_it(finished: Callable[..
     assert_same_run(copy, finished(1))
 
 
+@pytest.mark.slow
 def test_an_extended_run_is_the_longer_run(config_file: Path, tmp_path: Path) -> None:
     """Bit-equal with a schedule that does not depend on the epochs."""
     keys = ("split.block=1", "schedule.type=constant", "schedule.warmup_epochs=0")
@@ -276,6 +277,7 @@ def test_resume_without_a_run_needs_a_config(tmp_path: Path, run_here: Callable[
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_classes_are_compared_by_name(
     finished: Callable[..., Path], config_file: Path, image_root: Path, tmp_path: Path, run_here: Callable[..., Done]
 ) -> None:

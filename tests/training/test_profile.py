@@ -23,6 +23,7 @@ def steps_of(trace: Path) -> set[str]:
     return {event["name"] for event in events if event["name"].startswith("step ")}
 
 
+@pytest.mark.slow
 def test_a_profiled_run_is_the_same_run(config_file: Path, finished: Callable[..., Path], tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = run("train.py", config_file, "--run-dir", run_dir, "--set", "train.profile=[5, 7]")
