@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = loading.load(arguments.config, [*DEFAULT, *arguments.set])
-    parameters = parameters_of_branches(config)
+    _, parameters = parameters_of_branches(config)
     half = Precision(config.train.precision, torch.device("cuda")).half_bands
     print(
         f"\n{config.name}: {len(parameters)} branches, {sum(parameters) / 1e6:.1f} M parameters, "

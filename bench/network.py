@@ -441,7 +441,7 @@ def measure(arch: str, arguments: argparse.Namespace) -> Found:
 
 
 def traffic_of(config: RunConfig, ranks: int) -> Traffic:
-    parameters = parameters_of_branches(config)
+    _, parameters = parameters_of_branches(config)
     groups = branch_groups(config, ranks, parameters, half=False)
     return step_traffic(config, ranks, groups, parameters, half=False)
 

@@ -23,6 +23,7 @@ from bandsplit.distributed.traffic import branch_groups, possible_groups, step_t
 from bandsplit.errors import ReportedElsewhere, UserError
 from bandsplit.evaluation.evaluate import Accuracy, evaluate
 from bandsplit.models import batch_norm
+from bandsplit.models.costs import costs_of
 from bandsplit.models.ensemble import Ensemble, parameters_of_branches
 from bandsplit.models.precision import Precision
 from bandsplit.training.learner import Learner
@@ -256,7 +257,7 @@ SUB16 = REPOSITORY / "config/train/resnet34_sub16.toml"
 def test_traffic_of_the_published_ensemble() -> None:
     """Sixteen ResNet-34, 2048 images of 224², eight ranks: computed by hand from the formula."""
     config = loading.load(SUB16, ["train.batch_size=2048"])
-    parameters = parameters_of_branches(config)
+    parameters, _ = parameters_of_branches(config)
     plain, spread = (step_traffic(config, 8, g, parameters, half=True) for g in (1, 8))
     assert plain.bytes == pytest.approx(2 * 7 / 8 * 4 * sum(parameters))
     assert plain.bytes == pytest.approx(2.4e9, rel=0.02)
@@ -264,6 +265,17 @@ def test_traffic_of_the_published_ensemble() -> None:
     assert plain.bytes / spread.bytes > 30
     assert spread.branches == 2
     assert branch_groups(config, 8, parameters, half=True) == 8
+
+
+def test_frozen_weights_send_no_gradients() -> None:
+    parts = "train.freeze=conv1,bn1,layer1,layer2,layer3"
+    config = loading.load(SUB16, ["train.batch_size=2048", parts])
+    parameters, trained = parameters_of_branches(config)
+    assert parameters == [cost.parameters for cost in costs_of(config)]
+    assert trained == [cost.trained for cost in costs_of(config)]
+    last = 2 * 9 * 512 * 512 * 3 - 9 * 512 * 256 + 512 * 256 + 7 * 2 * 512  # the weights of layer4 and of its norms
+    assert trained == [last + 512 * 1000 + 1000] * 16
+    assert step_traffic(config, 8, 1, trained, half=True).bytes == pytest.approx(2 * 7 / 8 * 4 * sum(trained))
 
 
 def test_auto_takes_the_least_traffic() -> None:

@@ -522,10 +522,11 @@ def test_branches_differ_as_their_tables_say(of_branches: Path) -> None:
     assert config.model_of(1) == config.model.model_copy(update={"arch": "resnet34"})
     assert config.model_of(2) == config.model.model_copy(update={"width": 0.25, "stem": "small"})
     expected = [("resnet18", 3, 0.125, "standard"), ("resnet34", 6, 0.125, "standard"), ("resnet18", 3, 0.25, "small")]
-    assert parameters_of_branches(config) == [
+    parameters = [
         networks.count_parameters(on_meta(arch, channels, width=width, stem=stem))
         for arch, channels, width, stem in expected
     ]
+    assert parameters_of_branches(config) == (parameters, parameters)
     assert config.networks == "1 x resnet18, 1 x resnet34, 1 x resnet18 of width 0.25"
     ensemble = Ensemble.of(config).eval()
     assert ensemble([torch.zeros(2, 3 * n, 16, 16) for n in (1, 2, 1)]).shape == (3, 2, 10)

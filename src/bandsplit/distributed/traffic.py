@@ -39,7 +39,7 @@ def step_traffic(config: RunConfig, world_size: int, groups: int, parameters: Se
         config: the run.
         world_size: number of ranks.
         groups: number of branch groups; must divide the ranks and the branches.
-        parameters: number of parameters of each branch.
+        parameters: number of parameters of each branch that are trained.
         half: whether bands are float16 instead of float32.
     """
     replicas = world_size // groups

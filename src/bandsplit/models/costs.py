@@ -17,6 +17,8 @@ class Cost:
     """Cost of one branch."""
 
     parameters: int
+    trained: int
+    """Parameters without those that `train.freeze` excludes."""
     macs: dict[int, int]
     """Multiply-accumulates of a forward pass over one image, by the side of the training image in pixels."""
 
@@ -46,5 +48,6 @@ def costs_of(config: RunConfig) -> list[Cost]:
             with torch.device("meta"):
                 network = networks.build(model, channels, config.classes, config.data.image_size // block)
             macs = {size: forward_macs(network, channels, size // block) for size in sizes}
-            found[model, channels] = Cost(networks.count_parameters(network), macs)
+            networks.freeze(network, config.train.freeze)
+            found[model, channels] = Cost(networks.count_parameters(network), networks.count_trained(network), macs)
     return [found[kind] for kind in kinds]

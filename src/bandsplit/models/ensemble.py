@@ -45,10 +45,11 @@ def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Modu
     return network
 
 
-def parameters_of_branches(config: schema.RunConfig) -> list[int]:
-    """Number of parameters of each branch of a run; builds on the meta device, so no weights are allocated."""
+def parameters_of_branches(config: schema.RunConfig) -> tuple[list[int], list[int]]:
+    """Number of parameters of each branch, and of those that are trained; on the meta device: nothing is allocated."""
     with torch.device("meta"):
-        return [networks.count_parameters(branch) for branch in Ensemble.of(config).branches]
+        branches = Ensemble.of(config).branches
+    return [networks.count_parameters(branch) for branch in branches], [networks.count_trained(b) for b in branches]
 
 
 def fuse(logits: Tensor) -> Tensor:

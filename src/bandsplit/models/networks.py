@@ -70,6 +70,11 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
+def count_trained(module: nn.Module) -> int:
+    """Number of parameters that are not frozen."""
+    return sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+
+
 def first_convolution(network: nn.Module) -> tuple[str, nn.Conv2d]:
     """The convolution that reads the input, and its name."""
     return next((name, module) for name, module in network.named_modules() if isinstance(module, nn.Conv2d))

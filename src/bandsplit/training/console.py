@@ -12,6 +12,7 @@ from loguru import logger
 
 from bandsplit.commands import command
 from bandsplit.distributed.traffic import step_traffic
+from bandsplit.models import networks
 from bandsplit.progress import Progress, duration
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.training.memory import MIB, Memory
@@ -102,7 +103,7 @@ def log_start(session: Session, directory: RunDirectory) -> None:
     logger.info(f"{counts} from {config.data.root}")
     several = ranks.world_size > 1
     logger.info(f"{ranks.world_size} rank{'s' * several} on {device_name(ranks)}; run directory {directory.path}")
-    sent = step_traffic(config, ranks.world_size, mesh.branch_groups, parameters, plan.precision.half_bands)
+    sent = step_traffic(config, ranks.world_size, mesh.branch_groups, plan.trained, plan.precision.half_bands)
     share = f"each trains {sent.branches} of {len(parameters)} branches and sends {sent.bytes / 1e6:,.1f} MB per step; "
     logger.info(f"{share if several else ''}batch norm over {plan.bn_batch_size(session.streams)} images")
     _log_what_is_tuned(session)
@@ -112,9 +113,9 @@ def log_start(session: Session, directory: RunDirectory) -> None:
 
 def _log_what_is_tuned(session: Session) -> None:
     """Logs what `train.freeze` and `optim.layer_decay` do to the branches of this rank."""
-    config, parameters = session.config, list(session.ensemble.parameters())
+    config = session.config
     if config.train.freeze:
-        trained = sum(p.numel() for p in parameters if p.requires_grad) / sum(p.numel() for p in parameters)
+        trained = networks.count_trained(session.ensemble) / networks.count_parameters(session.ensemble)
         logger.info(f"frozen: {', '.join(config.train.freeze)}; {100 * trained:.1f} % of the params are trained")
     if config.optim.layer_decay < 1:
         scales = [group["lr_scale"] for learner in session.learners for group in learner.optimizer.param_groups]

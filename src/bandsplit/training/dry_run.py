@@ -43,7 +43,8 @@ def show(config: RunConfig, planned_ranks: int | None = None, restores: bool = F
     costs = costs_of(config)
     parameters = [cost.parameters for cost in costs]
     macs = [cost.macs[config.data.image_size] for cost in costs]
-    groups = branch_groups(config, world_size, parameters, half)
+    trained = [cost.trained for cost in costs]
+    groups = branch_groups(config, world_size, trained, half)
     auto = config.train.grad_accum_steps == "auto"
     if auto and not on_gpu:
         steps = accumulation.by_estimate(config, world_size, groups, precision)
@@ -75,8 +76,8 @@ def show(config: RunConfig, planned_ranks: int | None = None, restores: bool = F
     if not restores:
         _show_initial(config, found)
     print(f"memory    per rank, estimated: {memory.estimate(config, world_size, groups, precision)}")
-    _show_ranks(config, world_size, groups, parameters, half)
-    otherwise = branch_groups(config, world_size, parameters, other.half_bands)
+    _show_ranks(config, world_size, groups, trained, half)
+    otherwise = branch_groups(config, world_size, trained, other.half_bands)
     if otherwise != groups:
         print(f"          on {'CPUs' if on_gpu else 'GPUs'}, with {_bands(other.half_bands)}: {otherwise} groups")
     over = f"{bn_batch_size} image{'s' * (bn_batch_size > 1)}"
@@ -134,7 +135,7 @@ def _show_initial(config: RunConfig, found: dict[str, Listed] | UserError) -> No
         print(f"begins    with {words}")
 
 
-def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: list[int], half: bool) -> None:
+def _show_ranks(config: RunConfig, world_size: int, chosen: int, trained: list[int], half: bool) -> None:
     """Prints the traffic of each possible number of branch groups; an asterisk marks the chosen one."""
     possible = possible_groups(config, world_size)
     if len(possible) == 1:
@@ -143,7 +144,7 @@ def _show_ranks(config: RunConfig, world_size: int, chosen: int, parameters: lis
     print(f"ranks     bytes that a rank sends per step, by parallel.branch_groups = {config.parallel.branch_groups!r}:")
     print(f"           groups  branches per rank  gradients MB  {bands}  images through a branch at once")
     for groups in possible:
-        sent = step_traffic(config, world_size, groups, parameters, half)
+        sent = step_traffic(config, world_size, groups, trained, half)
         mark = "*" if groups == chosen else ""
         print(
             f"{mark:>11}{groups:>6}  {sent.branches:>17}  {sent.gradients / 1e6:>12,.1f}  "

@@ -47,6 +47,8 @@ class Plan:
     teacher: Teacher | None
     parameters: list[int]
     """Number of parameters of each branch of the run."""
+    trained: list[int]
+    """The same without frozen ones."""
     mesh: Mesh
     initial: dict[int, Initial]
     """Trained weights that branches of this rank begin with, by number."""
@@ -80,12 +82,14 @@ class Plan:
         torch.backends.cudnn.benchmark = config.augment.progressive is None  # tries algorithms once for each size
         teacher = ranks.each(partial(Teacher.of, config, train_files.classes, precision))
         ranks.each(partial(source.require_teacher, train_files, config, teacher))
-        parameters = parameters_of_branches(config)
-        groups = branch_groups(config, ranks.world_size, parameters, precision.half_bands)
+        parameters, trained = parameters_of_branches(config)
+        groups = branch_groups(config, ranks.world_size, trained, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
         initial = {} if restores else ranks.each(partial(initial_weights, config, mesh.own, train_files.classes))
         config = accumulation.with_steps(config, mesh, precision)
-        return cls(config, ranks, train_files, held_out, files["val"], precision, teacher, parameters, mesh, initial)
+        return cls(
+            config, ranks, train_files, held_out, files["val"], precision, teacher, parameters, trained, mesh, initial
+        )
 
     @property
     def files(self) -> dict[str, Images]:
