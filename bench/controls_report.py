@@ -137,7 +137,7 @@ def report(work: Path) -> None:
     results.to_parquet(folder / "controls.parquet", compression="zstd", index=False)
     frame = table(curves)
     frame.to_csv(folder / "controls.csv", index=False)
-    text = markdown(frame) + cascades(results) + costs(results.attrs.get("times", {}))
+    text = markdown(frame) + not_continued(curves) + cascades(results) + costs(results.attrs.get("times", {}))
     (folder / "controls.md").write_text(text, encoding="utf-8")
     with mpl.rc_context(STYLE):
         figure = draw(curves)
@@ -317,6 +317,31 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)) -> str:
+    """Table of the ways that are left out after these budgets, each with one that is better at all of them.
+
+    The better one takes no more multiplications for a prediction, and the intervals of its advantage do not contain 0.
+    The baseline, with which all are compared, is never left out.
+    """
+    both = [curve for curve in curves if set(budgets) <= set(curve.budgets)]
+    cost = {curve.label: macs_of(curve.arm) for curve in both}
+    both.sort(key=lambda curve: -float(np.nanmean(curve.at(budgets[-1]))))
+    titles = [f"above at {budget:g} (95 %)" for budget in budgets]
+    lines = ["", f"| not continued | since | {' | '.join(titles)} |", f"|---|---|{'--:|' * len(budgets)}"]
+    for curve in both:
+        for other in both if curve.arm != BASELINE else []:
+            if cost[other.label] > cost[curve.label]:
+                continue
+            if any(np.nanmean(other.at(budget)) <= np.nanmean(curve.at(budget)) for budget in budgets):
+                continue
+            found = [difference(other.at(budget), curve.at(budget)) for budget in budgets]
+            if all(low > 0 for _, (low, _) in found):
+                cells = [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, (low, high) in found]
+                lines.append(f"| {curve.label} | {other.label} | {' | '.join(cells)} |")
+                break
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
+
+
 def cascades(frame: pd.DataFrame) -> str:
     """Table of CASCADES: accuracy and multiplications against those of the second alone.
 
@@ -374,7 +399,7 @@ def costs(times: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
-def macs_of(arm: str, fusion: str) -> int:
+def macs_of(arm: str, fusion: str = "") -> int:
     """Multiply-accumulates of a forward pass over one validation image, of all branches or of the first."""
     config = loading.load(CONFIGS / f"{arm}.toml")
     each = [cost.macs[config.data.image_size] for cost in costs_of(config.with_classes(CLASSES))]

@@ -79,7 +79,12 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
     (tmp_path / "times.json").write_text('{"rgb128": {"128": 0.5}}')
     (tmp_path / "results").mkdir()
     right: dict[tuple[str, float], list[np.typing.NDArray[np.int64]]] = {}
-    for arm, rates in (("rgb128", (0.6, 0.7)), ("coarse2", (0.7, 0.8))):
+    for arm, rates in (
+        ("rgb128", (0.6, 0.7)),
+        ("coarse2", (0.7, 0.8)),
+        ("rgb128_deep", (0.4, 0.5)),
+        ("rgb64", (0.3, 0.4)),
+    ):
         for budget, rate in zip((1.0, 2.0), rates, strict=True):
             for number in (0, 1):
                 rows = np.flatnonzero(fold == number)
@@ -105,6 +110,10 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
     assert 0.45 < frame.loc[("coarse2", 2.0)].time_ratio < 0.65
     controls_report.report(tmp_path)
     assert (tmp_path / "report/controls.pdf").stat().st_size > 5000
+    text = (tmp_path / "report/controls.md").read_text()
+    left_out = text.partition("| not continued |")[2].partition("\n\n")[0].splitlines()[2:]
+    (line,) = left_out  # rgb64 is worse and costs less, rgb128 is the baseline
+    assert line.startswith("| rgb128_deep | coarse2 | +")
     controls_report.unpack(tmp_path / "report/controls.parquet", tmp_path / "again")
     for path in tmp_path.glob("results/*.json"):
         assert json.loads((tmp_path / "again/results" / path.name).read_text()) == json.loads(path.read_text())
