@@ -256,18 +256,18 @@ def resumes_after_kills(run_here: Run, tmp_path: Path, kills: int, *arguments: o
 
 
 @pytest.mark.slow
-def test_imagenet1k_killed_at_five_moments(run_here: Run, archives: Path, tmp_path: Path) -> None:
+def test_imagenet1k_killed_at_three_moments(run_here: Run, archives: Path, tmp_path: Path) -> None:
     arguments = ("prepare", "imagenet1k", "--archives", archives, "--skip-checksum")
-    resumes_after_kills(run_here, tmp_path, 5, *arguments)
+    resumes_after_kills(run_here, tmp_path, 3, *arguments)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["winter21_whole.tar.gz", "fall11_whole.tar"])
-def test_imagenet21k_killed_at_five_moments(run_here: Run, tmp_path: Path, name: str) -> None:
+def test_imagenet21k_killed_at_three_moments(run_here: Run, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(whole(gzipped=name.endswith("gz")))
     sizes = ("--min-images", 10, "--val-images", 3)
     resumes_after_kills(
-        run_here, tmp_path, 5, "prepare", "imagenet21k", "--archives", tmp_path / name, "--skip-checksum", *sizes
+        run_here, tmp_path, 3, "prepare", "imagenet21k", "--archives", tmp_path / name, "--skip-checksum", *sizes
     )
 
 

@@ -305,19 +305,14 @@ def test_timms_weights_are_read_from_its_cache(config_file: Path, tmp_path: Path
     save_file(theirs, snapshot / "model.safetensors")
     code = (
         "import sys; from bandsplit.config import loading; from bandsplit.runs.initial import initial_weights\n"
-        "config = loading.load(sys.argv[1], sys.argv[2:]).with_classes(10)\n"
-        "initial = initial_weights(config, range(1), 'abcdefghij')[0]\n"
-        "print(initial.words, '|', initial.state['layer4.1.bn2.bias'].mean().item())\n"
+        "for arch in ('resnet18', 'resnet34'):\n"
+        "    config = loading.load(sys.argv[1], [*sys.argv[2:], f'model.arch={arch}']).with_classes(10)\n"
+        "    initial = initial_weights(config, range(1), 'abcdefghij')[0]\n"
+        "    print(initial.words, '|', initial.state['layer4.1.bn2.bias'].mean().item())\n"
     )
-
-    def begun_in_a_process(arch: str) -> subprocess.CompletedProcess[str]:
-        keys = [*ALL, "model.init_from=timm", f"model.arch={arch}"]
-        env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, "-c", code, str(config_file), *keys]
-        return subprocess.run(command, env=env, capture_output=True, text=True)
-
-    done = begun_in_a_process("resnet18")
+    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", code, str(config_file), *ALL, "model.init_from=timm"]
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert done.stdout.startswith("timm's resnet18; its first convolution, 7 x 7 over pixels with"), done.stderr
     assert done.stdout.endswith("; new head, for 10 classes instead of 1000 | 3.0\n")
-    done = begun_in_a_process("resnet34")
     assert "UserError: model.init_from: 'timm' given, but its 'resnet34' cannot be loaded: " in done.stderr

@@ -121,7 +121,11 @@ def stopped_run(config: Path, run_dir: Path, number: int, *rank: int, ranks: int
     return launch, launch.wait(60)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1], ids=lambda number: number.name)
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGHUP, signal.SIGUSR1))],
+    ids=lambda number: number.name,
+)
 def test_other_signals_lose_nothing_either(config_file: Path, tmp_path: Path, number: signal.Signals) -> None:
     """Ctrl-C, a terminal that is closed, the end of a Slurm job."""
     run_dir = tmp_path / "run"
@@ -185,7 +189,7 @@ def test_killed_before_the_first_checkpoint(config_file: Path, tmp_path: Path, f
     assert (run_dir / "metrics_set_aside.jsonl").read_text() == half + "\n"
 
 
-@pytest.mark.parametrize("links", ["as folders", "not at all"])
+@pytest.mark.parametrize("links", ["as folders", pytest.param("not at all", marks=pytest.mark.long)])
 def test_a_copy_without_links_resumes(
     config_file: Path, tmp_path: Path, finished: Callable[..., Path], links: str
 ) -> None:
