@@ -530,10 +530,37 @@ def test_memory_is_checked_first(config_file: Path, packed: Packed, tmp_path: Pa
     assert memory.available_bytes(tmp_path) == 2_048_000
     (tmp_path / "sys/fs/cgroup/memory.max").write_text("1000000\n")
     assert memory.available_bytes(tmp_path) == 1_000_000
+    (tmp_path / "sys/fs/cgroup/memory.current").write_text("700000\n")
+    (tmp_path / "sys/fs/cgroup/memory.stat").write_text("anon 200000\ninactive_file 400000\nactive_file 100000\n")
+    assert memory.available_bytes(tmp_path) == 800_000
+    (tmp_path / "sys/fs/cgroup/memory.current").write_text("500000\n")
     memory.require_memory(1_000_000, tmp_path)
     with pytest.raises(UserError, match=r"data.in_memory: true given, but the bands that are read take 0\.0 GB"):
         memory.require_memory(1_000_001, tmp_path)
     parts_of(from_store(config_file, packed(), "data.in_memory=true"))
+
+
+@pytest.mark.parametrize(
+    ("line", "top", "limit", "usage", "prefix"),
+    [
+        ("0::", "sys/fs/cgroup", "memory.max", "memory.current", ""),
+        ("7:cpuset,memory:", "sys/fs/cgroup/memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_"),
+    ],
+    ids=["v2", "v1"],
+)
+def test_the_limit_of_a_slurm_job_counts(
+    tmp_path: Path, line: str, top: str, limit: str, usage: str, prefix: str
+) -> None:
+    """It is set on the job, of whose last step this process is a task."""
+    job = tmp_path / top / "slurm/job_1"
+    (job / "step_0").mkdir(parents=True)
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text(f"9:pids:/\n{line}/slurm/job_1/step_0\n")
+    (job / limit).write_text("5000000\n")
+    (job / usage).write_text("4000000\n")
+    (job / "memory.stat").write_text(f"rss 9\n{prefix}inactive_file 1000000\n{prefix}active_file 500000\n")
+    (job / "step_0" / limit).write_text("max\n")
+    assert memory.available_bytes(tmp_path) == 2_500_000
 
 
 # Mistakes -------------------------------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import mmap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -94,22 +94,53 @@ def hold(bands: Sequence[MappedBand]) -> None:
 
 
 def require_memory(needed: int, root: Path = Path("/")) -> None:
-    """Raises UserError if `needed` bytes do not fit into the memory that this node has left."""
+    """Raises UserError if `needed` bytes do not fit into the memory that is left."""
     available = available_bytes(root)
     if needed > available:
         raise UserError(
-            f"data.in_memory: true given, but the bands that are read take {needed / 1e9:,.1f} GB and this node has "
-            f"{available / 1e9:,.1f} GB left; with false they are read as they are needed"
+            f"data.in_memory: true given, but the bands that are read take {needed / 1e9:,.1f} GB and this node, "
+            f"container or job has {available / 1e9:,.1f} GB left; with false they are read as they are needed"
         )
 
 
 def available_bytes(root: Path = Path("/")) -> int:
-    """Memory that processes can have, the page cache included: the machine's, or less by the limit of a container."""
+    """Memory that this process can still have: the machine's, or less by the limit of a container or a Slurm job.
+
+    Page cache counts as free, since the kernel gives it back.
+    """
     found = []
     with suppress(OSError, ValueError, StopIteration):
         lines = (root / "proc/meminfo").read_text().splitlines()
         found.append(next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")))
-    for name in ("memory.max", "memory/memory.limit_in_bytes"):
-        with suppress(OSError, ValueError):
-            found.append(int((root / "sys/fs/cgroup" / name).read_text()))
+    for folder, limit, usage in _control_groups(root):
+        with suppress(OSError, ValueError):  # not there, or "max"
+            found.append(max(0, int((folder / limit).read_text()) - _in_use(folder, usage)))
     return min(found) if found else 2**63
+
+
+def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
+    """Folders of the cgroups that this process is in, each with the names of the files of its limit and its use."""
+    lines = ["0::/", "1:memory:/"]  # in a container, its own group is the root
+    with suppress(OSError):
+        lines += (root / "proc/self/cgroup").read_text().splitlines()
+    for line in dict.fromkeys(lines):
+        _, controllers, path = line.split(":", 2)
+        if controllers == "":
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
+        elif "memory" in controllers.split(","):
+            top, names = root / "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        else:
+            continue
+        parts = Path(path).parts[1:]
+        for depth in range(len(parts) + 1):
+            yield top.joinpath(*parts[:depth]), *names
+
+
+def _in_use(folder: Path, usage: str) -> int:
+    """Bytes in use by a cgroup and those below it, without the page cache; 0 where the kernel does not tell."""
+    with suppress(OSError, ValueError, KeyError):
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+        total = "total_" if "total_inactive_file" in counts else ""  # cgroups v1
+        cache = sum(int(counts[f"{total}{kind}_file"]) for kind in ("inactive", "active"))
+        return int((folder / usage).read_text()) - cache
+    return 0
