@@ -329,11 +329,11 @@ def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)
     titles = [f"above at {budget:g} (95 %)" for budget in budgets]
     lines = ["", f"| not continued | since | {' | '.join(titles)} |", f"|---|---|{'--:|' * len(budgets)}"]
     for curve in both:
-        for other in both if curve.arm != BASELINE else []:
-            if cost[other.label] > cost[curve.label]:
-                continue
+        if curve.arm == BASELINE:
+            continue
+        for other in (each for each in both if cost[each.label] <= cost[curve.label]):
             if any(np.nanmean(other.at(budget)) <= np.nanmean(curve.at(budget)) for budget in budgets):
-                continue
+                continue  # no need of the bootstrap
             found = [difference(other.at(budget), curve.at(budget)) for budget in budgets]
             if all(low > 0 for _, (low, _) in found):
                 cells = [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, (low, high) in found]

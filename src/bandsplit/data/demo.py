@@ -62,7 +62,7 @@ class ImageSpec:
     split: int
     label: int
     index: int
-    side: int = SIDE
+    side: int
 
     @property
     def path(self) -> Path:
