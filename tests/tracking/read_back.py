@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb import teardown
 from wandb.proto.wandb_internal_pb2 import Record
 
 Values = dict[tuple[str, int], float]
@@ -30,6 +31,7 @@ def tensorboard_figures(run_dir: Path) -> list[str]:
 
 def wandb(run_dir: Path) -> tuple[Values, list[Record]]:
     """Values of the history and of the summary's `end/…` (at the last step), and all records."""
+    teardown()  # waits for the process that writes the files, which goes on after the end of a run
     records = [record for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb")) for record in _records(file)]
     values: Values = {}
     for record in records:
