@@ -404,10 +404,23 @@ def torchrun() -> Iterator[Callable[..., subprocess.Popen[str]]]:
         process.kill()
 
 
+def test_a_restart_by_torchrun_resumes(config_file: Path, tmp_path: Path, finished: Callable[..., Path]) -> None:
+    """From the last checkpoint, without --resume: torchrun says that it is a restart."""
+    run_dir = tmp_path / "run"
+    launch = Launch("train.py", config_file, "--run-dir", run_dir, ranks=2)
+    wait_for(run_dir / "checkpoints/step_00000006", launch)
+    launch.signal(signal.SIGKILL)
+    launch.wait()
+    again = run("train.py", config_file, "--run-dir", run_dir, ranks=2, env={"TORCHELASTIC_RESTART_COUNT": "1"})
+    assert again.returncode == 0, again.stderr
+    assert re.search(r"resuming after step ([6-9]|1\d)", again.stderr)
+    assert_same_run(run_dir, finished(2))
+
+
+@pytest.mark.long
 def test_torchrun_starts_again_after_a_rank_was_killed(
     config_file: Path, tmp_path: Path, finished: Callable[..., Path], torchrun: Callable[..., subprocess.Popen[str]]
 ) -> None:
-    """From the last checkpoint, without --resume."""
     run_dir = tmp_path / "run"
     process = torchrun(config_file, "--run-dir", run_dir, ranks=2, options=("--standalone", "--max-restarts=1"))
     deadline = time.monotonic() + 180
