@@ -44,7 +44,7 @@ def main() -> None:
     arguments = parser.parse_args()
 
     config = loading.load(arguments.config, [*DEFAULT, *arguments.set])
-    _, parameters = parameters_of_branches(config)
+    parameters, trained = parameters_of_branches(config)
     half = Precision(config.train.precision, torch.device("cuda")).half_bands
     print(
         f"\n{config.name}: {len(parameters)} branches, {sum(parameters) / 1e6:.1f} M parameters, "
@@ -54,7 +54,7 @@ def main() -> None:
     print("| branch groups | branches / rank | gradients MB | bands MB |  all MB | less than plain DDP by |")
     print("|--------------:|----------------:|-------------:|---------:|--------:|-----------------------:|")
     computed = [
-        step_traffic(config, arguments.world_size, g, parameters, half)
+        step_traffic(config, arguments.world_size, g, trained, half)
         for g in possible_groups(config, arguments.world_size)
     ]
     for sent in computed:
@@ -76,7 +76,7 @@ def main() -> None:
                     [*DEFAULT, *arguments.set, f"data.root={folder}", f"train.batch_size={arguments.images}",
                      "optim.momentum=0", "train.precision=fp32", f"parallel.branch_groups={groups}"],
                 )  # fmt: skip
-                sent = step_traffic(small, processes, groups, parameters, half=False)
+                sent = step_traffic(small, processes, groups, trained, half=False)
                 found = _measure(small, processes, arguments.steps)
                 measured.append({"processes": processes, "computed": _as_dict(sent), "measured": found})
                 print(

@@ -109,6 +109,8 @@ class Curve:
 
     arm: str
     label: str
+    variant: str
+    """A further evaluation of the same runs, such as "at 104"; else empty."""
     seconds: list[float]
     """By budget: of training, mean over the runs."""
     budgets: list[float]
@@ -185,7 +187,7 @@ def unpack(file: Path, work: Path) -> None:
 def read(frame: pd.DataFrame) -> list[Curve]:
     """The curves of all arms, from what `collected` returns."""
     images = 1 + max(max(numbers) for numbers in frame["image"])
-    found: dict[tuple[str, str], dict[float, list[tuple[float, str, Correct]]]] = {}
+    found: dict[tuple[str, str, str], dict[float, list[tuple[float, str, Correct]]]] = {}
     for run in frame.itertuples():
         if run.fold == "lr" or run.fusion not in ("mean", "learned"):
             continue
@@ -193,11 +195,12 @@ def read(frame: pd.DataFrame) -> list[Curve]:
         label = " ".join(filter(None, [run.arm, run.variant, f"({run.fusion})" if several else ""]))
         correct = np.full(images, np.nan)
         correct[run.image] = run.correct
-        found.setdefault((run.arm, label), {}).setdefault(run.budget, []).append((run.seconds, run.fold, correct))
-    return [curve_of(arm, label, budgets) for (arm, label), budgets in found.items()]
+        budgets = found.setdefault((run.arm, label, run.variant), {})
+        budgets.setdefault(run.budget, []).append((run.seconds, run.fold, correct))
+    return [curve_of(*names, budgets) for names, budgets in found.items()]
 
 
-def curve_of(arm: str, label: str, budgets: dict[float, list[tuple[float, str, Correct]]]) -> Curve:
+def curve_of(arm: str, label: str, variant: str, budgets: dict[float, list[tuple[float, str, Correct]]]) -> Curve:
     order = sorted(budgets)
     correct = []
     for budget in order:
@@ -205,7 +208,7 @@ def curve_of(arm: str, label: str, budgets: dict[float, list[tuple[float, str, C
         count = (~np.isnan(stack)).sum(0)
         correct.append(np.where(count > 0, np.nansum(stack, 0) / np.maximum(count, 1), np.nan))
     seconds = [float(np.mean([s for s, _, _ in budgets[budget]])) for budget in order]
-    return Curve(arm, label, seconds, order, correct, [len(budgets[budget]) for budget in order])
+    return Curve(arm, label, variant, seconds, order, correct, [len(budgets[budget]) for budget in order])
 
 
 def difference(a: Correct, b: Correct) -> tuple[float, tuple[float, float]]:
@@ -323,7 +326,7 @@ def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)
     The better one takes no more multiplications for a prediction, and the intervals of its advantage do not contain 0.
     The baseline, with which all are compared, is never left out.
     """
-    both = [curve for curve in curves if set(budgets) <= set(curve.budgets)]
+    both = [curve for curve in curves if set(budgets) <= set(curve.budgets) and not curve.variant]
     cost = {curve.label: macs_of(curve.arm) for curve in both}
     both.sort(key=lambda curve: -float(np.nanmean(curve.at(budgets[-1]))))
     titles = [f"above at {budget:g} (95 %)" for budget in budgets]
@@ -331,7 +334,7 @@ def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)
     for curve in both:
         if curve.arm == BASELINE:
             continue
-        for other in (each for each in both if cost[each.label] <= cost[curve.label]):
+        for other in (each for each in both if each.arm != curve.arm and cost[each.label] <= cost[curve.label]):
             if any(np.nanmean(other.at(budget)) <= np.nanmean(curve.at(budget)) for budget in budgets):
                 continue  # no need of the bootstrap
             found = [difference(other.at(budget), curve.at(budget)) for budget in budgets]

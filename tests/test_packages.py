@@ -60,7 +60,7 @@ def test_the_citation_is_of_this_version() -> None:
 
 @pytest.mark.xdist_group("together")
 def test_pytest_xdist_sees_groups(request: pytest.FixtureRequest) -> None:
-    """With pytest 9.2 it did not, and each worker started its own Slurm."""
+    """With pytest 9.2 it did not, and tests that share a server ran on several workers."""
     if not request.config.getoption("loadgroup", False):
         pytest.skip("not in workers of --dist loadgroup")
     assert request.node.nodeid.endswith("@together")

@@ -522,7 +522,8 @@ def test_bands_that_flips_need_are_read_or_asked_for(config_file: Path, packed: 
 
 
 def test_memory_is_checked_first(config_file: Path, packed: Packed, tmp_path: Path) -> None:
-    (tmp_path / "proc").mkdir()
+    (tmp_path / "proc/self").mkdir(parents=True)
+    (tmp_path / "proc/self/cgroup").write_text("0::/\n")  # as in a container
     (tmp_path / "proc/meminfo").write_text("MemTotal: 9 kB\nMemAvailable:    2000 kB\n")
     assert memory.available_bytes(tmp_path) == 2_048_000
     (tmp_path / "sys/fs/cgroup").mkdir(parents=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.compare import metrics
-from tests.conftest import Done
+from tests.conftest import REPOSITORY, Done
 
 TRICK = "label smoothing 0.1"
 
@@ -18,7 +18,9 @@ TRICK = "label smoothing 0.1"
 def ablation(config_file: Path, tmp_path: Path, run_here: Callable[..., Done]) -> Callable[..., Done]:
     def call(*more: str) -> Done:
         few = ["--set", "train.epochs=1", "--seeds", "1", "--jobs", "2", "--only", TRICK]
-        return run_here("../script/ablation.py", config_file, "--output", tmp_path / "ablation", *more, *few)
+        return run_here(
+            str(REPOSITORY / "script/ablation.py"), config_file, "--output", tmp_path / "ablation", *more, *few
+        )
 
     return call
 

@@ -58,7 +58,7 @@ def imports_of_a_training(config: Path, run_dir: Path) -> set[str]:
 
 
 def test_training_does_not_import_the_compiler(config_file: Path, tmp_path: Path) -> None:
-    """It takes seconds; only `train.compile` needs it."""
+    """It takes a second or more; only `train.compile` needs it."""
     (imported,) = on_ranks(1, imports_of_a_training, config_file, tmp_path / "run")
     assert "bandsplit.training.loop" in imported
     assert "torch._inductor.compile_fx" not in imported

@@ -49,7 +49,7 @@ def parameters_of_branches(config: schema.RunConfig) -> tuple[list[int], list[in
     """Number of parameters of each branch, and of those that are trained; on the meta device: nothing is allocated."""
     with torch.device("meta"):
         branches = Ensemble.of(config).branches
-    return [networks.count_parameters(branch) for branch in branches], [networks.count_trained(b) for b in branches]
+    return [*map(networks.count_parameters, branches)], [*map(networks.count_trained, branches)]
 
 
 def fuse(logits: Tensor) -> Tensor:

@@ -75,7 +75,7 @@ class Learner:
         self._set(lr * self.lr_factor, momentum)
         for module in self._frozen:
             module.eval()
-        if self._config.train.compile:  # its import takes seconds
+        if self._config.train.compile:  # its import takes a second or more
             torch.compiler.cudagraph_mark_step_begin()  # type: ignore[no-untyped-call]  # CUDA graphs may reuse memory
         statistics = None if self._on_nonfinite == "stop" else _Buffers(self._module)
         loss = self._backward(inputs, labels, teacher_logits or [None] * len(inputs))

@@ -120,10 +120,10 @@ def available_bytes(root: Path = Path("/")) -> int:
 
 def _control_groups(root: Path) -> Iterator[tuple[Path, str, str]]:
     """Folders of the cgroups that this process is in, each with the names of the files of its limit and its use."""
-    lines = ["0::/", "1:memory:/"]  # in a container, its own group is the root
+    lines: list[str] = []
     with suppress(OSError):
-        lines += (root / "proc/self/cgroup").read_text().splitlines()
-    for line in dict.fromkeys(lines):
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    for line in lines:
         _, controllers, path = line.split(":", 2)
         if controllers == "":
             top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current")
