@@ -32,13 +32,13 @@ import numpy as np
 import pandas as pd
 import step
 import torch
-from controls_report import BASELINE, CONFIGS, FIRST, report, unpack
+from controls_arms import ACCUMULATED, BASELINE, CONFIGS, FIRST, TEACHERS, TOGETHER, VARIANTS, config_of
+from controls_report import report, unpack
 from loguru import logger
 from scipy.special import softmax
 from tqdm import tqdm
 
 from bandsplit.cli import entry
-from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
 from bandsplit.data import folders
@@ -52,18 +52,6 @@ EPOCHS = 10
 """Of the baseline in budget 1."""
 FOLDS = 5
 LRS = (0.05, 0.1)
-TEACHERS = {"coarse2_distilled": "coarse2_x4", "each_distilled": BASELINE, "stagewise": "low"}
-TOGETHER = ("stagewise",)
-"""Arms that predict together with their teacher."""
-
-NOT_TRAINED = ("rgb128_accumulated",)
-"""Arms of which only time and memory are of interest."""
-
-VARIANTS: dict[str, dict[str, list[str]]] = {
-    "rgb80": {"at 104": ["data.val_image_size=104", "data.resize_size=116"]},
-    "rgb64": {"at 80": ["data.val_image_size=80", "data.resize_size=90"]},
-}
-"""Further evaluations of an arm, at larger images than it was trained on (FixRes: Touvron et al., NeurIPS 2019)."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +102,7 @@ def run(arguments: argparse.Namespace) -> None:
     if only in (None, "train"):
         number, of = map(int, arguments.shard.split("/"))
         budgets = [float(each) for each in arguments.budgets.split(",")]
-        trained = [arm for arm in arms if arm not in NOT_TRAINED]
+        trained = [arm for arm in arms if arm != ACCUMULATED]
         train(trained, work, range(arguments.folds), budgets, range(arguments.seeds), arguments.jobs, (number - 1, of))
     if only in (None, "report"):
         report(work)
@@ -158,10 +146,6 @@ def link(frame: pd.DataFrame, val: pd.Series, root: Path) -> None:
         target = root / ("val" if out else "train") / label / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(path)
-
-
-def config_of(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
-    return loading.load(CONFIGS / f"{arm}.toml", overrides)
 
 
 # ---------------------------------------------------------------------------------------------------- time

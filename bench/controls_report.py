@@ -16,86 +16,38 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 import seaborn as sns
-import torch
+from controls_arms import (
+    ACCUMULATED,
+    BASELINE,
+    CASCADES,
+    FAMILIES,
+    PIXELS,
+    RGB,
+    macs_of,
+    memory_of,
+    parameters_of,
+)
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, NullFormatter
 
-from bandsplit.config import loading
 from bandsplit.errors import UserError
-from bandsplit.models.costs import costs_of
-from bandsplit.models.precision import Precision
 from bandsplit.reporting.compare import difference_over_images
 from bandsplit.reporting.figures import STYLE, WIDTH
 from bandsplit.runs.files import reading, replace_text
-from bandsplit.training.memory import MIB, estimate
+from bandsplit.training.memory import MIB
 
-CONFIGS = Path(__file__).resolve().parent.parent / "config/controls"
-BASELINE = "rgb128"
 DRAWS = 500
 """Of the bootstrap of times."""
 
+COSTS_HEIGHT = 2.6
+"""Of the panels of costs, in inches."""
+
+COLORS = dict(zip(FAMILIES, ("0.35", *sns.color_palette("colorblind", len(FAMILIES) - 1)), strict=True))
+
 Correct = npt.NDArray[np.float64]
 
-RGB = "one network on RGB"
-FAMILIES = {
-    RGB: {
-        "rgb128": "RGB 128, the baseline",
-        "rgb128_growing": "RGB growing, 64 to 128",
-        "rgb128_thin": "RGB 128, half the width",
-        "rgb128_deep": "RGB 128, deep stem",
-        "rgb128_accumulated": "RGB 128, 4 accumulation steps",
-        "rgb80": "RGB 80",
-        "rgb64": "RGB 64",
-    },
-    "all bands as channels": {
-        "coarse2": "2 x 2 DCT",
-        "coarse2_half": "2 x 2 DCT, scale 0.5",
-        "coarse2_unit": "2 x 2 DCT, scale 1",
-        "coarse2_deep": "2 x 2 DCT, deep stem",
-        "coarse2_unit_deep": "2 x 2 DCT, scale 1, deep stem",
-        "coarse2_growing": "2 x 2 DCT, growing",
-        "coarse2_unit_growing": "2 x 2 DCT, scale 1, growing",
-        "coarse2_distilled": "2 x 2 DCT, distilled from 4",
-        "coarse2_identity": "2 x 2 pixels",
-        "coarse2_random": "2 x 2 random matrix",
-        "coarse2_random_unit": "2 x 2 random matrix, scale 1",
-        "coarse8": "8 x 8 DCT, small stem",
-    },
-    "branches on different bands": {
-        "each_dct2d": "2 x 2 DCT, a branch each",
-        "each_dct1d": "1 x 4 DCT, a branch each",
-        "each_distilled": "a branch each, distilled",
-        "each_identity": "2 x 2 pixels, a branch each",
-        "overlap": "band 0 alone and with each other",
-        "low_wide": "band 0 wide, 1 and 2 thin",
-        "low": "band 0 alone",
-        "stagewise": "band 0, then the rest",
-    },
-    "ensembles of equal networks": {
-        "coarse2_x2": "2 of 2 x 2 DCT",
-        "coarse2_x4": "4 of 2 x 2 DCT",
-        "rgb64_x4": "4 of RGB 64",
-    },
-}
-"""Arms with their names in the figure."""
-
-PIXELS = ("coarse2_identity", "coarse2_random", "coarse2_random_unit", "each_identity", "rgb64_x4")
-"""Arms of the other families that read pixels, or bands of a matrix without frequencies."""
-
-CLASSES = 10
-"""In the tables of costs."""
-
-FIRST = "first branch"
-"""In place of a fusion: what the first branch of several says alone."""
-
-CASCADES = (
-    (("rgb64", "mean"), ("rgb128", "mean")),
-    (("each_dct2d", FIRST), ("each_dct2d", "learned")),
-    (("low_wide", FIRST), ("low_wide", "learned")),
-    (("coarse2_x4", FIRST), ("coarse2_x4", "mean")),
-    (("rgb64_x4", FIRST), ("rgb64_x4", "mean")),
-)
-"""Arms and fusions: the first of a pair sees all images, the second those of which the first is unsure."""
 LOSS = 0.5
 """Points of accuracy that a cascade may lose on the images for which its threshold is chosen."""
 
@@ -121,11 +73,23 @@ class Curve:
     def at(self, budget: float) -> Correct:
         return self.correct[self.budgets.index(budget)]
 
+    def top1(self, budget: float) -> float:
+        """In percent."""
+        return 100 * float(np.nanmean(self.at(budget)))
+
+    @property
+    def family(self) -> str:
+        return next(family for family, arms in FAMILIES.items() if self.arm in arms)
+
     @property
     def name(self) -> str:
         """In the figure."""
-        family = next(names for names in FAMILIES.values() if self.arm in names)
-        return family[self.arm] + self.label.removeprefix(self.arm).replace(" (", ", ").rstrip(")")
+        return FAMILIES[self.family][self.arm] + self.label.removeprefix(self.arm).replace(" (", ", ").rstrip(")")
+
+    @property
+    def macs(self) -> int:
+        """Of a prediction."""
+        return macs_of(self.arm, variant=self.variant)
 
 
 def report(work: Path) -> None:
@@ -254,17 +218,18 @@ def best_control(curves: Sequence[Curve], budget: float) -> Curve | None:
     controls = [curve for curve in curves if curve.arm in FAMILIES[RGB] and budget in curve.budgets]
     if not any(curve.arm == BASELINE for curve in controls):
         return None
-    return max(controls, key=lambda curve: float(np.nanmean(curve.at(budget))))
+    return max(controls, key=lambda curve: curve.top1(budget))
 
 
 def table(curves: Sequence[Curve]) -> pd.DataFrame:
     """One row for each way and budget.
 
-    `top1_above` is against the baseline at the same budget, `control_above` against the best network on RGB, which is
-    chosen by the same images and so looks a little better than it is. A time that is `time_first`, that of the smallest
-    budget of the arm, is an upper bound.
+    `mmacs` are those of a prediction, `memory_mib` that of a step of training. `top1_above` is against the baseline at
+    the same budget, `control_above` against the best network on RGB, which is chosen by the same images and so looks a
+    little better than it is. A time that is `time_first`, that of the smallest budget of the arm, is an upper bound.
     """
     base = next(curve for curve in curves if curve.arm == BASELINE)
+    controls = {budget: best_control(curves, budget) for budget in {b for curve in curves for b in curve.budgets}}
     rows = []
     for curve in curves:
         for n, budget in enumerate(curve.budgets):
@@ -274,9 +239,11 @@ def table(curves: Sequence[Curve]) -> pd.DataFrame:
                 "seconds": curve.seconds[n],
                 "runs": curve.runs[n],
                 "images": int((~np.isnan(curve.correct[n])).sum()),
-                "top1": 100 * float(np.nanmean(curve.correct[n])),
+                "mmacs": curve.macs / 1e6,
+                "memory_mib": memory_of(curve.arm).total / MIB,
+                "top1": curve.top1(budget),
             }
-            if control := best_control(curves, budget):
+            if control := controls[budget]:
                 mean, (low, high) = difference(curve.correct[n], base.at(budget))
                 row |= {"top1_above": mean, "low": low, "high": high}
                 mean, (low, high) = difference(curve.correct[n], control.at(budget))
@@ -297,9 +264,10 @@ def markdown(frame: pd.DataFrame) -> str:
         lines = [
             f"Budget {budget:g}: {rows['seconds'].median() / 60:.1f} minutes of one thread",
             "",
-            f"| arm | runs | images | top-1 | above {BASELINE} (95 %) | above {'/'.join(control) or 'the best on RGB'} "
-            "(95 %) | time to the baseline's accuracy, to its time (95 %) |",
-            "|---|--:|--:|--:|--:|--:|--:|",
+            f"| arm | runs | images | MMACs | MiB | top-1 | above {BASELINE} (95 %) | "
+            f"above {'/'.join(control) or 'the best on RGB'} (95 %) | "
+            "time to the baseline's accuracy, to its time (95 %) |",
+            "|---|--:|--:|--:|--:|--:|--:|--:|--:|",
         ]
         for row in rows.itertuples():
             above, above_control = (
@@ -314,7 +282,8 @@ def markdown(frame: pd.DataFrame) -> str:
                 for ratio in (row.time_ratio, row.time_low, row.time_high)
             )
             times = "" if np.isnan(row.time_ratio) else f"{time} ({low} to {high})"
-            cells = row.arm, row.runs, f"{row.images:,}", f"{row.top1:.2f}", above, above_control, times
+            costs = f"{row.mmacs:.0f}", f"{row.memory_mib:.0f}"
+            cells = row.arm, row.runs, f"{row.images:,}", *costs, f"{row.top1:.2f}", above, above_control, times
             lines.append(f"| {' | '.join(map(str, cells))} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
@@ -327,15 +296,14 @@ def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)
     The baseline, with which all are compared, is never left out.
     """
     both = [curve for curve in curves if set(budgets) <= set(curve.budgets) and not curve.variant]
-    cost = {curve.label: macs_of(curve.arm) for curve in both}
-    both.sort(key=lambda curve: -float(np.nanmean(curve.at(budgets[-1]))))
+    both.sort(key=lambda curve: -curve.top1(budgets[-1]))
     titles = [f"above at {budget:g} (95 %)" for budget in budgets]
     lines = ["", f"| not continued | since | {' | '.join(titles)} |", f"|---|---|{'--:|' * len(budgets)}"]
     for curve in both:
         if curve.arm == BASELINE:
             continue
-        for other in (each for each in both if each.arm != curve.arm and cost[each.label] <= cost[curve.label]):
-            if any(np.nanmean(other.at(budget)) <= np.nanmean(curve.at(budget)) for budget in budgets):
+        for other in (each for each in both if each.arm != curve.arm and each.macs <= curve.macs):
+            if any(other.top1(budget) <= curve.top1(budget) for budget in budgets):
                 continue  # no need of the bootstrap
             found = [difference(other.at(budget), curve.at(budget)) for budget in budgets]
             if all(low > 0 for _, (low, _) in found):
@@ -386,27 +354,17 @@ def costs(times: dict[str, dict[str, float]]) -> str:
         f"| arm | step, ms | a prediction, MMACs | parameters, M | memory of a step, MiB | {' | '.join(kinds)} |",
         f"|---|{'--:|' * (4 + len(kinds))}",
     ]
-    precision = Precision("fp32", torch.device("cpu"))
     for arm in (arm for names in FAMILIES.values() for arm in names if arm in times):
-        config = loading.load(CONFIGS / f"{arm}.toml").with_classes(CLASSES)
-        each = costs_of(config)
-        memory = estimate(config, 1, 1, precision)
+        memory = memory_of(arm)
         cells = [
             arm,
             " / ".join(f"{1000 * seconds:.0f}" for _, seconds in sorted(times[arm].items(), key=lambda x: int(x[0]))),
-            f"{sum(cost.macs[config.data.image_size] for cost in each) / 1e6:.0f}",
-            f"{sum(cost.parameters for cost in each) / 1e6:.2f}",
+            f"{macs_of(arm) / 1e6:.0f}",
+            f"{parameters_of(arm) / 1e6:.2f}",
             *(f"{bytes / MIB:.0f}" for bytes in (memory.total, *(getattr(memory, kind) for kind in kinds))),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
-
-
-def macs_of(arm: str, fusion: str = "") -> int:
-    """Multiply-accumulates of a forward pass over one validation image, of all branches or of the first."""
-    config = loading.load(CONFIGS / f"{arm}.toml")
-    each = [cost.macs[config.data.image_size] for cost in costs_of(config.with_classes(CLASSES))]
-    return each[0] if fusion == FIRST else sum(each)
 
 
 def halves(run: Any, loss: float) -> tuple[Correct, Correct, Correct]:
@@ -427,40 +385,83 @@ def halves(run: Any, loss: float) -> tuple[Correct, Correct, Correct]:
 
 
 def draw(curves: Sequence[Curve]) -> Figure:
-    """Top-1 above the baseline at equal training time, a panel for each budget at which most arms were trained."""
+    """Above: top-1 above the baseline at equal training time, a panel for each budget at which most arms were trained.
+
+    Below, for the largest of these budgets: top-1 by multiplications of a prediction, and by memory of training.
+    """
     base = next(curve for curve in curves if curve.arm == BASELINE)
     counts = {budget: sum(budget in curve.budgets for curve in curves) for budget in base.budgets}
     budgets = [budget for budget, count in counts.items() if 2 * count > max(counts.values())]
     shown = [curve for curve in curves if budgets[-1] in curve.budgets]
-    shown.sort(key=lambda curve: float(np.nanmean(curve.at(budgets[-1]))))
-    colors = dict(zip(FAMILIES, ("0.35", *sns.color_palette("colorblind", len(FAMILIES) - 1)), strict=True))
-    figure = Figure(figsize=(WIDTH, 1.1 + 0.155 * len(shown)), layout="constrained")
-    panels = figure.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
+    shown.sort(key=lambda curve: curve.top1(budgets[-1]))
+    rows = 1.1 + 0.155 * len(shown)
+    figure = Figure(figsize=(WIDTH, rows + COSTS_HEIGHT), layout="constrained")
+    above, below = figure.subfigures(2, 1, height_ratios=(rows, COSTS_HEIGHT))
+    panels = above.subplots(1, len(budgets), sharey=True, squeeze=False)[0]
     for axes, budget in zip(panels, budgets, strict=True):
-        control = best_control(curves, budget)
-        for y, curve in enumerate(shown):
-            if budget not in curve.budgets:
-                continue
-            mean, (low, high) = difference(curve.at(budget), base.at(budget))
-            color = next(color for family, color in colors.items() if curve.arm in FAMILIES[family])
-            axes.plot([low, high], [y, y], color=color, linewidth=1)
-            face = "white" if curve.arm in (*FAMILIES[RGB], *PIXELS) else color
-            axes.plot(mean, y, "o", markersize=4.5, color=color, markerfacecolor=face)
-            if curve is control:
-                axes.axvline(mean, color=color, linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
-        axes.axvline(0, color="black", linewidth=0.8, zorder=0)
-        minutes = base.seconds[base.budgets.index(budget)] / 60
-        axes.set(title=f"{minutes:.1f} minutes of one thread", xlabel=f"Top-1 above {BASELINE} (points)")
-        axes.grid(axis="y", visible=False)
+        _draw_budget(axes, budget, shown, base, best_control(curves, budget))
+        title = f"{base.seconds[base.budgets.index(budget)] / 60:.1f} minutes of one thread"
+        axes.set(title=title, xlabel=f"Top-1 above {BASELINE} (points)")
     panels[0].set_yticks(range(len(shown)), [curve.name for curve in shown], fontsize=7)
     panels[0].set_ylim(-0.7, len(shown) - 0.3)
-    figure.legend(handles=_legend(colors), loc="outside lower center", ncols=3, fontsize=7, handlelength=1)
+    once = {curve.arm: curve for curve in shown if not curve.variant}.values()  # of two fusions the better
+    macs, memory = below.subplots(1, 2, sharey=True)
+    named = [curve for curve in once if curve in (base, best_control(curves, budgets[-1]))]
+    _draw_cost(macs, [(curve.macs / 1e6, curve) for curve in once], budgets[-1], named)
+    _draw_cost(memory, [(memory_of(curve.arm).total / MIB, curve) for curve in once], budgets[-1], named)
+    memory.plot(memory_of(ACCUMULATED).total / MIB, base.top1(budgets[-1]), "x", markersize=4.5, color=COLORS[RGB])
+    macs.set(title=title, xlabel="Multiplications of a prediction (millions)", ylabel="Top-1 (%)")
+    memory.set(xlabel="Memory of a step of training (MiB)")
+    figure.legend(handles=_legend(), loc="outside lower center", ncols=3, fontsize=7, handlelength=1)
     return figure
 
 
-def _legend(colors: dict[str, Any]) -> list[Line2D]:
-    dot = partial(Line2D, [], [], marker="o", markersize=4.5, linestyle="none")
-    families = [dot(color=color, label=family) for family, color in colors.items()]
-    kinds = [dot(color="0.35", label="DCT"), dot(color="0.35", markerfacecolor="white", label="no DCT")]
+def _draw_budget(axes: Axes, budget: float, shown: Sequence[Curve], base: Curve, control: Curve | None) -> None:
+    for y, curve in enumerate(shown):
+        if budget not in curve.budgets:
+            continue
+        mean, (low, high) = difference(curve.at(budget), base.at(budget))
+        axes.plot([low, high], [y, y], color=COLORS[curve.family], linewidth=1)
+        axes.plot(mean, y, **_marker(curve))
+        if curve is control:
+            axes.axvline(mean, color=COLORS[RGB], linewidth=0.8, linestyle=(0, (4, 3)), zorder=0)
+    axes.axvline(0, color="black", linewidth=0.8, zorder=0)
+    axes.grid(axis="y", visible=False)
+
+
+def _draw_cost(axes: Axes, points: Sequence[tuple[float, Curve]], budget: float, named: Sequence[Curve]) -> None:
+    """Accuracy by cost. The names of those that no other beats in both, costs taken to two digits, and of `named`."""
+    best, costs, accuracies = 0.0, [], []
+    for cost, curve in sorted(points, key=lambda point: (float(f"{point[0]:.1e}"), -point[1].top1(budget))):
+        top1 = curve.top1(budget)
+        axes.plot(cost, top1, **_marker(curve))
+        name = partial(axes.annotate, curve.name, (cost, top1), textcoords="offset points", fontsize=6)
+        if top1 > best:
+            best = top1
+            costs.append(cost)
+            accuracies.append(top1)
+            name(xytext=(-4, 3), ha="right")
+        elif curve in named:
+            name(xytext=(5, -2))
+    costs.append(max(cost for cost, _ in points))
+    axes.step(costs, [*accuracies, best], where="post", color="0.7", linewidth=0.8, zorder=0)
+    axes.set_xscale("log")
+    axes.set_xlim(min(costs) / 6, 4 * max(costs))  # room for names
+    axes.margins(y=0.1)
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_formatter(NullFormatter())
+
+
+def _marker(curve: Curve) -> dict[str, Any]:
+    color = COLORS[curve.family]
+    face = "white" if curve.arm in (*FAMILIES[RGB], *PIXELS) else color
+    return {"marker": "o", "markersize": 4.5, "linestyle": "none", "color": color, "markerfacecolor": face}
+
+
+def _legend() -> list[Line2D]:
+    dot = partial(Line2D, [], [], marker="o", markersize=4.5, linestyle="none", color="0.35")
+    families = [dot(color=color, label=family) for family, color in COLORS.items()]
+    kinds = [dot(label="DCT"), dot(markerfacecolor="white", label="no DCT")]
     best = Line2D([], [], color="0.35", linewidth=0.8, linestyle=(0, (4, 3)), label="best network on RGB")
-    return [*families, *kinds, best]
+    return [*families, *kinds, best, dot(marker="x", label="RGB 128, 4 accumulation steps")]

@@ -16,20 +16,21 @@ from tests.conftest import REPOSITORY
 sys.path.append(str(REPOSITORY / "bench"))
 
 import controls
+import controls_arms
 import controls_report
 
-ARMS = sorted(path.stem for path in controls.CONFIGS.glob("*.toml") if path.stem != "base")
+ARMS = sorted(path.stem for path in controls_arms.CONFIGS.glob("*.toml") if path.stem != "base")
 
 
 @pytest.mark.parametrize("arm", ARMS)
 def test_every_arm_is_a_config_of_a_family_and_of_the_page(arm: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CONTROLS", "images")
     monkeypatch.setenv("TEACHER", "run")
-    config = controls.config_of(arm, controls.grown(arm, 20))
+    config = controls_arms.config_of(arm, controls.grown(arm, 20))
     assert config.train.epochs == 20
     if config.augment.progressive:
         assert config.image_size_at(0) < config.image_size_at(15) == config.data.image_size
-    assert sum(arm in arms for arms in controls_report.FAMILIES.values()) == 1
+    assert sum(arm in arms for arms in controls_arms.FAMILIES.values()) == 1
     assert len(config.split.groups) == 1 or config.data.holdout
     page = (REPOSITORY / "doc/controls.md").read_text()
     assert f"`{arm}`" in page or (arm.startswith("coarse2_") and f"`_{arm.removeprefix('coarse2_')}`" in page)
@@ -71,6 +72,16 @@ def test_arms_train_as_long_as_the_baseline() -> None:
     teacher = controls.seconds_of("coarse2_x4", controls.epochs_of("coarse2_x4", 0.5, 100, times), 100, times)
     student = controls.epochs_of("coarse2_distilled", 1, 100, times)
     assert 980 - 40 <= teacher + controls.seconds_of("coarse2_distilled", student, 100, times) <= 1020
+
+
+def test_what_a_prediction_costs() -> None:
+    macs, first = controls_arms.macs_of, controls_arms.FIRST
+    assert macs("each_dct2d") == 4 * macs("each_dct2d", first)
+    assert macs("rgb80", variant="at 104") == pytest.approx(macs("rgb80") * (104 / 80) ** 2, rel=0.1)
+    assert macs("stagewise") == macs("low") + macs("stagewise", first), "the teacher predicts too"
+    assert controls_arms.parameters_of("stagewise") > 2 * controls_arms.parameters_of("low")
+    student, alone = (controls_arms.memory_of(arm) for arm in ("coarse2_distilled", "coarse2"))
+    assert student.weights == alone.weights + 4 * controls_arms.parameters_of("coarse2_x4")
 
 
 def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
