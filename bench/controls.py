@@ -2,7 +2,7 @@
 
     python bench/controls.py --images FOLDER … [--work runs/controls] [--arms …] [--folds 2] [--budgets 1,2]
     python bench/controls.py --only report
-    python bench/controls.py --only report --results doc/controls/first_round.parquet
+    python bench/controls.py --only report --results doc/controls/results.parquet
 
 An arm is a config of config/controls. A budget is a multiple of the time in which the first arm, rgb128, trains for 10
 epochs; each arm trains for as many epochs as its own time per step allows. doc/controls.md has the protocol.
@@ -196,10 +196,16 @@ def times_of(work: Path) -> dict[str, dict[str, float]]:
     return times
 
 
-def seconds_of(arm: str, epochs: int, steps: int, times: dict[str, dict[str, float]]) -> float:
-    """Training time of an arm for that many epochs of `steps` steps; of a distilled one without its teacher."""
+def steps_of(arm: str, images: int) -> int:
+    """Steps of an epoch of an arm, which may hold out some of the training images."""
+    config = config_of(arm)
+    return int(images * (1 - (config.data.holdout or 0)) // config.train.batch_size)
+
+
+def seconds_of(arm: str, epochs: int, images: int, times: dict[str, dict[str, float]]) -> float:
+    """Training time of an arm for that many epochs of that many images; of a distilled one without its teacher."""
     config = config_of(arm, grown(arm, epochs))
-    return steps * sum(times[arm][str(config.image_size_at(epoch))] for epoch in range(epochs))
+    return steps_of(arm, images) * sum(times[arm][str(config.image_size_at(epoch))] for epoch in range(epochs))
 
 
 def grown(arm: str, epochs: int) -> list[str]:
@@ -210,14 +216,14 @@ def grown(arm: str, epochs: int) -> list[str]:
     return sets
 
 
-def epochs_of(arm: str, budget: float, steps: int, times: dict[str, dict[str, float]]) -> int:
-    """As many epochs as fit into a budget, at least two; what training a teacher takes is taken off first."""
-    allowed = budget * seconds_of(BASELINE, EPOCHS, steps, times)
+def epochs_of(arm: str, budget: float, images: int, times: dict[str, dict[str, float]]) -> int:
+    """As many epochs as fit into a budget, or 2 % more, at least two; a teacher's training is taken off first."""
+    allowed = budget * seconds_of(BASELINE, EPOCHS, images, times)
     if arm in TEACHERS:
         teacher = TEACHERS[arm]
-        allowed -= seconds_of(teacher, epochs_of(teacher, budget / 2, steps, times), steps, times)
+        allowed -= seconds_of(teacher, epochs_of(teacher, budget / 2, images, times), images, times)
     epochs = 2
-    while seconds_of(arm, epochs + 1, steps, times) <= allowed * 1.02:
+    while seconds_of(arm, epochs + 1, images, times) <= allowed * 1.02:
         epochs += 1
     return epochs
 
@@ -284,8 +290,7 @@ def run_one(task: Task, work: Path) -> None:
     times, root = times_of(work), (work / "folds" / task.fold).absolute()
     images = sum(1 for _ in (root / "train").rglob("*.*"))
     config = config_of(task.arm)
-    steps = int(images * (1 - (config.data.holdout or 0)) // config.train.batch_size)
-    epochs = epochs_of(task.arm, task.budget, steps, times)
+    epochs = epochs_of(task.arm, task.budget, images, times)
     run_dir = work / "runs" / task.name
     keys = [*grown(task.arm, epochs), f"optim.lr={task.lr}", f"seed={task.seed}", f"data.root={root}"]
     env = {"CONTROLS": str(root), "TEACHER": ""}
@@ -301,10 +306,10 @@ def run_one(task: Task, work: Path) -> None:
         variant: evaluated(runs, config, task, overrides, env)
         for variant, overrides in {"": [], **VARIANTS.get(task.arm, {})}.items()
     }
-    seconds = seconds_of(task.arm, epochs, steps, times)
+    steps, seconds = epochs * steps_of(task.arm, images), seconds_of(task.arm, epochs, images, times)
     if task.arm in TEACHERS:
-        seconds += seconds_of(teacher.arm, epochs_of(teacher.arm, teacher.budget, steps, times), steps, times)
-    table = {**asdict(task), "epochs": epochs, "steps": epochs * steps, "seconds": seconds, "evaluations": evaluations}
+        seconds += seconds_of(teacher.arm, epochs_of(teacher.arm, teacher.budget, images, times), images, times)
+    table = {**asdict(task), "epochs": epochs, "steps": steps, "seconds": seconds, "evaluations": evaluations}
     result = result_of(task, work)
     result.parent.mkdir(exist_ok=True)
     replace_text(result, json.dumps(table) + "\n")

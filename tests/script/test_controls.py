@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -65,13 +66,14 @@ def files(folder: Path) -> list[str]:
 def test_arms_train_as_long_as_the_baseline() -> None:
     times = {"rgb128": {"128": 1.0}, "rgb64": {"64": 0.3}, "rgb128_growing": {"64": 0.3, "96": 0.6, "128": 1.0}}
     times |= {"coarse2_x4": {"128": 1.3}, "coarse2_distilled": {"128": 0.4}}
-    assert controls.epochs_of("rgb128", 1, 100, times) == 10
-    assert controls.epochs_of("rgb64", 2, 100, times) == 67  # 68 would be more than 2 % above
-    growing = controls.epochs_of("rgb128_growing", 1, 100, times)
-    assert 980 - 100 <= controls.seconds_of("rgb128_growing", growing, 100, times) <= 1020
-    teacher = controls.seconds_of("coarse2_x4", controls.epochs_of("coarse2_x4", 0.5, 100, times), 100, times)
-    student = controls.epochs_of("coarse2_distilled", 1, 100, times)
-    assert 980 - 40 <= teacher + controls.seconds_of("coarse2_distilled", student, 100, times) <= 1020
+    epochs, seconds = (partial(f, images=6400, times=times) for f in (controls.epochs_of, controls.seconds_of))
+    assert seconds("rgb128", epochs("rgb128", 1)) == 10 * 100
+    assert epochs("rgb64", 2) == 67  # 68 would be more than 2 % above
+    assert 1000 - 100 < seconds("rgb128_growing", epochs("rgb128_growing", 1)) <= 1020
+    assert controls.steps_of("coarse2_x4", 6400) == 95, "5 % are held out"
+    assert 1000 - 1.3 * 95 < seconds("coarse2_x4", epochs("coarse2_x4", 1)) <= 1020
+    teacher = seconds("coarse2_x4", epochs("coarse2_x4", 0.5))
+    assert 1000 - 40 < teacher + seconds("coarse2_distilled", epochs("coarse2_distilled", 1)) <= 1020
 
 
 def test_what_a_prediction_costs() -> None:
