@@ -242,7 +242,6 @@ def train(
 ) -> None:
     """Trains and evaluates what has no results yet, several runs at once: learning rates first, then fold by fold."""
     choose = [Task(arm, "lr", 0.5, lr, 0) for arm in arms for lr in LRS]
-    run_all(missing_teachers(choose, work), work, jobs, shard)
     run_all(choose, work, jobs, shard)
     rates = {arm: best_lr(arm, work) for arm in arms}
     missing = [arm for arm, lr in rates.items() if lr is None]
@@ -256,7 +255,6 @@ def train(
         for arm, rate in rates.items()
         if rate is not None
     ]
-    run_all(missing_teachers(tasks, work), work, jobs, shard)
     run_all(tasks, work, jobs, shard)
 
 
@@ -275,9 +273,29 @@ def missing_teachers(tasks: Sequence[Task], work: Path) -> list[Task]:
 
 
 def run_all(tasks: Sequence[Task], work: Path, jobs: int, shard: tuple[int, int]) -> None:
-    todo = [task for task in dict.fromkeys(tasks) if not result_of(task, work).exists()][shard[0] :: shard[1]]
+    """Trains what has no results yet of a shard of these runs and their teachers, teachers first.
+
+    A run whose teacher another shard has not finished is left for the next time.
+    """
+    teachers = set(teachers_of(tasks))
+    wanted = {*tasks, *missing_teachers(tasks, work)}
+    own = [task for task in shard_of(tasks, shard) if task in wanted and not result_of(task, work).exists()]
+    run_each([task for task in own if task in teachers], work, jobs)
+    own = [task for task in own if task not in teachers]
+    ready = [task for task in own if all(result_of(each, work).exists() for each in teachers_of([task]))]
+    if len(ready) < len(own):
+        logger.warning("{} runs wait for their teachers; start the same command again later", len(own) - len(ready))
+    run_each(ready, work, jobs)
+
+
+def shard_of(tasks: Sequence[Task], shard: tuple[int, int]) -> list[Task]:
+    """The part of these runs and their teachers that belongs to a shard, whatever is finished."""
+    return list(dict.fromkeys([*teachers_of(tasks), *tasks]))[shard[0] :: shard[1]]
+
+
+def run_each(tasks: Sequence[Task], work: Path, jobs: int) -> None:
     with ThreadPoolExecutor(jobs) as pool:
-        for _ in tqdm(pool.map(partial(run_one, work=work), todo), total=len(todo), unit="run", disable=None):
+        for _ in tqdm(pool.map(partial(run_one, work=work), tasks), total=len(tasks), unit="run", disable=None):
             pass
 
 

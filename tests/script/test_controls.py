@@ -76,6 +76,26 @@ def test_arms_train_as_long_as_the_baseline() -> None:
     assert 1000 - 40 < teacher + seconds("coarse2_distilled", epochs("coarse2_distilled", 1)) <= 1020
 
 
+def test_shards_keep_their_runs_while_others_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every run is trained once, and no student before its teacher, in whatever order the shards get there."""
+    arms = ("rgb128", "rgb64", "each_distilled", "low", "stagewise")
+    tasks = [controls.Task(arm, fold, budget, 0.05, 0) for budget in (1.0, 2.0) for fold in "01" for arm in arms]
+    (tmp_path / "results").mkdir()
+    trained: list[controls.Task] = []
+
+    def train(task: controls.Task, work: Path) -> None:
+        assert all(teacher in trained for teacher in controls.teachers_of([task]))
+        trained.append(task)
+        (work / "runs" / task.name).mkdir(parents=True)
+        (work / "runs" / task.name / "config.toml").touch()
+        controls.result_of(task, work).touch()
+
+    monkeypatch.setattr(controls, "run_one", train)
+    for part in (2, 0, 1, 2, 0, 1):
+        controls.run_all(tasks, tmp_path, 1, (part, 3))
+    assert sorted(trained, key=str) == sorted({*tasks, *controls.teachers_of(tasks)}, key=str)
+
+
 def test_what_a_prediction_costs() -> None:
     macs, first = controls_arms.macs_of, controls_arms.FIRST
     assert macs("each_dct2d") == 4 * macs("each_dct2d", first)
