@@ -6,7 +6,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy
@@ -20,7 +19,7 @@ from bandsplit.config import loading
 from bandsplit.cpus import available_cpus
 from bandsplit.errors import UserError
 from bandsplit.runs.directory import PACKAGES, RunDirectory, environment
-from bandsplit.runs.metrics import Metrics, Stopwatch
+from bandsplit.runs.metrics import Metrics
 from tests.conftest import REPOSITORY
 
 CLASSES = ["alpha", "bravo", "charlie"]
@@ -180,10 +179,3 @@ def test_lines_stay_separate_whatever_a_crash_leaves_at_the_end(tmp_path: Path, 
     assert written(path) == [("train", 1), ("train", 2), ("train", 3)]
     if end:
         assert (tmp_path / "metrics_set_aside.jsonl").read_bytes() == end.rstrip(b"\n") + b"\n"
-
-
-def test_the_stopwatch_does_not_run_while_paused() -> None:
-    watch = Stopwatch(100.0)
-    with watch.paused():
-        time.sleep(0.2)
-    assert 100.0 <= watch.seconds < 100.15

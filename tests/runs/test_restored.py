@@ -105,7 +105,7 @@ def test_a_teacher_never_learns(finished: Callable[..., Path], config_file: Path
 @pytest.mark.slow
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_distilled_run_does_not_depend_on_the_launch(
-    finished: Callable[..., Path], config_file: Path, tmp_path: Path, groups: int
+    finished: Callable[..., Path], run_here: Callable[..., Done], config_file: Path, tmp_path: Path, groups: int
 ) -> None:
     """Mixing and teacher_logits on two ranks, for any branches per rank; killed and resumed, it is the same run."""
     teacher = f"distillation.teacher={finished(1)}"
@@ -120,6 +120,11 @@ def test_a_distilled_run_does_not_depend_on_the_launch(
     assert done.returncode == 0, done.stderr
     assert "distills from tiny" in done.stderr
     assert_same_run(tmp_path / "run", finished(2, *keys, f"parallel.branch_groups={groups}"))
+    longer = ("train.epochs=2", "distillation.checkpoint=13")  # of another step of the teacher
+    done = run_here("train.py", "--run-dir", tmp_path / "run", "--resume", *(a for k in longer for a in ("--set", k)))
+    assert done.returncode == 2
+    assert "step 13" in done.stderr
+    assert "has learned from, which were those of tiny, step 2" in done.stderr
     if groups == 2:
         losses = [
             [line["loss"] for line in metrics(finished(2, *keys, f"parallel.branch_groups={g}"))[:3]] for g in (1, 2)

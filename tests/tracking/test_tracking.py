@@ -161,6 +161,9 @@ def test_a_run_is_in_progress_while_its_process_lives(tmp_path: Path) -> None:
     with directory.locked():
         assert directory.in_progress
     assert not directory.in_progress
+    with pytest.raises(UserError), directory.locked():
+        raise UserError("the disk is full")
+    assert not directory.owner.exists(), "another host knows no more than this file"
     child = os.fork()
     if not child:
         with directory.locked():

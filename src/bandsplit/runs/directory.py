@@ -34,7 +34,7 @@ NO_EFFECT = (
 )  # fmt: skip
 """Keys, or prefixes of keys, that do not affect what is computed."""
 
-MAY_CHANGE = (*NO_EFFECT, "data.root", "distillation.teacher")
+MAY_CHANGE = (*NO_EFFECT, "data.root", "distillation.teacher", "distillation.checkpoint")
 """Those that may change when a run is resumed: also the places of what is then compared with what the run began with.
 """
 
@@ -146,9 +146,9 @@ class RunDirectory:
             described = f"process {os.getpid()} on {socket.gethostname()}{f', Slurm job {job}' if job else ''}"
             replace_text(owner, described)
             yield
+        finally:
             with suppress(OSError):  # only informative: the lock decides
                 owner.unlink()
-        finally:
             lock.release()
 
     def create(

@@ -74,15 +74,17 @@ class Stopwatch:
     """Wall-clock seconds of training, paused during validation and checkpoints. `seconds`: those before a resume."""
 
     def __init__(self, seconds: float = 0.0) -> None:
-        self._before, self._since = seconds, time.perf_counter()
+        self._before = seconds
+        self._since: float | None = time.perf_counter()
+        """When it last began to run; None while it is paused."""
 
     @property
     def seconds(self) -> float:
-        return self._before + time.perf_counter() - self._since
+        return self._before if self._since is None else self._before + time.perf_counter() - self._since
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        self._before = self.seconds
+        self._before, self._since = self.seconds, None
         try:
             yield
         finally:

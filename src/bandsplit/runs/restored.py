@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from bandsplit.config import loading
 from bandsplit.config.schema import Distillation, RunConfig
@@ -80,6 +81,7 @@ class Teacher:
     def __init__(self, restored: Restored, precision: Precision) -> None:
         self._precision = precision
         self.name = f"{restored.config.name}, step {restored.step}, {restored.run_dir}"
+        self.digest = digest_of(restored.ensemble)
         self.view = View.of(restored.config)
         """Its split and normalization."""
         ensemble = restored.ensemble.to(precision.device).to(memory_format=torch.channels_last)
@@ -107,6 +109,14 @@ class Teacher:
         """Inputs of the teacher's branches, (B, channels, h, w) each -> fused logits (B, classes), float32."""
         with self._precision.autocast():
             return fuse(self._ensemble(inputs))
+
+
+def digest_of(networks: nn.Module) -> str:
+    """BLAKE2b over the values of all parameters and buffers, in hexadecimal."""
+    digest = hashlib.blake2b(digest_size=16)
+    for value in networks.state_dict().values():
+        digest.update(value.contiguous().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def teachers_directory(distillation: Distillation) -> Path:

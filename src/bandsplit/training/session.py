@@ -100,6 +100,11 @@ class Plan:
         return {part: files.digest for part, files in self.files.items()}
 
     @property
+    def teacher_state(self) -> dict[str, str] | None:
+        """Name and digest of the teacher, for checkpoints."""
+        return {"name": self.teacher.name, "digest": self.teacher.digest} if self.teacher else None
+
+    @property
     def steps_per_epoch(self) -> int:
         return self.config.steps_per_epoch(len(self.train_files))
 

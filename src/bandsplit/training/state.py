@@ -68,6 +68,7 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
                 f"data.root: {config.data.root}: the images are not those that {path} was trained on, and "
                 f"{directory.data} does not list those"
             )
+        _require_same_teacher(run, plan, path)
         done = run["progress"]["step"] >= plan.total_steps or ActiveBranches.ended(run)
         point = ResumePoint(path, run, done and metrics.ended)
         if point.finished:
@@ -78,12 +79,21 @@ def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack
     metrics.forget_after(point.run["progress"]["step"] if point else 0)
     launch = environment(plan.ranks.world_size, device_name(plan.ranks))
     groups = plan.mesh.branch_groups
-    began = directory.holds_run
     launch |= {"branch_groups": groups, "bn_batch_size": bn_batch_size}
-    directory.create(config, classes, launch, names if names != list(classes) else ())
-    if not began:
+    if not directory.holds_run:  # before the config, by which it holds one
         source.keep(directory.data, plan.files)
+    directory.create(config, classes, launch, names if names != list(classes) else ())
     return point
+
+
+def _require_same_teacher(run: checkpoint.State, plan: Plan, path: Path) -> None:
+    """Raises UserError if a run would go on with another teacher than it has learned from."""
+    learned, teacher = run.get("teacher"), plan.teacher  # none noted in a checkpoint of an earlier version
+    if learned and teacher and learned["digest"] != teacher.digest:
+        raise UserError(
+            f"distillation.teacher: {teacher.name}: not the weights that {path} has learned from, which were those of "
+            f"{learned['name']}; distillation.checkpoint chooses the step"
+        )
 
 
 def device_name(ranks: Ranks) -> str:
@@ -109,6 +119,7 @@ def capture(session: Session, progress: Progress, meter: Meter) -> dict[str, che
             "config": resolved(config),
             "classes": session.plan.train_files.classes,
             "data": session.plan.digests,
+            "teacher": session.plan.teacher_state,
             "progress": asdict(progress),
             "branches": list(config.split.numbers),
             "streams": streams.count,
