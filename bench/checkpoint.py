@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import tempfile
 import time
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def main() -> None:
     parser.add_argument("config", nargs="?", type=Path, default=Path("config/train/resnet34_sub16.toml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--folder", type=Path, default=Path("bench/results/checkpoints"), help="where to write")
+    parser.add_argument(
+        "--folder", type=Path, default=Path("bench/results"), help="where to write, in a folder that is removed again"
+    )
     parser.add_argument("--output", type=Path, default=Path("bench/results/checkpoint.json"))
     arguments = parser.parse_args()
 
@@ -46,7 +49,8 @@ def main() -> None:
         learner.step([x], [torch.zeros(2, dtype=torch.int64, device=device)], lr=1e-3)
 
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    writer = saver.Writer(arguments.folder, leads=True, keep=1)
+    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
+    writer = saver.Writer(folder, leads=True, keep=1)
     run = {"format": checkpoint.FORMAT, "branches": [], "streams": 0}
     copied, written = [], []
     for n in range(arguments.rounds + 1):  # the first round is a warm-up
@@ -62,9 +66,9 @@ def main() -> None:
             copied.append(middle - began)
             written.append(time.perf_counter() - middle)
         del files
-    last = checkpoint.find(arguments.folder, "last")
+    last = checkpoint.find(folder, "last")
     mib = sum(path.stat().st_size for path in last.iterdir()) / 2**20
-    shutil.rmtree(arguments.folder)
+    shutil.rmtree(folder)
     print(f"\n{config.name}: {mib:,.0f} MiB on {device}, one rank, n = {arguments.rounds}, median (min .. max)")
     for name, seconds in (("in the loop", copied), ("background", written)):
         print(f"{name:>12}  {np.median(seconds):6.2f} s ({min(seconds):.2f} .. {max(seconds):.2f})")

@@ -16,6 +16,7 @@ runs --shard I/N in each task of an array.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
@@ -32,8 +33,22 @@ import numpy as np
 import pandas as pd
 import step
 import torch
-from controls_arms import ACCUMULATED, BASELINE, CONFIGS, FIRST, TEACHERS, TOGETHER, VARIANTS, config_of
-from controls_report import report, unpack
+from controls_arms import (
+    ACCUMULATED,
+    BASELINE,
+    CONFIGS,
+    FIRST,
+    LRS,
+    TEACHER_LR,
+    TEACHERS,
+    TOGETHER,
+    VARIANTS,
+    Times,
+    config_of,
+    grown,
+    seconds_of,
+)
+from controls_report import CPU_TIMES, TIMES, report, require_images, unpack
 from loguru import logger
 from scipy.special import softmax
 from tqdm import tqdm
@@ -51,7 +66,6 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 EPOCHS = 10
 """Of the baseline in budget 1."""
 FOLDS = 5
-LRS = (0.05, 0.1)
 
 
 @dataclass(frozen=True)
@@ -75,7 +89,9 @@ def main() -> None:
     parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders of class folders")
     parser.add_argument("--work", type=Path, default=Path("runs/controls"))
     parser.add_argument("--arms", nargs="+", help="names of configs in config/controls (default: all)")
-    parser.add_argument("--folds", type=int, default=2, help=f"how many of {FOLDS} (default: 2)")
+    parser.add_argument(
+        "--folds", type=int, choices=range(1, FOLDS + 1), default=2, help="how many of them (default: 2)"
+    )
     parser.add_argument("--budgets", default="1,2", help="multiples of the time of the baseline (default: 1,2)")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once, one thread each")
@@ -114,18 +130,21 @@ def run(arguments: argparse.Namespace) -> None:
 def prepare(roots: Sequence[Path], work: Path) -> None:
     """Links all images into WORK/folds: FOLDS folds, stratified by class, and one within the training images of fold 0.
 
-    An image is in the validation images of exactly one of the folds.
+    An image is in the validation images of exactly one of the folds. Numbers and folds follow from the classes, the
+    order of the roots, and names and sizes of the files, wherever these are. Raises UserError if earlier results are
+    those of other images.
     """
     if (work / "images.csv").exists():
         return
     if not roots:
         raise UserError(f"--images: not given, and {work} holds no images yet")
     pooled = sorted(
-        (os.fsdecode(name).partition("/")[0], str(found.folder / os.fsdecode(name)))
-        for found in map(folders.walk, roots)
+        (os.fsdecode(name).partition("/")[0], number, str(found.folder / os.fsdecode(name)))
+        for number, found in enumerate(map(folders.walk, roots))
         for name in found.names.to_pylist()
     )
-    frame = pd.DataFrame(pooled, columns=["class", "path"])
+    frame = pd.DataFrame(pooled, columns=["class", "root", "path"])
+    require_images(work, digest_of(frame))
     rng = np.random.default_rng(0)
     place = frame.groupby("class")["path"].transform(lambda paths: rng.permutation(len(paths)))
     frame["fold"] = place % FOLDS
@@ -141,6 +160,13 @@ def prepare(roots: Sequence[Path], work: Path) -> None:
     logger.info("{} images of {} classes in {} folds", len(frame), frame["class"].nunique(), FOLDS)
 
 
+def digest_of(frame: pd.DataFrame) -> str:
+    """Of classes, names and sizes of the images in their order."""
+    paths = map(Path, frame["path"])
+    lines = (f"{label}/{path.name} {path.stat().st_size}\n" for label, path in zip(frame["class"], paths, strict=True))
+    return hashlib.blake2b("".join(lines).encode(errors="surrogateescape"), digest_size=16).hexdigest()
+
+
 def link(frame: pd.DataFrame, val: pd.Series, root: Path) -> None:
     for (name, label, path), out in zip(frame[["name", "class", "path"]].itertuples(index=False), val, strict=True):
         target = root / ("val" if out else "train") / label / name
@@ -152,13 +178,13 @@ def link(frame: pd.DataFrame, val: pd.Series, root: Path) -> None:
 
 
 def measure(arms: Sequence[str], work: Path) -> None:
-    """Seconds of a step of every arm, one thread, in interleaved rounds; run it on an idle machine.
+    """Times of a step of every arm, one thread, in interleaved rounds; run it on an idle machine.
 
-    An arm of growing images is timed at each of its sizes; a distilled one with the forward pass of its teacher. Arms
-    that are new are timed beside the baseline, and brought to its earlier time.
+    Writes times.json, wall-clock time with DALI's thread on another core where there is one, and cpu_times.json, CPU
+    time with DALI's thread. An arm of growing images is timed at each of its sizes; a distilled one with the forward
+    pass of its teacher. Arms that are new are timed beside the baseline, and brought to its earlier time.
     """
-    path = work / "times.json"
-    known = times_of(work) if path.exists() else {}
+    known = times_of(work) if (work / TIMES).exists() else {}
     new = set(arms) - set(known)
     if not new:
         return
@@ -173,57 +199,51 @@ def measure(arms: Sequence[str], work: Path) -> None:
                 plain = config.with_values({"data": {"image_size": size}, "augment": {"progressive": None}})
                 plain = plain.model_copy(update={"name": f"{arm} {size}", "distillation": None})
                 subjects.append(step.of_config(plain, ranks, synthetic=False))
-        seconds, _ = step.timed(subjects, 7, 1, ranks.device)
-    found = {
-        arm: {
-            str(size): float(np.median(seconds[f"{arm} {size}"]["step"])) * config_of(arm).grad_accum_steps
-            for size in of
+        seconds, cpu_seconds, _ = step.timed(subjects, 7, 5, ranks.device)
+    wall = {name: of["step"] for name, of in seconds.items()}
+    for file, found in ((TIMES, wall), (CPU_TIMES, cpu_seconds)):
+        times = {
+            arm: {str(size): float(np.median(found[f"{arm} {size}"])) * config_of(arm).grad_accum_steps for size in of}
+            for arm, of in sizes.items()
         }
-        for arm, of in sizes.items()
-    }
-    for arm in TEACHERS.keys() & found.keys():
-        for size in found[arm]:
-            found[arm][size] += float(np.median(seconds[f"{TEACHERS[arm]} {size}"]["forward"]))
-    if known:
-        (before,), (now,) = known[BASELINE].values(), found[BASELINE].values()
-        found = {arm: {size: time * before / now for size, time in of.items()} for arm, of in found.items()}
-    path.write_text(json.dumps(found | known, indent=2, sort_keys=True) + "\n")
+        for arm in TEACHERS.keys() & times.keys():
+            for size in times[arm]:
+                of_teacher = seconds[f"{TEACHERS[arm]} {size}"]
+                third = [each / 3 for each in of_teacher["step"]]  # CUDA graphs are timed as a whole
+                times[arm][size] += float(np.median(of_teacher.get("forward", third)))
+        before = json.loads((work / file).read_text()) if (work / file).exists() else {}
+        if before:
+            (then,), (now,) = before[BASELINE].values(), times[BASELINE].values()
+            times = {arm: {size: time * then / now for size, time in of.items()} for arm, of in times.items()}
+        replace_text(work / file, json.dumps(times | before, indent=2, sort_keys=True) + "\n")
 
 
-def times_of(work: Path) -> dict[str, dict[str, float]]:
-    """Seconds of a step by arm and image size."""
-    times: dict[str, dict[str, float]] = json.loads((work / "times.json").read_text())
+def times_of(work: Path) -> Times:
+    path = work / TIMES
+    if not path.exists():
+        raise UserError(f"{path}: not there yet; --only time writes it")
+    times: Times = json.loads(path.read_text())
     return times
 
 
 def steps_of(arm: str, images: int) -> int:
     """Steps of an epoch of an arm, which may hold out some of the training images."""
     config = config_of(arm)
-    return int(images * (1 - (config.data.holdout or 0)) // config.train.batch_size)
+    steps = int(images * (1 - (config.data.holdout or 0)) // config.train.batch_size)
+    if not steps:
+        raise UserError(f"{images} training images in a fold, fewer than a batch of {config.train.batch_size}")
+    return steps
 
 
-def seconds_of(arm: str, epochs: int, images: int, times: dict[str, dict[str, float]]) -> float:
-    """Training time of an arm for that many epochs of that many images; of a distilled one without its teacher."""
-    config = config_of(arm, grown(arm, epochs))
-    return steps_of(arm, images) * sum(times[arm][str(config.image_size_at(epoch))] for epoch in range(epochs))
-
-
-def grown(arm: str, epochs: int) -> list[str]:
-    """Overrides that set the number of epochs, three quarters of which growing images take to reach their size."""
-    sets = [f"train.epochs={epochs}"]
-    if config_of(arm).augment.progressive:
-        sets.append(f"augment.progressive.ramp_end={max(1, round(0.75 * epochs))}")
-    return sets
-
-
-def epochs_of(arm: str, budget: float, images: int, times: dict[str, dict[str, float]]) -> int:
+def epochs_of(arm: str, budget: float, images: int, times: Times) -> int:
     """As many epochs as fit into a budget, or 2 % more, at least two; a teacher's training is taken off first."""
-    allowed = budget * seconds_of(BASELINE, EPOCHS, images, times)
+    allowed = budget * seconds_of(BASELINE, EPOCHS, steps_of(BASELINE, images), times)
     if arm in TEACHERS:
         teacher = TEACHERS[arm]
-        allowed -= seconds_of(teacher, epochs_of(teacher, budget / 2, images, times), images, times)
-    epochs = 2
-    while seconds_of(arm, epochs + 1, images, times) <= allowed * 1.02:
+        epochs = epochs_of(teacher, budget / 2, images, times)
+        allowed -= seconds_of(teacher, epochs, steps_of(teacher, images), times)
+    steps, epochs = steps_of(arm, images), 2
+    while seconds_of(arm, epochs + 1, steps, times) <= allowed * 1.02:
         epochs += 1
     return epochs
 
@@ -260,7 +280,7 @@ def train(
 
 def teachers_of(tasks: Sequence[Task]) -> list[Task]:
     """The runs whose logits distilled arms learn from."""
-    return [replace(t, arm=TEACHERS[t.arm], budget=t.budget / 2, lr=LRS[0]) for t in tasks if t.arm in TEACHERS]
+    return [replace(t, arm=TEACHERS[t.arm], budget=t.budget / 2, lr=TEACHER_LR) for t in tasks if t.arm in TEACHERS]
 
 
 def missing_teachers(tasks: Sequence[Task], work: Path) -> list[Task]:
@@ -324,10 +344,12 @@ def run_one(task: Task, work: Path) -> None:
         variant: evaluated(runs, config, task, overrides, env)
         for variant, overrides in {"": [], **VARIANTS.get(task.arm, {})}.items()
     }
-    steps, seconds = epochs * steps_of(task.arm, images), seconds_of(task.arm, epochs, images, times)
+    steps = steps_of(task.arm, images)
+    seconds = seconds_of(task.arm, epochs, steps, times)
     if task.arm in TEACHERS:
-        seconds += seconds_of(teacher.arm, epochs_of(teacher.arm, teacher.budget, images, times), images, times)
-    table = {**asdict(task), "epochs": epochs, "steps": steps, "seconds": seconds, "evaluations": evaluations}
+        before = epochs_of(teacher.arm, teacher.budget, images, times)
+        seconds += seconds_of(teacher.arm, before, steps_of(teacher.arm, images), times)
+    table = {**asdict(task), "epochs": epochs, "steps": epochs * steps, "seconds": seconds, "evaluations": evaluations}
     result = result_of(task, work)
     result.parent.mkdir(exist_ok=True)
     replace_text(result, json.dumps(table) + "\n")

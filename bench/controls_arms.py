@@ -18,6 +18,8 @@ from bandsplit.training.memory import Memory, estimate
 CONFIGS = Path(__file__).resolve().parent.parent / "config/controls"
 BASELINE = "rgb128"
 
+LRS = (0.05, 0.1)
+TEACHER_LR = LRS[0]
 TEACHERS = {"coarse2_distilled": "coarse2_x4", "each_distilled": BASELINE, "stagewise": "low"}
 TOGETHER = ("stagewise",)
 """Arms that predict together with their teacher."""
@@ -30,6 +32,9 @@ VARIANTS: dict[str, dict[str, list[str]]] = {
     "rgb64": {"at 80": ["data.val_image_size=80", "data.resize_size=90"]},
 }
 """Further evaluations of an arm, at larger images than it was trained on (FixRes: Touvron et al., NeurIPS 2019)."""
+
+Times = dict[str, dict[str, float]]
+"""Seconds of a step by arm and image size."""
 
 RGB = "one network on RGB"
 FAMILIES = {
@@ -95,6 +100,27 @@ CLASSES = 10
 
 def config_of(arm: str, overrides: Sequence[str] = ()) -> RunConfig:
     return loading.load(CONFIGS / f"{arm}.toml", overrides)
+
+
+def grown(arm: str, epochs: int) -> list[str]:
+    """Overrides that set the number of epochs, three quarters of which growing images take to reach their size."""
+    sets = [f"train.epochs={epochs}"]
+    if config_of(arm).augment.progressive:
+        sets.append(f"augment.progressive.ramp_end={max(1, round(0.75 * epochs))}")
+    return sets
+
+
+def seconds_of(arm: str, epochs: int, steps: int, times: Times) -> float:
+    """Time of that many epochs of `steps` steps; of a distilled arm without its teacher's training."""
+    sizes = _sizes(arm, epochs)
+    return steps * sum(times[arm][str(size)] for size in sizes)
+
+
+@cache
+def _sizes(arm: str, epochs: int) -> list[int]:
+    """Of the training images, by epoch."""
+    config = config_of(arm, grown(arm, epochs))
+    return [config.image_size_at(epoch) for epoch in range(epochs)]
 
 
 @cache

@@ -23,9 +23,13 @@ from controls_arms import (
     FAMILIES,
     PIXELS,
     RGB,
+    TEACHER_LR,
+    TEACHERS,
+    Times,
     macs_of,
     memory_of,
     parameters_of,
+    seconds_of,
 )
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -37,6 +41,10 @@ from bandsplit.reporting.compare import difference_over_images
 from bandsplit.reporting.figures import STYLE, WIDTH
 from bandsplit.runs.files import reading, replace_text
 from bandsplit.training.memory import MIB
+
+TIMES, CPU_TIMES, IMAGES = "times.json", "cpu_times.json", "images.json"
+"""In a work folder: what a step of each arm takes, and the digest of the images."""
+IMAGES_KEY = Path(IMAGES).stem
 
 DRAWS = 500
 """Of the bootstrap of times."""
@@ -57,7 +65,7 @@ SCORE_COLUMNS = ("weights", "top1", "loss", "correct", "confidence")
 
 @dataclass(frozen=True)
 class Curve:
-    """A way to use an arm, at every budget at which it was trained in as many folds as the baseline."""
+    """A way to use an arm, at every budget at which it was trained in the folds of the baseline."""
 
     arm: str
     label: str
@@ -65,6 +73,8 @@ class Curve:
     """A further evaluation of the same runs, such as "at 104"; else empty."""
     seconds: list[float]
     """By budget: of training, mean over the runs."""
+    cpu_seconds: list[float]
+    """The same of CPU time, with that of preparing images; NaN where it was not measured."""
     budgets: list[float]
     correct: list[Correct]
     """By budget: (images,), share of the seeds that classify each image correctly; NaN where it was in no fold."""
@@ -95,7 +105,7 @@ class Curve:
 def report(work: Path) -> None:
     """Writes figure, tables and results into WORK/report. Raises UserError if the baseline has no results."""
     results = collected(work)
-    curves = read(results)
+    curves = read(results) if len(results) else []
     if not any(curve.arm == BASELINE for curve in curves):
         raise UserError(f"{work / 'results'}: no results of {BASELINE}, with which all are compared")
     folder = work / "report"
@@ -103,7 +113,8 @@ def report(work: Path) -> None:
     results.to_parquet(folder / "controls.parquet", compression="zstd", index=False)
     frame = table(curves)
     frame.to_csv(folder / "controls.csv", index=False)
-    text = markdown(frame) + not_continued(curves) + cascades(results) + costs(results.attrs.get("times", {}))
+    text = markdown(frame) + by_cpu_time(curves) + not_continued(curves) + cascades(chosen(results))
+    text += costs(results.attrs.get("times", {}), results.attrs.get("cpu_times", {}))
     (folder / "controls.md").write_text(text, encoding="utf-8")
     with mpl.rc_context(STYLE):
         figure = draw(curves)
@@ -113,7 +124,7 @@ def report(work: Path) -> None:
 
 
 def collected(work: Path) -> pd.DataFrame:
-    """All results, a row for each fusion of each evaluation of each run, with the times of the arms in `attrs`."""
+    """All results, a row for each fusion of each evaluation of each run; times and digest of the images in `attrs`."""
     rows = []
     for path in sorted((work / "results").glob("*.json")):
         run = json.loads(path.read_text())
@@ -123,18 +134,25 @@ def collected(work: Path) -> pd.DataFrame:
             for fusion, scores in evaluation["fusions"].items():
                 rows.append({"file": path.name, **about, **shared, "fusion": fusion, **scores})
     frame = pd.DataFrame(rows)
-    if (work / "times.json").exists():
-        frame.attrs["times"] = json.loads((work / "times.json").read_text())
+    for file in (TIMES, CPU_TIMES, IMAGES):
+        if (work / file).exists():
+            frame.attrs[Path(file).stem] = json.loads((work / file).read_text())
     return frame
 
 
 def unpack(file: Path, work: Path) -> None:
-    """Writes the results and times of a report into WORK where they are missing there."""
+    """Writes the results and times of a report into WORK where they are missing there.
+
+    Raises UserError if the images of WORK are not those of the report.
+    """
     with reading(file):
         frame = pd.read_parquet(file)
     (work / "results").mkdir(parents=True, exist_ok=True)
-    if not (work / "times.json").exists():
-        (work / "times.json").write_text(json.dumps(frame.attrs["times"], indent=2) + "\n")
+    if IMAGES_KEY in frame.attrs:
+        require_images(work, frame.attrs[IMAGES_KEY])
+    for name in (TIMES, CPU_TIMES):
+        if Path(name).stem in frame.attrs and not (work / name).exists():
+            (work / name).write_text(json.dumps(frame.attrs[Path(name).stem], indent=2) + "\n")
     for name, rows in frame.groupby("file"):
         path = work / "results" / str(name)
         if path.exists():
@@ -148,31 +166,68 @@ def unpack(file: Path, work: Path) -> None:
         replace_text(path, json.dumps(run, default=lambda value: value.tolist()) + "\n")
 
 
+def require_images(work: Path, digest: str) -> None:
+    """Notes the images of WORK by their digest. Raises UserError if it has noted others."""
+    path = work / IMAGES
+    if not path.exists():
+        path.write_text(json.dumps(digest) + "\n")
+    elif json.loads(path.read_text()) != digest:
+        raise UserError(f"{work}: its results are those of other images; use another --work")
+
+
+def chosen(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs of the folds with the learning rate of their arm: without those that only served as teachers."""
+    tried = frame[(frame["fold"] == "lr") & (frame["budget"] == 0.5) & (frame["variant"] == "")]
+    tried = tried[tried["fusion"] == "mean"]
+    best = tried.sort_values(["top1", "lr"], ascending=[False, True]).groupby("arm")["lr"].first()
+    rate = frame["arm"].map(best)
+    return frame[(frame["fold"] != "lr") & (rate.isna() | (rate == frame["lr"]))]
+
+
 def read(frame: pd.DataFrame) -> list[Curve]:
-    """The curves of all arms, from what `collected` returns."""
+    """The curves of all arms, from what `collected` returns.
+
+    An arm that has not been trained yet in all folds and seeds of the baseline is left out at that budget.
+    """
     images = 1 + max(max(numbers) for numbers in frame["image"])
-    found: dict[tuple[str, str, str], dict[float, list[tuple[float, str, Correct]]]] = {}
-    for run in frame.itertuples():
-        if run.fold == "lr" or run.fusion not in ("mean", "learned"):
+    rows = chosen(frame)
+    groups = rows.groupby(["arm", "budget"])
+    folds = {key: set(zip(group["fold"], group["seed"], strict=True)) for key, group in groups}
+    found: dict[tuple[str, str, str], dict[float, list[tuple[float, float, Correct]]]] = {}
+    for run in rows.itertuples():
+        if run.fusion not in ("mean", "learned") or folds[run.arm, run.budget] != folds.get((BASELINE, run.budget)):
             continue
         several = len(run.branch_top1) > 1
         label = " ".join(filter(None, [run.arm, run.variant, f"({run.fusion})" if several else ""]))
         correct = np.full(images, np.nan)
         correct[run.image] = run.correct
         budgets = found.setdefault((run.arm, label, run.variant), {})
-        budgets.setdefault(run.budget, []).append((run.seconds, run.fold, correct))
+        budgets.setdefault(run.budget, []).append((run.seconds, cpu_seconds_of(run, frame), correct))
     return [curve_of(*names, budgets) for names, budgets in found.items()]
 
 
-def curve_of(arm: str, label: str, variant: str, budgets: dict[float, list[tuple[float, str, Correct]]]) -> Curve:
+def cpu_seconds_of(run: Any, frame: pd.DataFrame) -> float:
+    """CPU time of a run, with its teacher's; NaN where it was not measured."""
+    times = frame.attrs.get("cpu_times", {})
+    if run.arm not in times:
+        return math.nan
+    own = seconds_of(run.arm, run.epochs, run.steps // run.epochs, times)
+    if run.arm not in TEACHERS:
+        return own
+    same = (frame["fold"] == run.fold) & (frame["seed"] == run.seed) & (frame["budget"] == run.budget / 2)
+    teachers = frame[same & (frame["arm"] == TEACHERS[run.arm]) & (frame["lr"] == TEACHER_LR)]
+    return own + next((cpu_seconds_of(teacher, frame) for teacher in teachers.itertuples()), math.nan)
+
+
+def curve_of(arm: str, label: str, variant: str, budgets: dict[float, list[tuple[float, float, Correct]]]) -> Curve:
     order = sorted(budgets)
     correct = []
     for budget in order:
         stack = np.stack([each for _, _, each in budgets[budget]])
         count = (~np.isnan(stack)).sum(0)
         correct.append(np.where(count > 0, np.nansum(stack, 0) / np.maximum(count, 1), np.nan))
-    seconds = [float(np.mean([s for s, _, _ in budgets[budget]])) for budget in order]
-    return Curve(arm, label, variant, seconds, order, correct, [len(budgets[budget]) for budget in order])
+    seconds, cpu_seconds = ([float(np.mean([run[n] for run in budgets[budget]])) for budget in order] for n in (0, 1))
+    return Curve(arm, label, variant, seconds, cpu_seconds, order, correct, [len(budgets[b]) for b in order])
 
 
 def difference(a: Correct, b: Correct) -> tuple[float, tuple[float, float]]:
@@ -289,6 +344,38 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def by_cpu_time(curves: Sequence[Curve]) -> str:
+    """Table of what counts the CPU time of decoding too: accuracies at the largest CPU time of the baseline.
+
+    Budgets are of wall-clock time, in which images are prepared on another core. Accuracies are linear in the logarithm
+    of time between budgets.
+    """
+    base = next(curve for curve in curves if curve.arm == BASELINE)
+    at, target = base.cpu_seconds[-1], base.correct[-1]
+    lines = [
+        "",
+        f"| arm | CPU minutes | top-1 at {at / 60:.1f} | above {BASELINE} (95 %) | time to its accuracy, to its time |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    rows = []
+    for curve in curves:
+        seconds = curve.cpu_seconds
+        if len(seconds) < 2 or not seconds[0] <= at <= seconds[-1]:
+            continue
+        n = max(n for n in range(len(seconds) - 1) if seconds[n] <= at)
+        share = math.log(at / seconds[n]) / math.log(seconds[n + 1] / seconds[n])
+        correct = (1 - share) * curve.correct[n] + share * curve.correct[n + 1]
+        mean, (low, high) = difference(correct, target)
+        minutes = " / ".join(f"{each / 60:.1f}" for each in seconds)
+        ratio = time_to(seconds, [curve.top1(b) / 100 for b in curve.budgets], float(np.nanmean(target))) / at
+        top1 = 100 * float(np.nanmean(correct))
+        above = f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+        bound = "≤ " * (ratio * at <= seconds[0])
+        rows.append((top1, f"| {curve.label} | {minutes} | {top1:.2f} | {above} | {bound}{ratio:.2f} |"))
+    lines += [line for _, line in sorted(rows, reverse=True)]
+    return "\n".join(lines) + "\n" if len(rows) > 1 else ""
+
+
 def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)) -> str:
     """Table of the ways that are left out after these budgets, each with one that is better at all of them.
 
@@ -323,7 +410,7 @@ def cascades(frame: pd.DataFrame) -> str:
         "| cascade | budget | images | top-1 | above the second (95 %) | second asked | multiplications (second: 1) |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    frame = frame[(frame["fold"] != "lr") & (frame["variant"] == "")]
+    frame = frame[frame["variant"] == ""]
     keys = ["fold", "budget", "seed"]
     for (one, one_fusion), (two, two_fusion) in CASCADES:
         firsts = frame[(frame["arm"] == one) & (frame["fusion"] == one_fusion)]
@@ -346,19 +433,23 @@ def cascades(frame: pd.DataFrame) -> str:
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
-def costs(times: dict[str, dict[str, float]]) -> str:
+def costs(times: Times, cpu_times: Times) -> str:
     """Table of the arms that were timed: a step of training with one thread, a prediction, and memory by kind."""
     kinds = ("weights", "optimizer", "gradients", "activations", "bands")
     lines = [
         "",
-        f"| arm | step, ms | a prediction, MMACs | parameters, M | memory of a step, MiB | {' | '.join(kinds)} |",
-        f"|---|{'--:|' * (4 + len(kinds))}",
+        "| arm | step, ms | CPU time, ms | a prediction, MMACs | parameters, M | memory of a step, MiB | "
+        f"{' | '.join(kinds)} |",
+        f"|---|{'--:|' * (5 + len(kinds))}",
     ]
     for arm in (arm for names in FAMILIES.values() for arm in names if arm in times):
         memory = memory_of(arm)
         cells = [
             arm,
-            " / ".join(f"{1000 * seconds:.0f}" for _, seconds in sorted(times[arm].items(), key=lambda x: int(x[0]))),
+            *(
+                " / ".join(f"{1e3 * of[size]:.0f}" for size in sorted(of, key=int))
+                for of in (times[arm], cpu_times.get(arm, {}))
+            ),
             f"{macs_of(arm) / 1e6:.0f}",
             f"{parameters_of(arm) / 1e6:.2f}",
             *(f"{bytes / MIB:.0f}" for bytes in (memory.total, *(getattr(memory, kind) for kind in kinds))),

@@ -5,8 +5,8 @@
 By default the ResNet-34 rows: baseline, one band per branch (sub4, sub16, sub36) and bands as channels. The first
 CONFIG is what the others are compared with. Each round times every subject once, in a new random order, so that the
 ratios hold on a noisy machine. Inputs are random, already on the device. With --images, a data config, JPEG files come
-through DALI, for the peers through torchvision's ImageFolder and DataLoader, and the time that a step waits for them is
-shown.
+through DALI, for the peers through torchvision's ImageFolder and DataLoader; before each measurement the batches that
+were prepared in the meantime are thrown away, and the time that a step waits for its images is shown.
 
 forward, backward and optimizer are the differences between three measurements: the forward pass and loss alone, with
 the backward pass, and the whole step. GEMM is the time of matrix products with the sizes of all convolutions and linear
@@ -72,6 +72,10 @@ class Subject:
     parts: dict[str, Callable[[], None]]
     products: Counter[Product]
     """How often a forward pass of a batch takes each matrix product."""
+    prepared: int
+    """Batches that may have been prepared since the last step."""
+    take: Callable[[], Any]
+    """Takes a batch without training."""
     waited: list[float]
     """Seconds that each whole step waited for its images."""
 
@@ -82,7 +86,9 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=1, help="steps per measurement (default: 1; on a GPU use more)")
+    parser.add_argument(
+        "--steps", type=int, help="steps per measurement (default: 1, with --images 5; on a GPU use more)"
+    )
     parser.add_argument(
         "--images", type=Path, metavar="DATA", help="data config of JPEG files, instead of random inputs"
     )
@@ -99,7 +105,8 @@ def bench(arguments: argparse.Namespace) -> None:
         subjects = [of_config(config, ranks, synthetic) for config in configs]
         if not arguments.no_peers:
             subjects += peers(configs[0], ranks.device, synthetic)
-        seconds, peaks = timed(subjects, arguments.rounds, arguments.steps, ranks.device)
+        steps = arguments.steps or (1 if synthetic else 5)
+        seconds, _, peaks = timed(subjects, arguments.rounds, steps, ranks.device)
         precision = Precision(configs[0].train.precision, ranks.device)
         gemm = {subject.name: 3 * seconds_of(subject.products, precision) for subject in subjects}
     show(subjects, seconds, gemm, peaks, arguments.batch)
@@ -156,7 +163,8 @@ def of_config(config: RunConfig, ranks: Ranks, synthetic: bool) -> Subject:
         (products_of(branch, x.shape) for branch, x in zip(branches, inputs, strict=True)), Counter()
     )
     parts = {"step": step} if captured else dict(zip(PARTS, (forward, forward_and_backward, step), strict=True))
-    return Subject(config.name, parts, products, waited)
+    prepared = 0 if synthetic else config.data.prefetch + 1  # one is on its way to the device
+    return Subject(config.name, parts, products, prepared, partial(next, batches), waited)
 
 
 def random_batch(config: RunConfig, precision: Precision, device: torch.device) -> Batch:
@@ -222,7 +230,8 @@ def plain(
         optimizer.zero_grad(set_to_none=True)
 
     parts = dict(zip(PARTS, (forward, forward_and_backward, step), strict=True))
-    return Subject(f"{name}'s step", parts, products_of(net, x.shape), waited)
+    prepared = 0 if synthetic else 2 * available_cpus()  # by the workers of a DataLoader
+    return Subject(f"{name}'s step", parts, products_of(net, x.shape), prepared, partial(next, batches), waited)
 
 
 def image_folder(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -297,8 +306,12 @@ def synchronize(device: torch.device) -> None:
 
 def timed(
     subjects: Sequence[Subject], rounds: int, steps: int, device: torch.device
-) -> tuple[dict[str, dict[str, list[float]]], dict[str, int]]:
-    """Seconds of every part of every subject in every round, and GPU memory of a step beside networks and optimizer."""
+) -> tuple[dict[str, dict[str, list[float]]], dict[str, list[float]], dict[str, int]]:
+    """Seconds of every part of every subject in every round, CPU time of its whole step, and GPU memory.
+
+    CPU time: of all threads of this process, preparing images included. GPU memory: of a step, beside networks and
+    optimizer. Steps are those of a long run: they find no more batches prepared than a step leaves.
+    """
     peaks = {}
     for subject in subjects:  # warm-up: memory, cuDNN's choice of algorithms, compilation, CUDA graphs
         before = reserved(device)
@@ -312,12 +325,22 @@ def timed(
             peaks[subject.name] = kept + torch.cuda.max_memory_allocated(device) - allocated
         subject.waited.clear()
     seconds = {subject.name: {part: [] for part in subject.parts} for subject in subjects}
+    cpu_seconds: dict[str, list[float]] = {subject.name: [] for subject in subjects}
     order = [(subject, part) for subject in subjects for part in subject.parts]
     for n in tqdm(range(rounds), unit="round", disable=None):
         random.Random(n).shuffle(order)
         for subject, part in order:
-            seconds[subject.name][part].append(measured(subject.parts[part], steps, device))
-    return seconds, peaks
+            work = subject.parts[part]
+            if part == "step" and subject.prepared:
+                for _ in range(subject.prepared):
+                    subject.take()
+                work()
+                del subject.waited[-1]
+            before = time.process_time()
+            seconds[subject.name][part].append(measured(work, steps, device))
+            if part == "step":
+                cpu_seconds[subject.name].append((time.process_time() - before) / steps)
+    return seconds, cpu_seconds, peaks
 
 
 def reserved(device: torch.device) -> int:

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from bandsplit.errors import UserError
 from tests.conftest import REPOSITORY
 
 sys.path.append(str(REPOSITORY / "bench"))
@@ -58,6 +59,28 @@ def test_folds_are_stratified_and_each_image_is_validated_once(tmp_path: Path) -
     assert len(inner[1]) == pytest.approx(len(names["train"][0]) / 5, abs=2)
 
 
+def test_numbers_and_folds_do_not_depend_on_where_the_images_are(tmp_path: Path) -> None:
+    for place in ("z", "a"):
+        for n, part in enumerate(
+            ("train", "val") if place == "z" else ("second", "first")
+        ):  # sorts the other way
+            (tmp_path / place / part / "cat").mkdir(parents=True)
+            for i in range(9):
+                (tmp_path / place / part / f"cat/{i}.jpg").write_bytes(b"image" * (1 + n + i))
+    for place, parts in (("z", ("train", "val")), ("a", ("second", "first"))):
+        work = tmp_path / f"work_{place}"
+        work.mkdir()
+        controls.prepare([tmp_path / place / part for part in parts], work)
+    one, other = (pd.read_csv(tmp_path / f"work_{place}/images.csv") for place in "za")
+    assert (one[["class", "fold", "name"]] == other[["class", "fold", "name"]]).all(axis=None)
+    noted = [(tmp_path / f"work_{place}/images.json").read_text() for place in "za"]
+    assert noted[0] == noted[1]
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results/images.json").write_text(noted[0])
+    with pytest.raises(UserError, match="those of other images"):
+        controls.prepare([tmp_path / "a/second"], tmp_path / "results")
+
+
 def files(folder: Path) -> list[str]:
     assert all(path.read_bytes() for path in folder.rglob("*.jpg"))
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*.jpg"))
@@ -66,13 +89,19 @@ def files(folder: Path) -> list[str]:
 def test_arms_train_as_long_as_the_baseline() -> None:
     times = {"rgb128": {"128": 1.0}, "rgb64": {"64": 0.3}, "rgb128_growing": {"64": 0.3, "96": 0.6, "128": 1.0}}
     times |= {"coarse2_x4": {"128": 1.3}, "coarse2_distilled": {"128": 0.4}}
-    epochs, seconds = (partial(f, images=6400, times=times) for f in (controls.epochs_of, controls.seconds_of))
+    epochs = partial(controls.epochs_of, images=6400, times=times)
+
+    def seconds(arm: str, epochs: int) -> float:
+        return controls.seconds_of(arm, epochs, controls.steps_of(arm, 6400), times)
+
     assert seconds("rgb128", epochs("rgb128", 1)) == 10 * 100
     assert epochs("rgb64", 2) == 67  # 68 would be more than 2 % above
     assert 1000 - 100 < seconds("rgb128_growing", epochs("rgb128_growing", 1)) <= 1020
     assert controls.steps_of("coarse2_x4", 6400) == 95, "5 % are held out"
     assert 1000 - 1.3 * 95 < seconds("coarse2_x4", epochs("coarse2_x4", 1)) <= 1020
     teacher = seconds("coarse2_x4", epochs("coarse2_x4", 0.5))
+    with pytest.raises(UserError, match="fewer than a batch of 64"):
+        controls.epochs_of("rgb64", 1, 63, times)
     assert 1000 - 40 < teacher + seconds("coarse2_distilled", epochs("coarse2_distilled", 1)) <= 1020
 
 
@@ -129,9 +158,20 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
                 fusions = {"mean": {"weights": [1.0], "top1": 1.0, "loss": 1.0, **scores}}
                 run["evaluations"] = {"": {"images": rows.tolist(), "branch_top1": [0.0], "fusions": fusions}}
                 (tmp_path / f"results/{arm}-{budget}-{number}.json").write_text(json.dumps(run))
+    chosen = [json.loads(path.read_text()) for path in sorted((tmp_path / "results").glob("*-1.0-0.json"))]
+    for run, lr, top1 in [(run, lr, top1) for run in chosen for lr, top1 in ((0.05, 1.0), (0.1, 2.0))]:
+        run = json.loads(json.dumps(run | {"fold": "lr", "budget": 0.5, "lr": lr}))
+        run["evaluations"][""]["fusions"]["mean"]["top1"] = top1
+        (tmp_path / f"results/{run['arm']}-lr-{lr}.json").write_text(json.dumps(run))
+    for run in chosen:  # a teacher, which has another learning rate, and a budget that has only begun
+        run["evaluations"][""]["fusions"]["mean"]["correct"] = [False] * 200
+        (tmp_path / f"results/{run['arm']}-teacher.json").write_text(json.dumps(run | {"lr": 0.05}))
+        if run["arm"] != "rgb128":
+            (tmp_path / f"results/{run['arm']}-4.0-0.json").write_text(json.dumps(run | {"budget": 4.0}))
     frame = controls_report.table(controls_report.read(controls_report.collected(tmp_path))).set_index(
         ["arm", "budget"]
     )
+    assert sorted(frame.index) == sorted(right)
     for key, parts in right.items():
         assert frame.loc[key, "top1"] == pytest.approx(sum(map(len, parts)) / 4)
         assert frame.loc[key, "images"] == 400
