@@ -108,6 +108,16 @@ def test_hints_are_in_the_form_that_was_used(tmp_path: Path, monkeypatch: pytest
         assert (commands.command("find-lr"), commands.launch("find-lr")) == (command, launch)
 
 
+def test_output_that_nobody_reads_ends_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "bandsplit", "config", "--keys", "--markdown"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait() == 141
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
+
+
 def test_a_hint_can_be_followed(tmp_path: Path) -> None:
     """Neither the error nor the list needs torch."""
     code = "import runpy, sys; runpy.run_module('bandsplit', run_name='__main__', alter_sys=True)"
