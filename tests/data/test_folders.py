@@ -101,7 +101,12 @@ def test_labels_of_validation_mean_those_of_training(tmp_path: Path) -> None:
         ("l.csv", "a.jpg,1\nb\n", r"line 2: 'b' given; expected a path and a label"),
         ("l.csv", "image_uid,species\nb,1\n", r"line 1: 'image_uid,species' given, and .*image_uid is no file"),
         ("l.csv", "a.jpg,1\n" + '"b.jpg,1\nc.jpg,2\n', r"line 2: a cell goes on in the next line; is a quote not"),
-        pytest.param("l.csv", "a.jpg,1\n" + '"b.jpg,1\n' * 20_000, "line 2: field larger than field limit", id="long"),
+        pytest.param(
+            "l.csv",
+            "a.jpg,1\n" + '"b.jpg,1\n' + "c.jpg,2\n" * 20_000,
+            "line 2: field larger than field limit",
+            id="long",
+        ),
         ("l.csv", "a,b,c\n", r"line 1: 3 columns given; expected two, a path and a label, or a header"),
         ("none", None, "no such list; expected CSV or text"),
     ],
