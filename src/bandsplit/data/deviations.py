@@ -9,7 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from einops import reduce
+from loguru import logger
 
+from bandsplit.commands import command
 from bandsplit.config.schema import Augment, Mix, RunConfig
 from bandsplit.data import source
 from bandsplit.data.loader import Streams
@@ -38,10 +40,18 @@ def measured(config: RunConfig, files: Images) -> tuple[float, ...]:
     """σ of every band, to six digits: over all colors and places of about 1,024 training images, or of all.
 
     The images are the first of the shuffled list, in crops as in training, before mirroring, augmentation and mixing.
-    They come from the CPU in one stream, whatever the run has, so that σ depends on data and seed alone. 1 for a band
-    that a band store lacks.
+    They come from the CPU in one stream, whatever the run has, so that σ depends on data and seed alone: runs of
+    single branches have the same, and can be joined.  1 for a band that a band store lacks here, which no branch of the
+    run reads; that is logged, since it keeps such runs apart.
     """
-    stored = sorted(files.manifest.bands) if isinstance(files, StoredImages) else [*range(config.split.bands)]
+    stored = files.bands_here if isinstance(files, StoredImages) else [*range(config.split.bands)]
+    if absent := sorted({*range(config.split.bands)} - {*stored}):
+        logger.warning(
+            "split.sigma: bands {} are not here and count as 1; `{}` joins this run with others only where split.sigma "
+            "is the same",
+            ", ".join(map(str, absent)),
+            command("evaluate"),
+        )
     batches = math.ceil(min(IMAGES, len(files)) / AT_ONCE)
     batch_size = min(IMAGES, len(files)) // batches
     plain = config.model_copy(update={"augment": Augment(), "mix": Mix()}).with_values(
