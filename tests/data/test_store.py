@@ -32,9 +32,12 @@ from bandsplit.data.store import manifest as stored
 from bandsplit.data.store.manifest import BandManifest, StoredImages
 from bandsplit.data.store.reader import BandLoader, BandReader, BandValidationLoader
 from bandsplit.errors import UserError
+from bandsplit.evaluation.joined import Joined
+from bandsplit.evaluation.joined import _sigma as joined_sigma
 from bandsplit.spectral import transforms
 from bandsplit.spectral.view import View
 from tests.conftest import DATA_TOML, REPOSITORY, TRAIN_PER_CLASS, TRAIN_TOML, VAL_PER_CLASS, Done, Launch, Shared, run
+from tests.training.tiny import ALONE
 
 Packed = Callable[..., Path]
 
@@ -684,7 +687,7 @@ def test_the_demo_of_bands(config_file: Path, tmp_path: Path, run_here: Callable
 
 
 def test_a_branch_reads_its_band_alone(config_file: Path, packed: Packed, tmp_path: Path) -> None:
-    """Also where bands are divided by their deviations; those of other bands are not known then."""
+    """Also where bands are divided by their deviations; runs on different nodes are joined as one on all bands is."""
     store = tmp_path / "store"
     shutil.copytree(packed("uint8"), store)
     for number in (0, 1, 3):
@@ -693,14 +696,28 @@ def test_a_branch_reads_its_band_alone(config_file: Path, packed: Packed, tmp_pa
     keys += ["--set", "schedule.warmup_epochs=0", "--set", "split.scale=0.5"]
     done = run("train.py", config_file, *keys, "--branches", "2", "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
-    assert "split.sigma: bands 0, 1, 3 are not here and count as 1" in done.stderr
     whole = from_store(config_file, packed("uint8"))
-    _, _, sigma, _ = deviations.measured(whole, parts_of(whole)[0])
-    assert loading.load(tmp_path / "run/config.toml").split.sigma == (1, 1, sigma, 1)
+    _, first, second, _ = deviations.measured(whole, parts_of(whole)[0])
+    assert loading.load(tmp_path / "run/config.toml").split.sigma == (1, 1, second, 1)
     done = run("train.py", config_file, *keys, "--branches", "1", "--run-dir", tmp_path / "other")
     assert done.returncode == 2
     assert "missing, but band 1 is read; copy band_01/" in done.stderr
     assert not (tmp_path / "other").exists()
+    done = run(
+        "train.py",
+        config_file,
+        *keys,
+        f"--set=data.root={packed('uint8')}",
+        "--branches=1",
+        f"--run-dir={tmp_path}/other",
+    )
+    assert done.returncode == 0, done.stderr
+    runs = [tmp_path / "run", tmp_path / "other"]
+    joined = Joined.of(runs, "last", [], ALONE.ranks)
+    assert joined.config.split.sigma == (1, first, second, 1)
+    other = joined.runs[1].config.with_values({"split": {"only": (2,)}})
+    with pytest.raises(UserError, match=r"other: split.sigma: 1.0 for band 2, but .*run has"):
+        joined_sigma([joined.first, replace(joined.runs[1], config=other)])
 
 
 def checkpoints(run_dir: Path) -> dict[str, Any]:

@@ -9,14 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from einops import reduce
-from loguru import logger
 
-from bandsplit.commands import command
 from bandsplit.config.schema import Augment, Mix, RunConfig
 from bandsplit.data import source
 from bandsplit.data.loader import Streams
 from bandsplit.data.source import Images
-from bandsplit.data.store.manifest import StoredImages
+from bandsplit.data.store.manifest import StoredImages, bands_of
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
 from bandsplit.progress import followed
@@ -41,17 +39,10 @@ def measured(config: RunConfig, files: Images) -> tuple[float, ...]:
 
     The images are the first of the shuffled list, in crops as in training, before mirroring, augmentation and mixing.
     They come from the CPU in one stream, whatever the run has, so that σ depends on data and seed alone: runs of
-    single branches have the same, and can be joined.  1 for a band that a band store lacks here, which no branch of the
-    run reads; that is logged, since it keeps such runs apart.
+    single branches that read a band have the same, and can be joined.  1 for a band that no branch reads from a band
+    store.
     """
-    stored = files.bands_here if isinstance(files, StoredImages) else [*range(config.split.bands)]
-    if absent := sorted({*range(config.split.bands)} - {*stored}):
-        logger.warning(
-            "split.sigma: bands {} are not here and count as 1; `{}` joins this run with others only where split.sigma "
-            "is the same",
-            ", ".join(map(str, absent)),
-            command("evaluate"),
-        )
+    stored = bands_of(config.split) if isinstance(files, StoredImages) else [*range(config.split.bands)]
     batches = math.ceil(min(IMAGES, len(files)) / AT_ONCE)
     batch_size = min(IMAGES, len(files)) // batches
     plain = config.model_copy(update={"augment": Augment(), "mix": Mix()}).with_values(

@@ -17,7 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -275,26 +275,18 @@ class StoredImages:
             if band not in self.manifest.bands:
                 held = ", ".join(map(str, sorted(self.manifest.bands)))
                 raise UserError(f"data.root: {self.root}: band {band}{why} was not packed; the store has {held}")
-            if problem := next(self._problems(band, why), None):
-                raise UserError(f"data.root: {problem}")
+            for path, images in zip(self.shards(band), self.about.shards, strict=True):
+                self._require_file(path, images * self.manifest.image_bytes(self.part), band, why)
 
-    @property
-    def bands_here(self) -> list[int]:
-        """Bands of which all files are here, in their full size."""
-        return [band for band in sorted(self.manifest.bands) if not any(self._problems(band))]
-
-    def _problems(self, band: int, why: str = "") -> Iterator[str]:
-        """What is wrong with the files of a band."""
-        for path, images in zip(self.shards(band), self.about.shards, strict=True):
-            with reading_from(path):
-                if not path.is_file():
-                    yield f"{path}: missing, but band {band}{why} is read; copy {band_folder(band)}/"
-                    continue
-                size = path.stat().st_size
-                with path.open("rb") as file:
-                    expected = header_bytes(file.read(10)) + images * self.manifest.image_bytes(self.part)
-            if size != expected:
-                yield f"{path}: {size} bytes instead of {expected}; copy this file again"
+    def _require_file(self, path: Path, content: int, band: int, why: str) -> None:
+        with reading_from(path):
+            if not path.is_file():
+                raise UserError(f"data.root: {path}: missing, but band {band}{why} is read; copy {band_folder(band)}/")
+            size = path.stat().st_size
+            with path.open("rb") as file:
+                header = header_bytes(file.read(10))
+        if size != header + content:
+            raise UserError(f"data.root: {path}: {size} bytes instead of {header + content}; copy this file again")
 
 
 def header_bytes(start: bytes) -> int:
