@@ -38,6 +38,27 @@ def test_a_run_is_not_overwritten_and_not_changed(tmp_path: Path, config_file: P
     directory.check(loading.load(config_file, ["train.epochs=3"]), resume=True)  # it may become longer
 
 
+def test_a_launch_of_torchrun_is_that_of_its_process(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, directory = loading.load(config_file), RunDirectory(tmp_path / "run")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    directory.create(config, ["a"], environment(1, "cpu"))
+    directory.check(config, resume=True, own_only=True)
+    child = os.fork()
+    if not child:  # of another process than torchrun's
+        try:
+            directory.check(config, resume=True, own_only=True)
+        except UserError:
+            os._exit(3)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 3
+    directory.create(config, ["a"], {"world_size": 1})
+    with pytest.raises(UserError, match="already holds a run"):
+        directory.check(config, resume=True, own_only=True)
+    directory.check(config, resume=True)
+
+
 def test_where_a_run_is_computed_may_change(tmp_path: Path, config_file: Path) -> None:
     directory = RunDirectory(tmp_path / "run")
     directory.create(loading.load(config_file, ["parallel.branch_groups=4"]), CLASSES, {"world_size": 8})

@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,11 +18,12 @@ from typing import Any
 import numpy as np
 import pytest
 from filelock import FileLock
+from loguru import logger
 
 from bandsplit.errors import UserError
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.metrics import Metrics
-from bandsplit.tracking import follower, tracker
+from bandsplit.tracking import follower, launch, tracker
 from tests.compare import metrics, wait_for
 from tests.conftest import Done, Launch
 from tests.tracking import read_back
@@ -97,7 +100,7 @@ def test_wandb_gets_each_value_once(run_dir: Path, monkeypatch: pytest.MonkeyPat
     (run_dir / "metrics.jsonl").write_text("".join(whole))
     train_again(run_dir, step=6)
     time.sleep(1.1)  # wandb 0.31 loses the second of two offline runs of one name and second
-    for expected in ("sends it", "everything was sent before"):
+    for expected in ("sends it", "everything was handed to wandb before"):
         assert expected in follower.follow(run_dir, "wandb", live=False)
     found, records = read_back.wandb(run_dir)
     assert found == told(run_dir) | before  # of what was repeated, the first counts
@@ -107,6 +110,46 @@ def test_wandb_gets_each_value_once(run_dir: Path, monkeypatch: pytest.MonkeyPat
     assert run == ("bandsplit", "tiny-seed0")
     config = {item.key: json.loads(item.value_json) for item in runs[0].config.update}
     assert config["train"]["batch_size"] == 12
+
+
+@pytest.mark.slow
+def test_what_a_killed_process_handed_to_wandb_is_handed_over_again(
+    run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the figures, in the same run: the process ends while it draws them, with no event on the disk."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    code = """
+import os, sys
+from pathlib import Path
+from bandsplit.tracking import follower
+follower.figures = lambda of: os._exit(9)
+follower.follow(Path(sys.argv[1]), "wandb", live=False)
+"""
+    assert subprocess.run([sys.executable, "-c", code, run_dir]).returncode == 9
+    (folder,) = run_dir.glob("wandb/offline-run-*")
+    folder.rename(run_dir / "killed")
+    for expected in ("sends it", "everything was handed to wandb before"):
+        assert expected in follower.follow(run_dir, "wandb", live=False)
+    found, records = read_back.wandb(run_dir)
+    assert found == told(run_dir)
+    figures = {item.nested_key[0] for record in records for item in record.history.item if item.nested_key}
+    assert {"figures/loss", "figures/branches"} <= figures
+    ids = {record.run.run_id for record in records if record.WhichOneof("record_type") == "run"}
+    assert [f"-{each}" in folder.name for each in ids] == [True]
+
+
+def test_a_tracker_that_dies_after_the_last_line_is_told_too(run_dir: Path) -> None:
+    warnings: list[str] = []
+    sink = logger.add(warnings.append, format="{message}")
+    try:
+        started = launch.Followers(RunDirectory(run_dir), ["tensorboard"])
+        (process,) = (each.process for each in started._running.values())
+        process.kill()
+        process.wait()
+        started("end")
+    finally:
+        logger.remove(sink)
+    assert "tracker tensorboard has ended: exit code -9, see " in "".join(warnings)
 
 
 def test_seeds_are_runs_of_a_group(run_dir: Path) -> None:

@@ -418,6 +418,22 @@ def test_a_restart_by_torchrun_resumes(config_file: Path, tmp_path: Path, finish
 
 
 @pytest.mark.long
+def test_a_restart_of_a_launch_that_was_refused_is_refused_too(
+    config_file: Path, finished: Callable[..., Path], torchrun: Callable[..., subprocess.Popen[str]]
+) -> None:
+    """The folder holds a run of another launch, that may be longer: two attempts, and nothing is written."""
+    run_dir = finished(1)
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    longer = ("--set", "train.epochs=3")
+    options = ("--nnodes=1", "--master-port=0", "--max-restarts=1")  # whose run id is "none"
+    process = torchrun(config_file, "--run-dir", run_dir, *longer, ranks=1, options=options)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert output.count("already holds a run; --resume continues it") == 2, output
+    assert {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")} == before
+
+
+@pytest.mark.long
 def test_torchrun_starts_again_after_a_rank_was_killed(
     config_file: Path, tmp_path: Path, finished: Callable[..., Path], torchrun: Callable[..., subprocess.Popen[str]]
 ) -> None:

@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     from bandsplit.training import loop
 
     restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0  # torchrun --max-restarts
-    loop.train(config, run_dir, given.resume or restarted)
+    loop.train(config, run_dir, given.resume or restarted, own_only=not given.resume)
 
 
 def _config_file(arguments: argparse.Namespace) -> Path:

@@ -79,14 +79,13 @@ class RunDirectory:
             return False
         if named[2] != socket.gethostname():
             return True
-        try:
-            state = Path(f"/proc/{named[1]}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2]
-        except OSError:
-            return False
-        return state.split()[0] not in "ZX"  # killed, and not yet waited for
+        state = _process_stat(named[1])
+        return bool(state) and state[0] not in "ZX"  # killed, and not yet waited for
 
-    def check(self, config: RunConfig, resume: bool) -> dict[str, dict[str, Any]]:
+    def check(self, config: RunConfig, resume: bool, own_only: bool = False) -> dict[str, dict[str, Any]]:
         """Values that the run to resume has found for keys that the config leaves open, by table and key.
+
+        `own_only`: resume only what the same `launcher` has trained last, as in a restart by torchrun.
 
         Raises UserError if a new run would overwrite another, or a resumed run would change its config. It may only
         become longer, and what is in MAY_CHANGE may differ.
@@ -95,7 +94,7 @@ class RunDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--run-dir {self.path}: this is a file, not a folder")
             return {}
-        if not resume:
+        if not resume or (own_only and self._last_launcher() != launcher()):
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
         # keys added since the run began load as their defaults, which match what the run was computed with
         began = loading.load(self.config)
@@ -160,11 +159,18 @@ class RunDirectory:
         """
         for folder in (self.path, self.checkpoints, self.logs):
             make_folder(folder)
+        replace_text(self.environment, json.dumps([*self._launches(), environment], indent=2) + "\n")
         replace_text(self.config, tomli_w.dumps(resolved(config)))
         replace_text(self.classes, json.dumps(list(classes)) + "\n")
         if names:
             replace_text(self.class_names, json.dumps(list(names), ensure_ascii=False, indent=1) + "\n")
-        replace_text(self.environment, json.dumps([*self._launches(), environment], indent=2) + "\n")
+
+    def _last_launcher(self) -> str | None:
+        """The `launcher` of the last launch in environment.json; None if it was not torchrun, or is not known."""
+        with suppress(ValueError, LookupError, TypeError):
+            last: str | None = json.loads(read_text(self.environment) or "")[-1]["launcher"]
+            return last
+        return None
 
     def _launches(self) -> list[Any]:
         """Entries of environment.json; an invalid file is set aside."""
@@ -192,11 +198,32 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
+def launcher() -> str | None:
+    """The torchrun that has started this process, the same for all of its restarts; None without torchrun.
+
+    Its run id can be that of other launches too, so it is told apart by its process and the time at which that began.
+    """
+    run = os.environ.get("TORCHELASTIC_RUN_ID")
+    if run is None:
+        return None
+    began = "".join(_process_stat(os.getppid())[19:20])  # in clock ticks since the boot
+    return f"torchrun {run}, process {os.getppid()} on {socket.gethostname()}, began at {began}"
+
+
+def _process_stat(pid: int | str) -> list[str]:
+    """Fields of /proc/PID/stat from the third on, which is the state; empty if there is no such process."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
 def environment(world_size: int, device: str) -> dict[str, Any]:
     """Environment of a launch, for reproducing it: command, commit, versions, host, ranks and device."""
     return {
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": sys.argv,
+        "launcher": launcher(),
         "git_commit": _git("rev-parse", "HEAD"),
         "git_changed_files": _git("status", "--porcelain", "--untracked-files=no"),
         "versions": {"python": platform.python_version(), "bandsplit": __version__, **_versions(PACKAGES)},

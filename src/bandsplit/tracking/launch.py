@@ -49,10 +49,11 @@ class Followers:
     def __call__(self, event: str, **values: Any) -> None:
         if event == "end":
             self._leave()
-            return
         for name, started in [*self._running.items()]:
-            if started.process.poll() is not None:
+            code = started.process.poll()
+            if code is not None:
                 del self._running[name]
+            if code or (code == 0 and event != "end"):
                 self._warn(name, f"has ended: {started.reason()}")
 
     def _start(self, name: str) -> Started:

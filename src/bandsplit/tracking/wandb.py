@@ -26,10 +26,12 @@ PROJECT = "bandsplit"
 
 
 class WandB:
-    """Sends each event once: Weights & Biases takes no step again, so of steps that are repeated the first counts.
+    """Hands over each event once: Weights & Biases takes no step again, so of steps that are repeated the first counts.
 
-    What was sent is noted in `wandb/sent.json`; another process goes on there. Nothing is opened before there is
-    something to send. Raises UserError if the server cannot be reached or refuses.
+    It has surely taken what it was given when it has finished: that is noted in `wandb/sent.json`, and another process
+    goes on there. If one was killed before, the events since then are handed over again, but for those that the server
+    has. Nothing is opened before there is something to hand over. Raises UserError if the server cannot be reached or
+    refuses.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -38,11 +40,12 @@ class WandB:
         self._id, self._sent = secrets.token_hex(4), (-1, 0)
         with suppress(ValueError, KeyError, TypeError):
             noted = json.loads(read_text(self._noted) or "")
-            self._id, self._sent = noted["id"], (noted["step"], KINDS.index(noted["event"]))
+            self._id = noted["id"]
+            self._sent = noted["step"], KINDS.index(noted["event"])  # none before the first time that it has finished
         self._run: wandb.Run | None = None
 
     def restart(self) -> None:
-        """Nothing: `log` passes over what was sent."""
+        """Nothing: `log` passes over what was handed over."""
 
     def log(self, event: Event) -> None:
         position = event["step"], KINDS.index(event["event"])
@@ -52,32 +55,36 @@ class WandB:
         values = dict(scalars(event, self._numbers))
         if event["event"] == "end":
             self._run.summary.update(values)
-        else:
+        elif event["step"] >= self._run.starting_step:
             self._run.log(values, step=event["step"])
         self._sent = position
 
     def flush(self) -> None:
-        if self._run is not None:
-            step, kind = self._sent
-            replace_text(self._noted, json.dumps({"id": self._id, "step": step, "event": KINDS[kind]}) + "\n")
+        """Nothing: what was not taken is handed over again."""
 
     def finish(self, figures: Figures) -> str:
         if self._run is None:
-            return f"{self._directory.path}: everything was sent before"
+            return f"{self._directory.path}: everything was handed to wandb before"
+        step, kind = self._sent
         images = {name: wandb.Image(Image.open(io.BytesIO(png))) for name, png in figures().items()}
         if images:
-            self._run.log({f"figures/{name}": image for name, image in images.items()}, step=self._sent[0])
-        folder = self._run.dir.removesuffix("/files")
-        told = f"{folder}: written; wandb sync {folder} sends it" if self._run.offline else f"sent: {self._run.url}"
+            named = {f"figures/{name}": image for name, image in images.items()}
+            self._run.log(named, step=max(step, self._run.starting_step))
+        folder, told = self._run.dir.removesuffix("/files"), f"handed to wandb: {self._run.url}"
+        if self._run.offline:
+            told = f"{folder}: written; wandb sync {folder} sends it"
         try:
             self._run.finish()
         except wandb.Error as error:
             raise _refused(error) from error
+        replace_text(self._noted, json.dumps({"id": self._id, "step": step, "event": KINDS[kind]}) + "\n")
         return told
 
     def _opened(self) -> wandb.Run:
         settings, _ = read_settings(self._directory.config)
-        make_folder(self._directory.path / "wandb")
+        make_folder(self._noted.parent)
+        if not self._noted.exists():
+            replace_text(self._noted, json.dumps({"id": self._id}) + "\n")
         try:
             return wandb.init(
                 dir=self._directory.path,

@@ -30,8 +30,10 @@ from bandsplit.training.profile import Profile
 from bandsplit.training.session import Plan, Session
 
 
-def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
+def train(config: RunConfig, run_dir: Path, resume: bool = False, own_only: bool = False) -> None:
     """Trains the ensemble of a config and writes the run directory; every rank must call it.
+
+    `own_only`: resume only a run of the same launch by torchrun.
 
     Raises UserError for mistakes that the user can fix, if possible before anything is written, and Interrupted if a
     signal has stopped the run.
@@ -45,7 +47,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False) -> None:
     ):
         # ------------------------------------------------------------------ run directory, networks, data
         ranks.from_first(partial(require, config.log.trackers))
-        found = ranks.from_first(partial(directory.check, config, resume))  # before hours of examining images
+        found = ranks.from_first(partial(directory.check, config, resume, own_only))  # before hours of examining images
         restores = ranks.from_first(lambda: bool(checkpoint.saved(directory.checkpoints)))
         before = directory.data if resume else None
         plan = Plan.of(config.with_values(found), ranks, before, lambda: interrupted.signal, restores)
