@@ -61,9 +61,7 @@ def test_folds_are_stratified_and_each_image_is_validated_once(tmp_path: Path) -
 
 def test_numbers_and_folds_do_not_depend_on_where_the_images_are(tmp_path: Path) -> None:
     for place in ("z", "a"):
-        for n, part in enumerate(
-            ("train", "val") if place == "z" else ("second", "first")
-        ):  # sorts the other way
+        for n, part in enumerate(("train", "val") if place == "z" else ("second", "first")):  # sorts the other way
             (tmp_path / place / part / "cat").mkdir(parents=True)
             for i in range(9):
                 (tmp_path / place / part / f"cat/{i}.jpg").write_bytes(b"image" * (1 + n + i))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -90,6 +91,10 @@ def test_branches_rest_before_they_begin_and_after_they_end(
         if line["event"] == "train":
             trains = [(k < 3 or line["step"] > 10) and line["step"] <= (end or last) for k, end in enumerate(ended)]
             assert [loss is not None for loss in line["branch_loss"]] == trains
+    done = run_here("evaluate.py", run_dir, "--checkpoint", 10, "--output", tmp_path / "early.json")
+    assert "left out: branch 3, not begun yet (train.start_epochs)" in done.stderr
+    early = json.loads((tmp_path / "early.json").read_text())
+    assert early["top1"] == pytest.approx(told[0]["top1"]), "what the run has validated, and may have called its best"
     copy = Path(shutil.copytree(run_dir, tmp_path / "copy", symlinks=True))
     for path in checkpoint.saved(copy / "checkpoints"):
         if checkpoint.step_of(path) > steps[-2]:

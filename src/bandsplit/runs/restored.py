@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from loguru import logger
 from torch import Tensor, nn
 
 from bandsplit.config import loading
@@ -45,6 +46,8 @@ class Restored:
     def of(cls, run_dir: Path, which: str, overrides: Sequence[str] = ()) -> Restored:
         """Loads a run at a checkpoint ("best", "last" or a step), with EMA weights if there are any.
 
+        Branches that had not begun by then (`train.start_epochs`) are left out, as in the run's own validations.
+
         Raises UserError if the run or checkpoint does not exist, if the checkpoint is damaged, and if `overrides`
         change a key of TRAINED.
         """
@@ -56,7 +59,8 @@ class Restored:
             _require_same_networks(loading.load(directory.config), config, run_dir)
         folder = checkpoint.find(directory.checkpoints, which)
         run = checkpoint.read_run(folder)
-        ensemble, state = Ensemble.of(config), checkpoint.read_ensemble(folder, run["branches"])
+        config = _without_unbegun(config, run["progress"]["epoch"], folder)
+        ensemble, state = Ensemble.of(config), checkpoint.read_ensemble(folder, config.split.numbers)
         try:
             ensemble.load_state_dict(state)
         except RuntimeError as error:  # one line per tensor
@@ -109,6 +113,18 @@ class Teacher:
         """Inputs of the teacher's branches, (B, channels, h, w) each -> fused logits (B, classes), float32."""
         with self._precision.autocast():
             return fuse(self._ensemble(inputs))
+
+
+def _without_unbegun(config: RunConfig, epoch: float, checkpoint: Path) -> RunConfig:
+    """The config with the branches alone that have taken a step in so many epochs."""
+    numbers, starts = config.split.numbers, config.train.start_epochs
+    begun = tuple(number for number in numbers if not starts or starts[number] < epoch)
+    if not begun or len(begun) == len(numbers):
+        return config
+    left = [number for number in numbers if number not in begun]
+    which = f"branch {left[0]}" if len(left) == 1 else f"branches {', '.join(map(str, left))}"
+    logger.warning("{}: left out: {}, not begun yet (train.start_epochs)", checkpoint, which)
+    return config.with_values({"split": {"only": begun}})
 
 
 def digest_of(networks: nn.Module) -> str:
