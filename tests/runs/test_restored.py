@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from loguru import logger
 
 from bandsplit.config import loading
 from bandsplit.data import mixing
@@ -20,6 +21,8 @@ from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
 from bandsplit.models.precision import Precision
+from bandsplit.runs import checkpoint
+from bandsplit.runs.initial import tell_what_has_seen_held_out
 from bandsplit.runs.restored import Restored, Teacher
 from bandsplit.training.learner import Learner, learners_of
 from tests.compare import assert_equal, assert_same_run, metrics, wait_for
@@ -209,3 +212,21 @@ def test_the_dry_run_counts_the_teacher_and_names_the_sizes(
     assert "sizes     16 from epoch 0, 32 from epoch 1; costs are of the largest" in done.stdout
     done = run_here("train.py", config_file, "--dry-run", "--set", "distillation.teacher=/nowhere")
     assert "teacher   unknown: /nowhere is not a run directory" in done.stdout
+
+
+def test_weights_and_targets_of_a_run_that_has_seen_held_out_images_are_told(
+    finished: Callable[..., Path], config_file: Path
+) -> None:
+    source, told = finished(1), list[str]()
+    digest = checkpoint.read_run(checkpoint.find(source / "checkpoints", "best"))["data"]["train"]
+    sink = logger.add(told.append, format="{message}", level="WARNING")
+    try:
+        for key in (f"model.init_from={source}", f"distillation.teacher={source}"):
+            config = loading.load(config_file, [key, "data.holdout=4"])
+            tell_what_has_seen_held_out(config, "other images")
+            tell_what_has_seen_held_out(loading.load(config_file, [key]), digest)
+            assert not told
+            tell_what_has_seen_held_out(config, digest)
+            assert key.replace("=", ": ") in told.pop()
+    finally:
+        logger.remove(sink)

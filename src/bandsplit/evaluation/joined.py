@@ -25,6 +25,7 @@ from bandsplit.evaluation.measures import Truth
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
 from bandsplit.runs.directory import RunDirectory
+from bandsplit.runs.initial import tell_what_has_seen_held_out
 from bandsplit.runs.predictions import Branch
 from bandsplit.runs.restored import Restored
 
@@ -123,6 +124,9 @@ class Joined:
                 f"data.root: {config.data.root}: the training images are not those that {first.run_dir} was trained "
                 f"on, and {began} does not list those, so the held-out ones are unknown"
             )
+        if ranks.is_first:
+            for run in self.runs:
+                tell_what_has_seen_held_out(run.config, files.digest)
         return holdout.split(files, config)[1]
 
     def _require_same_held_out(self, run: Restored) -> None:

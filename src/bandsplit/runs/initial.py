@@ -4,17 +4,21 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import lru_cache
 
 import torch
 from loguru import logger
 
+from bandsplit.config import loading
 from bandsplit.config.schema import Model, RunConfig
 from bandsplit.errors import UserError
 from bandsplit.models import networks, pretrained
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.pretrained import Channels, Initial, Trained
 from bandsplit.paths import expanded
+from bandsplit.runs import checkpoint
+from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.restored import Restored
 from bandsplit.spectral.view import View
 
@@ -48,6 +52,34 @@ def begin(initial: Mapping[int, Initial], numbers: Sequence[int], ensemble: Ense
             branch.load_state_dict(initial[number].state, strict=False)  # without the head, if that is new
     for words in described(initial):
         logger.info(f"begins with {words}")
+
+
+def tell_what_has_seen_held_out(config: RunConfig, digest: str) -> None:
+    """Warns of runs that weights or targets come from, and that were trained on images which this run holds out.
+
+    `digest`: of the training images. A run whose directory is gone is not known.
+    """
+    if config.data.holdout is None:
+        return
+    models = {config.model_of(number).init_from for number in config.split.numbers} - {None}
+    sources = [(f"model.init_from: {place}", place, "best") for place in sorted(map(str, models))]
+    if config.distillation is not None:
+        given = config.distillation
+        sources.append((f"distillation.teacher: {given.teacher}", given.teacher, str(given.checkpoint)))
+    for where, place, which in sources:
+        directory = RunDirectory(expanded(place, "model.init_from"))
+        if not directory.holds_run:
+            continue
+        with suppress(UserError):
+            began = loading.load(directory.config)
+            run = checkpoint.read_run(checkpoint.find(directory.checkpoints, which))
+            alike = (began.seed, began.data.holdout) == (config.seed, config.data.holdout)
+            if run["data"].get("train") == digest and not alike:
+                logger.warning(
+                    "{}: this run was trained on the same images with another seed or data.holdout, so on images that "
+                    "are held out here: fusion and cascades fitted on them are too sure of themselves",
+                    where,
+                )
 
 
 def described(initial: Mapping[int, Initial]) -> list[str]:

@@ -24,7 +24,7 @@ from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import parameters_of_branches
 from bandsplit.models.precision import Precision
 from bandsplit.models.pretrained import Initial
-from bandsplit.runs.initial import initial_weights
+from bandsplit.runs.initial import initial_weights, tell_what_has_seen_held_out
 from bandsplit.runs.restored import Teacher
 from bandsplit.training import accumulation, capture
 from bandsplit.training.active import ActiveBranches
@@ -87,6 +87,8 @@ class Plan:
         groups = branch_groups(config, ranks.world_size, trained, precision.half_bands)
         mesh = Mesh(ranks, len(parameters), groups)
         initial = {} if restores else ranks.each(partial(initial_weights, config, mesh.own, train_files.classes))
+        if ranks.is_first and not restores:
+            tell_what_has_seen_held_out(config, train_files.digest)
         config = accumulation.with_steps(config, mesh, precision)
         return cls(
             config, ranks, train_files, held_out, files["val"], precision, teacher, parameters, trained, mesh, initial
