@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import runpy
 import shlex
@@ -126,6 +127,14 @@ def test_hints_are_in_the_form_that_was_used(tmp_path: Path, monkeypatch: pytest
     ):
         monkeypatch.setattr(sys, "argv", [started])
         assert (commands.command("find-lr"), commands.launch("find-lr")) == (command, launch)
+
+
+def test_any_name_can_be_printed() -> None:
+    """Names that are not UTF-8, and terminals that are not either."""
+    code = r"from bandsplit.cli import entry; entry.run(lambda: print('caf\udce9', 'ä'))"
+    env = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
+    assert done.stdout == "caf\\udce9 \\xe4\n", done.stderr
 
 
 def test_output_that_nobody_reads_ends_without_a_traceback() -> None:

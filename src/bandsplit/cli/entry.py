@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import select
 import signal
@@ -23,6 +24,8 @@ def run(main: Callable[[], None]) -> None:
     - Output that nobody reads any more, as with `| head`: 141 (128 + SIGPIPE), nothing printed.
     - Any other exception is raised, so that Python prints its traceback.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):  # file names that the terminal's encoding lacks
+        sys.stdout.reconfigure(errors="backslashreplace")
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     attempt: Callable[[], UserError | Interrupted | ReportedElsewhere | None] = partial(_attempt, main)
     if under_torchrun:
