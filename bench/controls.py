@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -92,10 +93,14 @@ def main() -> None:
     parser.add_argument(
         "--folds", type=int, choices=range(1, FOLDS + 1), default=2, help="how many of them (default: 2)"
     )
-    parser.add_argument("--budgets", default="1,2", help="multiples of the time of the baseline (default: 1,2)")
+    parser.add_argument(
+        "--budgets", type=budgets_of, default="1,2", help="multiples of the time of the baseline (default: 1,2)"
+    )
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once, one thread each")
-    parser.add_argument("--shard", default="1/1", metavar="I/N", help="only every N-th run, from the I-th")
+    parser.add_argument(
+        "--shard", type=part_of, default="1/1", metavar="I/N", help="only every N-th run, from the I-th (default: 1/1)"
+    )
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="results of earlier runs: controls.parquet of a report"
     )
@@ -104,9 +109,31 @@ def main() -> None:
     entry.run(lambda: run(arguments))
 
 
+def budgets_of(text: str) -> list[float]:
+    """The type of an option that takes positive numbers."""
+    try:
+        budgets = [float(each) for each in text.split(",")]
+    except ValueError:
+        budgets = [0]
+    if not all(0 < budget < math.inf for budget in budgets):
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected positive numbers such as 1,2")
+    return budgets
+
+
+def part_of(text: str) -> tuple[int, int]:
+    """The type of an option I/N: I, counted from 0, and N."""
+    number, _, of = text.partition("/")
+    if not (number.isdecimal() and of.isdecimal() and 1 <= int(number) <= int(of)):
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected I/N with I from 1 to N")
+    return int(number) - 1, int(of)
+
+
 def run(arguments: argparse.Namespace) -> None:
     work, only = arguments.work, arguments.only
-    arms = arguments.arms or sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "base")
+    known = sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "base")
+    arms = arguments.arms or known
+    if unknown := set(arms) - set(known):
+        raise UserError(f"--arms {' '.join(sorted(unknown))}: no such arms; there are {', '.join(known)}")
     arms = sorted({*arms, BASELINE, *(TEACHERS[arm] for arm in arms if arm in TEACHERS)})
     work.mkdir(parents=True, exist_ok=True)
     if arguments.results:
@@ -116,10 +143,9 @@ def run(arguments: argparse.Namespace) -> None:
     if only in (None, "time"):
         measure(arms, work)
     if only in (None, "train"):
-        number, of = map(int, arguments.shard.split("/"))
-        budgets = [float(each) for each in arguments.budgets.split(",")]
         trained = [arm for arm in arms if arm != ACCUMULATED]
-        train(trained, work, range(arguments.folds), budgets, range(arguments.seeds), arguments.jobs, (number - 1, of))
+        folds, seeds = range(arguments.folds), range(arguments.seeds)
+        train(trained, work, folds, arguments.budgets, seeds, arguments.jobs, arguments.shard)
     if only in (None, "report"):
         report(work)
 

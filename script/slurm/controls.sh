@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # sbatch [-A account] --array=1-16 script/slurm/controls.sh --work FOLDER [arguments of bench/controls.py …]
-# Trains every 16th run of the controls in each task; before, on one node: bench/controls.py --only prepare, --only time.
+# Each task trains every 16th run of the controls. First, on one node: bench/controls.py --only prepare, --only time.
 # The first submission chooses learning rates; submit it again for the runs.
 #SBATCH --job-name=bandsplit-controls
 #SBATCH --nodes=1

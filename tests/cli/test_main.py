@@ -56,6 +56,26 @@ def test_both_doors_lead_to_the_same(bandsplit: Run, run_here: Run, tmp_path: Pa
 
 
 @pytest.mark.parametrize(
+    ("command", "told"),
+    [
+        *((f"train --dry-run --world-size {n}", f"'{n}' given, expected a positive integer") for n in ("0", "-2", "x")),
+        *(
+            (f"data prepare split --from a --to b --count 1 --seed {n}", f"'{n}' given, expected an integer from 0 to ")
+            for n in ("-1", "x", str(2**31))
+        ),
+        *((f"data pack --to a --workers {n}", f"'{n}' given, expected a positive integer") for n in ("0", "x")),
+        ("data pack --to a --quality 101", "'101' given, expected a number from 1 to 100"),
+        ("find-lr --steps -1", "--steps: expected at least 10"),
+        ("find-lr --from nan", "--from and --to: expected 0 < from < to, both finite"),
+    ],
+)
+def test_numbers_that_an_option_does_not_take(bandsplit: Run, command: str, told: str) -> None:
+    done = bandsplit(*command.split())
+    assert done.returncode == 2
+    assert told in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
     "command", [*main.COMMANDS, *(f"data {name}" for name in ("scan", "prepare", "pack", "verify"))]
 )
 def test_examples_of_the_help_are_understood(bandsplit: Run, command: str) -> None:
@@ -106,6 +126,16 @@ def test_hints_are_in_the_form_that_was_used(tmp_path: Path, monkeypatch: pytest
     ):
         monkeypatch.setattr(sys, "argv", [started])
         assert (commands.command("find-lr"), commands.launch("find-lr")) == (command, launch)
+
+
+def test_output_that_nobody_reads_ends_without_a_traceback() -> None:
+    command = [sys.executable, "-m", "bandsplit", "config", "--keys", "--markdown"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.wait() == 141
+        assert process.stderr is not None
+        assert process.stderr.read() == ""
 
 
 def test_a_hint_can_be_followed(tmp_path: Path) -> None:

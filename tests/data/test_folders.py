@@ -36,6 +36,7 @@ LISTS = {
     "text": ("l.txt", "a/x 1.jpg cat\n\n# a comment\nb.jpg\tdog\n"),
     "windows": ("l.txt", "\ufeffa/x 1.jpg cat\r\nb.jpg dog\r\n"),
     "csv": ("l.csv", "a/x 1.jpg,cat\nb.jpg,dog\n"),
+    "tabs": ("l.txt", "a/x 1.jpg\tcat\n b.jpg\t\tdog \t0\t32\n"),
     "header": ("l.CSV", 'split,label,path\ntrain,cat,"a/x 1.jpg"\nval, dog,b.jpg\n'),
 }
 
@@ -50,6 +51,29 @@ def test_lists_of_all_kinds(tmp_path: Path, name: str, text: str) -> None:
     assert found.labels.tolist() == [0, 1]
     assert found.classes == ["cat", "dog"]
     assert found.sizes.tolist() == [5, MISSING]
+
+
+@pytest.mark.parametrize(
+    "header",
+    ["image_id,label", "filename,labels", "image,species", "path,class_name", "id_code,diagnosis", "Class,id_code"],
+)
+def test_a_header_is_known_by_its_words_or_since_it_names_no_file(tmp_path: Path, header: str) -> None:
+    """The list is the one without it: numbers stay numbers."""
+    (tmp_path / "x").touch()
+    swapped = header.startswith("Class")
+    rows = "".join(",".join([name, str(n)][:: -1 if swapped else 1]) + "\n" for n, name in enumerate(["x", *"ab" * 5]))
+    (tmp_path / "l.csv").write_text(f"{header}\r\n\n{rows}")
+    found = listed(tmp_path / "l.csv", tmp_path)
+    assert names(found) == ["x", *"ab" * 5]
+    assert (found.labels.tolist(), found.classes) == ([*range(11)], [*map(str, range(11))])
+    (tmp_path / "l.csv").write_text("gone.jpg,1\nx,0\n")  # a name with such a suffix is an image that is not there
+    assert listed(tmp_path / "l.csv", tmp_path).sizes.tolist() == [MISSING, 0]
+
+
+def test_a_label_may_have_blanks_where_a_tab_is_before_it(tmp_path: Path) -> None:
+    (tmp_path / "l.txt").write_text("my x.jpg\tgolden retriever\ny.jpg cat\n")
+    found = listed(tmp_path / "l.txt", tmp_path)
+    assert (names(found), found.classes) == (["my x.jpg", "y.jpg"], ["cat", "golden retriever"])
 
 
 def test_labels_that_are_indices_count_from_0_and_names_of_digits_do_not(tmp_path: Path) -> None:
@@ -72,8 +96,17 @@ def test_labels_of_validation_mean_those_of_training(tmp_path: Path) -> None:
     ("name", "text", "message"),
     [
         ("l.txt", "", "no images in this list"),
-        ("l.txt", "a 1\nb\n", r"line 2: 'b' given; expected a path, a blank and a label"),
-        ("l.csv", "a,1\nb\n", r"line 2: 'b' given; expected a path and a label"),
+        ("l.txt", "a 1\nb\n", r"line 2: 'b' given; expected a path, a blank or tab, and a label"),
+        ("l.txt", "\tcat\n", r"line 1: '\\tcat' given; expected a path, a blank or tab, and a label"),
+        ("l.csv", "a.jpg,1\nb\n", r"line 2: 'b' given; expected a path and a label"),
+        ("l.csv", "image_uid,species\nb,1\n", r"line 1: 'image_uid,species' given, and .*image_uid is no file"),
+        ("l.csv", "a.jpg,1\n" + '"b.jpg,1\nc.jpg,2\n', r"line 2: a cell goes on in the next line; is a quote not"),
+        pytest.param(
+            "l.csv",
+            "a.jpg,1\n" + '"b.jpg,1\n' + "c.jpg,2\n" * 20_000,
+            "line 2: field larger than field limit",
+            id="long",
+        ),
         ("l.csv", "a,b,c\n", r"line 1: 3 columns given; expected two, a path and a label, or a header"),
         ("none", None, "no such list; expected CSV or text"),
     ],

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -33,6 +34,18 @@ def open_data(config: schema.Data, *parts: str) -> list[ImageFiles]:
 def copy(image_root: Path, tmp_path: Path) -> Path:
     """A data set that a test may break."""
     return Path(shutil.copytree(image_root, tmp_path / "copy"))
+
+
+@pytest.mark.parametrize("labels", [["000", "001", "010"], ["0", "1", "10"], ["00", "n01", "10"]])
+def test_numbers_of_classes_may_have_leading_zeros(labels: list[str]) -> None:
+    """As `prepare flat` writes them; a class name that looks like a number stays a name."""
+    classes = [f"n{number:02d}" for number in range(11)]
+    files = ImageFiles(["a", "b", "c"], [0, 1, 2], labels)
+    assert np.asarray(files.renumbered(classes, "run", "here", numbers=True).labels).tolist() == [0, 1, 10]
+    named = ImageFiles(["a", "b", "c"], [0, 1, 2], ["010", "1", "002"])
+    assert np.asarray(named.renumbered(["010", *classes], "run", "here", numbers=True).labels).tolist() == [0, 1, 2]
+    with pytest.raises(UserError, match="here: the classes are not those that run was trained on: .*new 0011"):
+        ImageFiles(["a"], [0], ["0011"]).renumbered(classes, "run", "here", numbers=True)
 
 
 def test_files_and_labels_are_sorted_and_complete(image_root: Path) -> None:

@@ -825,6 +825,15 @@ def test_flat(run_here: Run, flat: Path, tmp_path: Path, form: str, header: str)
         assert Path(path).read_bytes() == jpeg(number)
 
 
+def test_the_command_that_flat_ends_with_is_one_of_a_shell(run_here: Run, flat: Path, tmp_path: Path) -> None:
+    to = tmp_path / "my {root} data" / "val {0}'s"
+    to.parent.mkdir()
+    done = prepare_flat(run_here, flat, "\n".join(f"image {n}.JPEG {n % 2}" for n in range(12)), to)
+    assert done.returncode == 0, done.stderr
+    words = shlex.split(done.stdout.rpartition("next: ")[2])
+    assert words[-4:] == ["--set", f"data.root={to.parent}", "--set", f"data.val={to.name}"]
+
+
 def test_flat_with_numbers(run_here: Run, flat: Path, tmp_path: Path) -> None:
     """Folders are sorted by name, numbers are not."""
     listing = "\n".join(f"image {number}.JPEG {number}" for number in range(12))

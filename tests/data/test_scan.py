@@ -33,7 +33,7 @@ def test_a_scan_summarizes_the_data(config_file: Path, root: Path, run_here: Cal
     done = run_here("data.py", "scan", config_file, "--set", f"data.root={root}", "--output", output)
     assert done.returncode == 0, done.stderr
     for text in (
-        "train: 160 images",
+        f"train: 158 images, {sum(file.stat().st_size for file in files[2:]) / 2**20:.1f} MiB",
         "passed over   1 of another type, such as 'disc_checkered/x.docx'",
         "left out      2",
         "classes       10, with 14 to 16 images, median 16",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,12 @@ from bandsplit.data.store import manifest as stored
 from bandsplit.data.store.manifest import BandManifest, StoredImages
 from bandsplit.data.store.reader import BandLoader, BandReader, BandValidationLoader
 from bandsplit.errors import UserError
+from bandsplit.evaluation.joined import Joined
+from bandsplit.evaluation.joined import _sigma as joined_sigma
 from bandsplit.spectral import transforms
 from bandsplit.spectral.view import View
 from tests.conftest import DATA_TOML, REPOSITORY, TRAIN_PER_CLASS, TRAIN_TOML, VAL_PER_CLASS, Done, Launch, Shared, run
+from tests.training.tiny import ALONE
 
 Packed = Callable[..., Path]
 
@@ -269,6 +275,7 @@ def test_what_cannot_be_decoded_is_left_out_by_name(
     whole = files_in(config, "train")
     files, labels = list(whole.paths), list(whole.labels)
     lost = (3, 70, 71)
+    files[70] = str(Path(files[70]).rename(files[70].replace(".jpg", os.fsdecode(b"\xe9.jpg"))))
     for n, content in zip(lost, (b"", b"no image", Path(files[71]).read_bytes()[:200]), strict=True):
         Path(files[n]).write_bytes(content)
     manifest = pack(config, tmp_path / "store", dtype)
@@ -279,11 +286,26 @@ def test_what_cannot_be_decoded_is_left_out_by_name(
     train, _ = parts_of(from_store(config_file, tmp_path / "store"))
     kept = [n for n in range(TRAIN) if n not in lost]
     assert train.labels.tolist() == [labels[n] for n in kept]
+    assert train.digest != replace(train, part="val").digest
     decodable = ImageFiles([files[n] for n in kept], [labels[n] for n in kept], train.classes)
     at_stored_side = config.model_copy(update={"data": config.data.model_copy(update={"val_image_size": 40})})
     images = torch.cat([b.inputs[0][b.labels >= 0] for b in ValidationLoader(at_stored_side, decodable, share())])
     read = BandReader(train, [View.of(config)], share()).read(np.arange(len(kept)), 20).inputs[0]
     assert (read - images).square().mean().sqrt() < 2 * max(manifest.bands[0].rmse)
+
+
+def test_the_digest_is_of_all_that_the_manifest_tells(packed: Packed, config_file: Path) -> None:
+    """As pydantic writes it, which knows no names that are not UTF-8."""
+    train, _ = parts_of(from_store(config_file, packed()))
+    digests = set()
+    for name in ('é ☕ \t\x01\x7f"\\/', os.fsdecode(b"\xe9"), os.fsdecode(b"\xe8")):
+        about = train.about.model_copy(update={"left_out": (stored.LeftOut(name=name, reason="damaged"),)})
+        manifest = train.manifest.model_copy(update={"parts": {"train": about}})
+        digests.add(replace(train, manifest=manifest).digest)
+        if name.isprintable() or "☕" in name:
+            told = hashlib.sha256(f"float16 {about.model_dump_json()}".encode()).hexdigest()
+            assert digests == {told}
+    assert len(digests) == 3
 
 
 # verify ---------------------------------------------------------------------------------------------------------------
@@ -665,18 +687,37 @@ def test_the_demo_of_bands(config_file: Path, tmp_path: Path, run_here: Callable
 
 
 def test_a_branch_reads_its_band_alone(config_file: Path, packed: Packed, tmp_path: Path) -> None:
+    """Also where bands are divided by their deviations; runs on different nodes are joined as one on all bands is."""
     store = tmp_path / "store"
     shutil.copytree(packed("uint8"), store)
     for number in (0, 1, 3):
         shutil.rmtree(store / f"band_{number:02d}")
     keys = ["--set", "data.kind=bands", "--set", f"data.root={store}", "--set", "train.epochs=1"]
-    keys += ["--set", "schedule.warmup_epochs=0"]
+    keys += ["--set", "schedule.warmup_epochs=0", "--set", "split.scale=0.5"]
     done = run("train.py", config_file, *keys, "--branches", "2", "--run-dir", tmp_path / "run")
     assert done.returncode == 0, done.stderr
+    whole = from_store(config_file, packed("uint8"))
+    _, first, second, _ = deviations.measured(whole, parts_of(whole)[0])
+    assert loading.load(tmp_path / "run/config.toml").split.sigma == (1, 1, second, 1)
     done = run("train.py", config_file, *keys, "--branches", "1", "--run-dir", tmp_path / "other")
     assert done.returncode == 2
     assert "missing, but band 1 is read; copy band_01/" in done.stderr
     assert not (tmp_path / "other").exists()
+    done = run(
+        "train.py",
+        config_file,
+        *keys,
+        f"--set=data.root={packed('uint8')}",
+        "--branches=1",
+        f"--run-dir={tmp_path}/other",
+    )
+    assert done.returncode == 0, done.stderr
+    runs = [tmp_path / "run", tmp_path / "other"]
+    joined = Joined.of(runs, "last", [], ALONE.ranks)
+    assert joined.config.split.sigma == (1, first, second, 1)
+    other = joined.runs[1].config.with_values({"split": {"only": (2,)}})
+    with pytest.raises(UserError, match=r"other: split.sigma: 1.0 for band 2, but .*run has"):
+        joined_sigma([joined.first, replace(joined.runs[1], config=other)])
 
 
 def checkpoints(run_dir: Path) -> dict[str, Any]:
@@ -758,6 +799,34 @@ def test_labels_are_those_of_the_runs_classes(config_file: Path, packed: Packed)
     assert [order[label] for label in other.labels] == [val.classes[label] for label in val.labels]
     with pytest.raises(UserError):
         val.renumbered(order[1:], "the run", "the store")
+
+
+@pytest.mark.parametrize("block", [1, 2, 4, 6])
+def test_the_square_that_is_stored_has_the_center_that_held_out_images_need(config_file: Path, block: int) -> None:
+    """The largest one, unless it would be too small to train on."""
+    config = loading.load(config_file, [f"split.block={block}", "data.image_size=36", "data.resize_size=36"])
+    for image, val, resize in itertools.product((36, 60, 72), (36, 60, 72), range(72, 97)):
+        sizes = {"image_size": image, "val_image_size": val, "resize_size": resize}
+        side = bands._side(config.model_copy(update={"data": config.data.model_copy(update=sizes)}), None)
+        fit = [x for x in range(image, resize + 1) if x % block == 0]
+        assert side == max([x for x in fit if (x - val) % (2 * block) == 0 and x >= val] or fit)
+
+
+def test_a_store_without_the_center_of_held_out_images_is_refused_before_a_run(
+    config_file: Path, tmp_path: Path, run_here: Callable[..., Done]
+) -> None:
+    config, root = loading.load(config_file), tmp_path / "store"
+    bands.pack(config, open_here(config.data), Path(config.data.root), root, "uint8", 38, 0)
+    parts_of(from_store(config_file, root))
+    told = (
+        f"data.holdout: 3 given, but the training images in {root}, of 38 x 38, have no center of 32 x 32 in whole "
+        "blocks, as which held-out images are read; pack again without --size, or with --size 32 plus a multiple of 4"
+    )
+    keys = [f"--set=data.{key}" for key in ("kind=bands", f"root={root}", "holdout=3")]
+    assert told in run_here("train.py", config_file, *keys, "--dry-run").stdout
+    done = run_here("train.py", config_file, *keys, "--run-dir", tmp_path / "run")
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (2, f"error: {told}")
+    assert not (tmp_path / "run").exists()
 
 
 def test_held_out_images_are_those_of_training_on_images(config_file: Path, packed: Packed) -> None:

@@ -6,6 +6,7 @@ import io
 import os
 import shutil
 import signal
+from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,12 @@ import pytest
 from PIL import Image, ImageCms
 
 from bandsplit.config import loading
-from bandsplit.data.images import open_here
+from bandsplit.data import summary
+from bandsplit.data.images import open_here, scan
 from bandsplit.data.store import images, packing
+from bandsplit.data.store import pack as store
 from bandsplit.data.store.images import Encoding, packed_name, resized
-from bandsplit.data.store.manifest import ImageManifest
+from bandsplit.data.store.manifest import ImageManifest, read_manifest
 from bandsplit.errors import UserError
 from tests.conftest import TRAIN_PER_CLASS, Done
 
@@ -153,7 +156,7 @@ def test_what_cannot_be_decoded_is_left_out_by_name(
     assert "157 images" in done.stdout
     assert "3 left out" in done.stdout
     for path in lost:
-        assert f"{path.relative_to(root)}: " in done.stdout
+        assert f"'{path.relative_to(root)}': " in done.stdout
         assert not (to / path.relative_to(root)).exists()
     assert run_here("data.py", "verify", to).returncode == 0
     victim = next((to / "val").rglob("*.jpg"))
@@ -161,6 +164,29 @@ def test_what_cannot_be_decoded_is_left_out_by_name(
     done = run_here("data.py", "verify", to)
     assert done.returncode == 2
     assert f"{victim}: damaged" in done.stderr
+
+
+def test_names_that_are_not_utf8(
+    config_file: Path, image_root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a class and of an image that is left out; `data.train` ends with a slash."""
+    root, cafe = tmp_path / "images", os.fsdecode(b"caf\xe9")
+    shutil.copytree(image_root, root)
+    for part in ("train", "val"):
+        (root / part / "disc_striped").rename(root / part / cafe)
+    (root / "train" / cafe / f"{cafe}.jpg").write_bytes(b"no image")
+    config = loading.load(config_file, [f"data.root={root}", 'data.train="train/"'])
+    to = tmp_path / "packed"
+    store.run(config, Namespace(kind="images", to=to, size=40, quality=90, workers=0))
+    assert "'train/caf\\udce9/caf\\udce9.jpg': not an image" in capsys.readouterr().out
+    manifest = read_manifest(to)
+    assert isinstance(manifest, ImageManifest)
+    assert manifest.parts["train"].images == TRAIN
+    assert [each.name for each in manifest.parts["train"].left_out] == [f"train/{cafe}/{cafe}.jpg"]
+    again = open_here(loading.load(config_file, [f"data.root={to}"]).data)["train"]
+    assert (again.classes, len(again)) == (list(manifest.classes), TRAIN)
+    assert cafe in again.classes
+    assert r"caf\udce9" in summary.summary(scan(config.data), config.data)
 
 
 def crash(chunk: packing.Chunk) -> packing.Record:

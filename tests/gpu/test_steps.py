@@ -90,6 +90,25 @@ def test_graphs_do_what_steps_in_turn_do(config_file: Path, keys: list[str]) -> 
         torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
 
 
+def test_branches_take_turns_where_one_of_them_has_dropout(config_file: Path) -> None:
+    """Also the first alone: its dropout is that of its own seed in every step."""
+    tables = [f"[[branch]]\nbands = [{k}]\n" for k in range(4)]
+    tables[0] += 'arch = "mobilenet_v3_small"\n'
+    config_file.write_text("\n".join([config_file.read_text(), *tables]))
+    losses, found = [], []
+    for graphs in (False, True):
+        take, learners, config = prepared(config_file, ["train.precision=fp32"], graphs)
+        for step in range(7):
+            outcomes = take(range(4), batch_of(config, step), step, lr=0.01)
+            losses.append(torch.stack([outcomes[i].loss for i in range(4)]).tolist())
+        found.append(state(learners))
+    assert isinstance(take, Graphs)
+    assert len({graph.stream for graph in take._graphs}) == 1
+    torch.testing.assert_close(torch.tensor(losses[:7]), torch.tensor(losses[7:]), rtol=1e-3, atol=1e-3)
+    for expected, got in zip(*found, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-2, atol=1e-2)
+
+
 def test_other_branches_and_other_sizes_are_captured_again(config_file: Path) -> None:
     (turn, theirs, config), (graphs, ours, _) = (
         prepared(config_file, ["train.precision=fp32"], g) for g in (False, True)

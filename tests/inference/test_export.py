@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -61,6 +62,21 @@ def test_torch(
     with pytest.raises(UserError, match=r"model\.pt2: not written: with 1 images its logits differ"):
         export.main([*options, "--dtype", "float16"])
     assert [each.read_bytes() for each in path.parent.iterdir()] == [before]
+
+
+def test_without_output_the_file_has_the_name_of_the_run(
+    exported: Path, finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, also after a dot; a file loses its suffix."""
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for name in ("sub16-lr0.05-seed0", "sub16-lr0.1-seed0"):
+        shutil.copytree(finished(1), tmp_path / name)
+        export.main([str(tmp_path / name)])
+    export.main([str(exported.rename(tmp_path / "model-lr0.1.safetensors")), "--format", "torch", "--branches", "1"])
+    assert sorted(path.name for path in Path.cwd().iterdir()) == [
+        "model-lr0.1.pt2", "sub16-lr0.05-seed0.safetensors", "sub16-lr0.1-seed0.safetensors"
+    ]  # fmt: skip
 
 
 @pytest.mark.long

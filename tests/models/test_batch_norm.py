@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from bandsplit.config import loading
 from bandsplit.errors import UserError
@@ -151,3 +152,22 @@ def test_a_batch_of_one_with_larger_maps_trains(config_file: Path, tmp_path: Pat
     done = run("train.py", config_file, "--run-dir", tmp_path / "run", *sets(keys), ranks=2)
     assert done.returncode == 0, done.stderr
     assert "batch norm over 1 image" in done.stderr
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_norm_over_ranks_takes_16_bits_as_torchs_norm_does(dtype: torch.dtype) -> None:
+    """Under autocast the input has 16 bits, and the statistics 32."""
+    x, weights = torch.randn(4, 3, 5, 5), torch.randn(4, 3, 5, 5).to(dtype)
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = []
+        for norm in (batch_norm.HostSyncBatchNorm2d(dist.group.WORLD, 3), torch.nn.BatchNorm2d(3)):
+            given = (3 + 2 * x).to(dtype).requires_grad_()
+            y = norm(given)
+            y.backward(weights)
+            assert (y.dtype, norm.running_mean.dtype) == (dtype, torch.float32)
+            found.append([y, given.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var])
+    finally:
+        dist.destroy_process_group()
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)

@@ -26,7 +26,10 @@ from bandsplit.runs.initial import begin, initial_weights
 from bandsplit.runs.restored import Restored
 from bandsplit.spectral import transforms
 from bandsplit.spectral.view import View
+from bandsplit.training.learner import learners_of
+from tests.compare import assert_equal
 from tests.conftest import Done, run
+from tests.training.tiny import ALONE, FP32
 
 CLASSES = [f"class {i}" for i in range(10)]
 ALL = ["split.branches=all", "model.stem=no_stride", "model.width=1", "data.image_size=64", "data.resize_size=64"]
@@ -109,6 +112,11 @@ def test_the_dry_run_reads_the_weights_that_the_run_would(
     done = run_here("train.py", config_file, "--dry-run", *keys)
     assert done.returncode == 0, done.stderr
     assert f"\nbegins    with {file}" in done.stdout
+    assert "split.sigma" not in done.stdout
+    done = run_here("train.py", config_file, "--dry-run", *keys, "--set", "split.scale=0.5")
+    assert done.returncode == 0, done.stderr
+    (begins,) = (line for line in done.stdout.splitlines() if line.startswith("begins"))
+    assert begins.endswith("; as if split.sigma, measured when the run starts, were 1")
     done = run_here("train.py", config_file, "--dry-run", *keys, "--set", "model.arch=resnet34")
     assert done.returncode == 2
     assert f"error: model.init_from: {file} is another network" in done.stderr
@@ -122,6 +130,25 @@ def test_deep_stems_of_timm_are_exact_too(config_file: Path, tmp_path: Path) -> 
     keys = ["model.arch=resnet50", "model.tweaks=b,c,d", f"model.init_from={tmp_path / 'ddp.pt'}"]
     config = loading.load(config_file, [*ALL, *keys])
     torch.testing.assert_close(begun(config)(inputs(config))[0], theirs(normalized(config)), rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_transformer_whose_patches_do_not_divide_other_sizes_is_exact_too(config_file: Path, tmp_path: Path) -> None:
+    timm = pytest.importorskip("timm")
+    theirs = timm.create_model("test_vit", img_size=64, num_classes=10).eval()
+    torch.save(theirs.state_dict(), tmp_path / "vit.pt")
+    keys = ["model.source=timm", "model.arch=test_vit", "model.stem=standard", "split.block=1"]
+    config = loading.load(config_file, [*ALL, *keys, f"model.init_from={tmp_path / 'vit.pt'}"])
+    torch.testing.assert_close(begun(config)(inputs(config))[0], theirs(normalized(config)), rtol=1e-4, atol=1e-4)
+
+
+def test_an_average_of_weights_begins_with_the_trained_ones(file: Path, config_file: Path) -> None:
+    config = loading.load(config_file, [*ALL, "train.ema_decay=0.9", f"model.init_from={file}"]).with_classes(10)
+    trained = initial_weights(config, range(1), CLASSES)
+    ensemble, (learner,) = learners_of(config, 12, FP32, ALONE, trained)
+    assert learner.validated is not ensemble.branches[0]
+    for each in (learner.validated, ensemble.branches[0]):
+        assert_equal(dict(each.state_dict()), dict(trained[0].state))
 
 
 @pytest.mark.parametrize("transform", ["dct2d", "dct1d"])

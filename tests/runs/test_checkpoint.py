@@ -325,7 +325,7 @@ def test_a_missing_checkpoint_is_reported_with_the_existing_ones(tmp_path: Path)
     save(tmp_path, 2)
     with pytest.raises(UserError, match="no checkpoint of step 7; there are those of steps 1, 2"):
         checkpoint.find(tmp_path, "7")
-    with pytest.raises(UserError, match="no best checkpoint, since nothing has been validated yet; there are"):
+    with pytest.raises(UserError, match="no best checkpoint, since no validation so far had a finite loss; there are"):
         checkpoint.find(tmp_path, "best")
     with pytest.raises(UserError, match="'newest' given; allowed: best, last or a step; there are those of steps 1, 2"):
         checkpoint.find(tmp_path, "newest")

@@ -20,12 +20,14 @@ from tests.conftest import Done, run
 
 def test_a_branch_ends_when_its_loss_has_not_fallen_for_its_patience(config_file: Path) -> None:
     config = loading.load(config_file, ["data.holdout=4", "train.early_stop_patience=2", "train.epochs=9"])
+    config = config.with_values({"split": {"branches": ((0,), (1,), (2,), (3,), (0, 1))}})
     active = ActiveBranches(config)
     losses = [  # one row a branch
         [3.0, 2.0, 1.0, 0.9, 0.8, 0.7],  # always falls
         [3.0, 2.0, 2.5, 1.9, 1.9, 1.9],  # once up, then equal twice
         [3.0, 3.1, 3.2, 0.1, 0.1, 0.1],  # ends after the third
         [math.nan] * 6,  # never known: ends after the second
+        [1.0, math.nan, 2.0, 2.0, 2.0, 2.0],  # once unknown, and no record since the first: ends after the third
     ]
     for n in range(6):
         active.note([row[n] for row in losses], step=10 * (n + 1), epoch=n)
@@ -33,8 +35,8 @@ def test_a_branch_ends_when_its_loss_has_not_fallen_for_its_patience(config_file
             saved, active = {"step": 30, **active.state()}, ActiveBranches(config)
             active.load(saved)
             assert not ActiveBranches.ended(saved)
-    assert active.stopped == [None, 60, 30, 20]
-    assert [active.train(k, 6) for k in range(4)] == [True, False, False, False]
+    assert active.stopped == [None, 60, 30, 20, 30]
+    assert [active.train(k, 6) for k in range(5)] == [True, False, False, False, False]
     assert ActiveBranches(loading.load(config_file)).state() == {}
 
 
@@ -42,6 +44,10 @@ def test_a_branch_ends_when_its_loss_has_not_fallen_for_its_patience(config_file
     ("keys", "message"),
     [
         (["train.early_stop_patience=2"], "train.early_stop_patience: 2 given; allowed: unset, unless data.holdout"),
+        (
+            ["data.holdout=4", "train.early_stop_patience=3", "distillation.teacher=t", "distillation.residual=true"],
+            "train.early_stop_patience: 3 given; allowed: unset with distillation.residual = true, since held-out",
+        ),
         (
             ["train.start_epochs=[0, 1]"],
             r"start_epochs: \[0, 1\] given; allowed: an epoch below 2 for each of 4 branches",

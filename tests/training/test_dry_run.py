@@ -6,10 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 
 from bandsplit.config import loading
 from bandsplit.models.precision import Precision
+from bandsplit.runs.directory import resolved
 from bandsplit.training import dry_run
 
 # 4 ranks, where bands in float16 make 4 groups the cheapest, and bands in float32 plain data parallelism
@@ -44,3 +46,18 @@ def test_the_branch_groups_are_those_of_the_run(
     differs = precision in ("auto", "bf16", "fp16")
     other = f"on {'CPUs' if on_gpu else 'GPUs'}, with bands in float{32 if half else 16}: {1 if half else 4} groups"
     assert (other in output) == differs
+
+
+def test_the_teacher_costs_what_the_images_of_the_run_cost(
+    config_file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The same networks on the same images: the same multiplications, whatever the teacher was trained on."""
+    teacher = loading.load(config_file, ["data.image_size=64", "data.resize_size=64"]).with_classes(10)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text(tomli_w.dumps(resolved(teacher)))
+    large = ["data.image_size=256", "data.resize_size=256"]
+    dry_run.show(loading.load(config_file, [*large, f"distillation.teacher={tmp_path / 'run'}"]))
+    output = capsys.readouterr().out
+    (own,) = re.findall(r"^compute +([\d.]+) GMACs", output, re.MULTILINE)
+    (teachers,) = re.findall(r"^teacher .*: ([\d.]+) GMACs per image of 256 pixels forward", output, re.MULTILINE)
+    assert float(own) == float(teachers) > 0

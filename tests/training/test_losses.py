@@ -44,6 +44,13 @@ def test_what_a_teacher_adds_to_the_loss() -> None:
     torch.testing.assert_close(gradient, of_both)
 
 
+def test_soft_targets_of_binary_cross_entropy_are_not_rounded_to_16_bits() -> None:
+    logits, shares = torch.randn(64, 10).bfloat16(), torch.rand(64, 10)
+    config = schema.BinaryCrossEntropy(smoothing=0.1)
+    wanted = losses.loss(logits.float(), shares, config)
+    torch.testing.assert_close(losses.loss(logits, shares, config), wanted, rtol=1e-6, atol=0)
+
+
 def test_the_threshold_of_binary_targets() -> None:
     """A mixed image belongs to all its classes above the threshold."""
     logits, shares = torch.randn(2, 3), torch.tensor([[0.3, 0.7, 0.0], [0.1, 0.0, 0.9]])

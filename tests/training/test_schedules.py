@@ -118,6 +118,17 @@ def test_every_schedule_takes_runs_of_a_few_steps(config_file: Path, name: str, 
                 assert momentum is None or 0.85 - 1e-12 <= momentum <= 0.95 + 1e-12, (total, peak, step)
 
 
+@pytest.mark.parametrize("name", SHORT)
+def test_the_step_after_a_warm_up_that_rounds_up_to_all_steps_has_a_value(config_file: Path, name: str) -> None:
+    """Which a run that is extended says."""
+    keys = ["optim.lr=0.3", "train.epochs=2", "schedule.warmup_epochs=1.9", *SHORT[name]]
+    config = loading.load(config_file, keys)
+    assert schedules.lr_at(7, 4, config) == pytest.approx(0.3)
+    assert 0 <= schedules.lr_at(8, 4, config) <= 0.3 * (1 + 1e-12)
+    momentum = schedules.momentum_at(8, 4, config)
+    assert momentum is None or 0.85 - 1e-12 <= momentum <= 0.95 + 1e-12
+
+
 @pytest.mark.parametrize("peak_at", [0.04, 0.1, 0.2, 0.25, 0.3, 1 / 3, 0.5, 0.9])
 def test_short_one_cycles_are_torchs(config_file: Path, peak_at: float) -> None:
     """Except that torch divides by zero if the peak is the first step."""

@@ -30,16 +30,16 @@ def add(commands: Any) -> None:
     pack.add_argument("--dtype", choices=("uint8", "float16"), default="uint8", help="bands: type of a value (uint8)")
     pack.add_argument(
         "--size",
-        type=_positive,
-        help="bands: side in pixels of the square that is stored of a training image (data.resize_size); images: "
-        "longest shorter side (data.resize_size)",
+        type=options.count,
+        help="bands: side in pixels of the square that is stored of a training image (data.resize_size, in "
+        "whole blocks around what is validated); images: longest shorter side (data.resize_size)",
     )
     pack.add_argument("--quality", type=_quality, default=90, help="images: JPEG quality, 1 to 100 (90)")
-    pack.add_argument("--workers", type=_positive, default=available_cpus(), help="processes (the CPUs allotted)")
+    pack.add_argument("--workers", type=options.count, default=available_cpus(), help="processes (the CPUs allotted)")
     pack.set_defaults(run=_pack)
     verify = commands.add_parser("verify", help="check packed data", **options.texts(_verify.__doc__, VERIFY_EXAMPLES))
     verify.add_argument("folder", type=Path, metavar="DIR", help="what `pack` has written")
-    verify.add_argument("--workers", type=_positive, default=available_cpus(), help="threads (the CPUs allotted)")
+    verify.add_argument("--workers", type=options.count, default=available_cpus(), help="threads (the CPUs allotted)")
     verify.set_defaults(run=_verify)
 
 
@@ -61,15 +61,8 @@ def _verify(arguments: argparse.Namespace) -> None:
         print(f"not here: bands {', '.join(map(str, found.absent))}")
 
 
-def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError("a number from 1")
-    return value
-
-
 def _quality(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= 100:
-        raise argparse.ArgumentTypeError("a number from 1 to 100")
+    value = options.count(text)
+    if value > 100:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a number from 1 to 100")
     return value

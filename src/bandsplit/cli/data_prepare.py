@@ -165,7 +165,7 @@ def _add_from(parser: argparse.ArgumentParser, about: str) -> None:
 
 
 def _add_seed(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, help="chooses the images for val/ (default: 0)")
+    parser.add_argument("--seed", type=options.seed, default=0, help="chooses the images for val/ (default: 0)")
 
 
 def _fraction(text: str) -> Fraction:

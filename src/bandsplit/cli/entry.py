@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import select
+import signal
 import sys
 import time
 from collections.abc import Callable
@@ -18,6 +20,7 @@ def run(main: Callable[[], None]) -> None:
     - Ctrl-C: 130.
     - An error that another rank reports: 1, nothing printed.
     - A run stopped by a signal: 128 + signal; under torchrun 0, since torchrun restarts on any other code.
+    - Output that nobody reads any more, as with `| head`: 141 (128 + SIGPIPE), nothing printed.
     - Any other exception is raised, so that Python prints its traceback.
     """
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
@@ -53,6 +56,19 @@ def _wait_for_report(seconds: float) -> None:
 def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ReportedElsewhere | None:
     try:
         main()
+        sys.stdout.flush()
     except (UserError, Interrupted, ReportedElsewhere) as ended:
         return ended
+    except BrokenPipeError:
+        if _stdout_is_read():
+            raise
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what Python flushes at its end
+        return Interrupted(signal.SIGPIPE)
     return None
+
+
+def _stdout_is_read() -> bool:
+    """Whether what is printed still has a reader; `| head` ends when it has read enough."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)
+    return not any(event & select.POLLERR for _, event in poll.poll(0))

@@ -33,12 +33,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "--output", type=Path, metavar="FILE", help="the file to write, or to replace (default: RUN.safetensors, …)"
     )
     given = parser.parse_args(arguments)
-    path = given.output or Path(given.model.resolve().with_suffix("").name + SUFFIXES[given.format])
+    trained = given.model.resolve()
+    path = given.output or Path((trained.stem if trained.is_file() else trained.name) + SUFFIXES[given.format])
     if not path.parent.is_dir():
         raise UserError(f"--output {path}: there is no folder {path.parent}")
     if given.format == "torch" and path.suffix != SUFFIXES["torch"]:
         raise UserError(f"--output {path}: torch.export reads files that end in .pt2")
-    if path.resolve() == given.model.resolve():
+    if path.resolve() == trained:
         raise UserError(f"--output {path}: this is the model itself; name another file")
 
     import torch

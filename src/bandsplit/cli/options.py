@@ -76,6 +76,13 @@ def count(text: str) -> int:
     return int(text)
 
 
+def seed(text: str) -> int:
+    """The type of an option that takes a seed, as a config does."""
+    if not (text.isascii() and text.isdigit() and int(text) < 2**31):
+        raise ArgumentTypeError(f"{text!r} given, expected an integer from 0 to {2**31 - 1}")
+    return int(text)
+
+
 def port(text: str) -> int:
     """The type of an option that takes a TCP port."""
     if not (text.isascii() and text.isdigit() and 0 < int(text) < 2**16):

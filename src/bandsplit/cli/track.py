@@ -26,7 +26,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     parser.add_argument(
         "--follow",
         action="store_true",
-        help="go on until the run ends; without it, pass on what is there. What was passed on before is not repeated",
+        help="go on until the run ends; without it, pass on what is there. Weights & Biases gets only what was not "
+        "passed on before; TensorBoard gets every event again, in a new file",
     )
     given = parser.parse_args(arguments)
 

@@ -40,7 +40,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     )
     parser.add_argument("--dry-run", action="store_true", help="check the config, print what would run, and exit")
     parser.add_argument("--print-run-dir", action="store_true", help="print the run directory and exit")
-    parser.add_argument("--world-size", type=int, help="with --dry-run: number of GPU ranks to check for")
+    parser.add_argument("--world-size", type=options.count, help="with --dry-run: number of GPU ranks to check for")
     given = parser.parse_args(arguments)
     if given.world_size and not given.dry_run:
         parser.error("--world-size needs --dry-run; torchrun --nproc-per-node sets the number of ranks of a run")

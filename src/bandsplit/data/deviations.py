@@ -14,7 +14,7 @@ from bandsplit.config.schema import Augment, Mix, RunConfig
 from bandsplit.data import source
 from bandsplit.data.loader import Streams
 from bandsplit.data.source import Images
-from bandsplit.data.store.manifest import StoredImages
+from bandsplit.data.store.manifest import StoredImages, bands_of
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
 from bandsplit.progress import followed
@@ -38,10 +38,11 @@ def measured(config: RunConfig, files: Images) -> tuple[float, ...]:
     """σ of every band, to six digits: over all colors and places of about 1,024 training images, or of all.
 
     The images are the first of the shuffled list, in crops as in training, before mirroring, augmentation and mixing.
-    They come from the CPU in one stream, whatever the run has, so that σ depends on data and seed alone. 1 for a band
-    that a band store lacks.
+    They come from the CPU in one stream, whatever the run has, so that σ depends on data and seed alone: runs of
+    single branches that read a band have the same, and can be joined.  1 for a band that no branch reads from a band
+    store.
     """
-    stored = sorted(files.manifest.bands) if isinstance(files, StoredImages) else [*range(config.split.bands)]
+    stored = bands_of(config.split) if isinstance(files, StoredImages) else [*range(config.split.bands)]
     batches = math.ceil(min(IMAGES, len(files)) / AT_ONCE)
     batch_size = min(IMAGES, len(files)) // batches
     plain = config.model_copy(update={"augment": Augment(), "mix": Mix()}).with_values(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import multiprocessing
 import os
 import stat
@@ -11,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -224,14 +226,16 @@ def is_hidden(name: str) -> bool:
 
 _PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "image_path", "img", "name", "id")
 _LABEL_COLUMNS = ("label", "class", "target", "category", "y", "wnid", "synset")
+_COLUMNS = (_PATH_COLUMNS, _LABEL_COLUMNS)
 
 
 def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Found:
     """The images that a list names, in its order: CSV (`.csv`) or text with one path and label per line.
 
-    Paths are absolute, or relative to `root`; blanks within them are allowed, since the label is what follows the last
-    blank or tab of a line.  Labels are class names or indices.  A CSV file may have a header, and further columns when
-    it has one.
+    Paths are absolute, or relative to `root`.  In text, a tab separates path and label, and further columns are not
+    read; in a line without one, the label is what follows the last blank.  Labels are class names or indices.  A CSV
+    file may have a header, and further columns when that names path and label as in `_PATH_COLUMNS` and
+    `_LABEL_COLUMNS`.
 
     Args:
         classes: of the training images, so that labels of a validation list mean the same; None: what the list has.
@@ -243,7 +247,7 @@ def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Foun
         if not path.is_file():
             raise UserError(f"{path}: no such list; expected CSV or text with one path and label per line")
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    rows = list(_csv_rows(path, text) if path.suffix.lower() == ".csv" else _text_rows(path, text))
+    rows = list(_csv_rows(path, text, root) if path.suffix.lower() == ".csv" else _text_rows(path, text))
     if not rows:
         raise UserError(f"{path}: no images in this list")
     index = {name: i for i, name in enumerate(classes or _classes_of(label for _, _, label in rows))}
@@ -268,38 +272,61 @@ def _text_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
         line = line.rstrip("\r")
         if not line.strip() or line.startswith("#"):
             continue
-        parts = line.rstrip().rsplit(None, 1)
-        if len(parts) != 2:
-            raise UserError(f"{path}, line {number}: {line!r} given; expected a path, a blank and a label")
+        line = line.rstrip()
+        parts = [part for part in map(str.strip, line.split("\t")) if part] if "\t" in line else line.rsplit(None, 1)
+        if len(parts) < 2:
+            raise UserError(f"{path}, line {number}: {line!r} given; expected a path, a blank or tab, and a label")
         yield number, parts[0], parts[1]
 
 
-def _csv_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    reader = csv.reader(text.splitlines(keepends=True))
-    columns: list[int] | None = None
-    for row in reader:
-        if not any(row):
-            continue
-        if columns is None:
-            header = [cell.strip().lower() for cell in row]
-            columns = _columns(header)
-            if columns:
-                continue
-            columns = [0, 1]
-            if len(row) != 2:
-                raise UserError(
-                    f"{path}, line {reader.line_num}: {len(row)} columns given; expected two, a path and a label, or a "
-                    "header that names the columns path and label"
-                )
-        if len(row) <= max(columns):
-            raise UserError(f"{path}, line {reader.line_num}: {','.join(row)!r} given; expected a path and a label")
-        yield reader.line_num, row[columns[0]], row[columns[1]].strip()
+def _csv_rows(path: Path, text: str, root: Path) -> Iterator[tuple[int, str, str]]:
+    """(line number, path, label) of each row that is neither empty nor a header."""
+    rows = _cells(path, text)
+    first = list(islice(rows, 2))
+    if not first:
+        return
+    columns = _columns(path, first, root)
+    for line, row in chain(first if columns is None else first[1:], rows):
+        image, label = columns or (0, 1)
+        if len(row) <= max(image, label):
+            raise UserError(f"{path}, line {line}: {','.join(row)!r} given; expected a path and a label")
+        yield line, row[image], row[label].strip()
 
 
-def _columns(header: Sequence[str]) -> list[int] | None:
-    """Which columns are the path and the label; None: this is no header."""
-    found = [next((name for name in names if name in header), None) for names in (_PATH_COLUMNS, _LABEL_COLUMNS)]
-    return None if None in found else [header.index(name) for name in found if name]
+def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
+    """Line number and cells of each row that is not empty."""
+    reader, line = csv.reader(io.StringIO(text, newline="")), 1
+    try:
+        for row in reader:
+            if reader.line_num > line:
+                raise UserError(f"{path}, line {line}: a cell goes on in the next line; is a quote not closed?")
+            if any(row):
+                yield line, row
+            line += 1
+    except csv.Error as error:
+        raise UserError(f"{path}, line {line}: {error}; is a quote not closed?") from None
+
+
+def _columns(path: Path, first: Sequence[tuple[int, list[str]]], root: Path) -> tuple[int, int] | None:
+    """Which columns are the path and the label, where the first of these rows is a header; None: it is an image."""
+    line, row = first[0]
+    header = [cell.strip().lower() for cell in row]
+    image, label = (next((header.index(name) for name in names if name in header), None) for names in _COLUMNS)
+    if image is not None and label is not None:
+        return image, label
+    if len(row) != 2:
+        raise UserError(
+            f"{path}, line {line}: {len(row)} columns given; expected two, a path and a label, or a header that names "
+            "the columns path and label"
+        )
+    if row[0].lower().endswith(SUFFIXES) or _exists(root / row[0]):
+        return None
+    if image is None and label is None and not (len(first) == 2 and _exists(root / first[1][1][0])):
+        raise UserError(
+            f"{path}, line {line}: {','.join(row)!r} given, and {root / row[0]} is no file; expected a path and a "
+            "label, or a header: path,label"
+        )
+    return (1, 0) if image == 1 or label == 0 else (0, 1)
 
 
 def _classes_of(labels: Iterable[str]) -> list[str]:
@@ -311,6 +338,10 @@ def _classes_of(labels: Iterable[str]) -> list[str]:
     if all(name.isascii() and name.isdigit() and len(name) < 7 and name == str(int(name)) for name in names):
         return [str(i) for i in range(max(map(int, names)) + 1)]
     return sorted(names)
+
+
+def _exists(path: Path) -> bool:
+    return _facts(path)[0] != MISSING
 
 
 def _facts(path: Path) -> tuple[int, int]:

@@ -110,15 +110,17 @@ class ImageFiles:
         and ";" or an empty one for none: such images are taken out.
 
         Args:
-            numbers: whether labels that are no class names are numbers of classes.
+            numbers: whether labels that are no class names are numbers of classes, also with leading zeros.
 
         Raises UserError if the images, found in `where`, have other classes.
         """
         if list(classes) == self.classes:
             return self
-        number = {str(i): i for i in range(len(classes))} if numbers else {}
-        number |= {name: i for i, name in enumerate(classes)}
+        number = {name: i for i, name in enumerate(classes)}
         named = [[label] if label in number else [x for x in label.split(";") if x] for label in self.classes]
+        if numbers:
+            counted = {x: int(x) for names in named for x in names if x.isdecimal()}
+            number = {x: i for x, i in counted.items() if i < len(classes)} | number
         unknown = sorted({name for names in named for name in names} - number.keys())
         if unknown and not numbers and all(name.isdecimal() for name in unknown):
             raise UserError(

@@ -25,7 +25,8 @@ def summary(parts: Mapping[str, Index], data: Data) -> str:
     lines: list[str] = []
     for part, index in parts.items():
         lines += [*_part(part, index, data), ""]
-    return "\n".join([*lines, *_duplicates(parts)])
+    text = "\n".join([*lines, *_duplicates(parts)])
+    return text.encode(errors="backslashreplace").decode()  # names of classes may have bytes that are no UTF-8
 
 
 def bad_files(parts: Mapping[str, Index]) -> pd.DataFrame:
@@ -36,7 +37,7 @@ def bad_files(parts: Mapping[str, Index]) -> pd.DataFrame:
 
 def _part(part: str, index: Index, data: Data) -> Iterator[str]:
     good = index.good
-    yield f"{part}: {len(index):,} images, {index.column('bytes')[good].sum() / 2**20:,.1f} MiB"
+    yield f"{part}: {good.sum():,} images, {index.column('bytes')[good].sum() / 2**20:,.1f} MiB"
     if index.passed_over:
         yield f"  passed over   {'; '.join(index.passed_over)}"
     yield f"  left out      {(~good).sum():,}"

@@ -17,6 +17,7 @@ from bandsplit.data.crops import CENTER, Crop
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import shard_of
 from bandsplit.data.source import AnyValidationLoader, Images
+from bandsplit.data.store.manifest import bands_of
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
@@ -57,7 +58,7 @@ class Joined:
             run.require_classes(runs[0].classes, str(runs[0].run_dir))
         config = runs[0].config
         groups = tuple(group for run in runs for group in run.config.split.groups)
-        whole = config.split.model_copy(update={"branches": groups, "only": None})
+        whole = config.split.model_copy(update={"branches": groups, "only": None, "sigma": _sigma(runs)})
         config = config.model_copy(update={"split": whole})
         if data is not None:
             path = RunDirectory(run_dirs[0]).config
@@ -153,11 +154,32 @@ class Joined:
         return config.validation.batch_size or max(1, config.train.batch_size // parts)
 
 
+def _sigma(runs: Sequence[Restored]) -> tuple[float, ...] | None:
+    """σ of every band, each from the runs that read it; None: the first run has none.
+
+    Raises UserError where two runs that read a band differ.
+    """
+    first = runs[0].config.split
+    if first.sigma is None or not first.scale:
+        return first.sigma
+    sigma, known = list(first.sigma), dict[int, Restored]()
+    for run in runs:
+        for band in bands_of(run.config.split):
+            own = (run.config.split.sigma or first.sigma)[band]
+            if band in known and sigma[band] != own:
+                raise UserError(
+                    f"{run.run_dir}: split.sigma: {own} for band {band}, but {known[band].run_dir} has {sigma[band]}; "
+                    "runs are joined into one ensemble only where they agree"
+                )
+            sigma[band], known[band] = own, run
+    return tuple(sigma)
+
+
 def _require_same_data(one: Restored, other: Restored) -> None:
     """Raises UserError if two runs read different data or preprocess, normalize or transform images differently."""
     for table, keys in (
         ("data", ("name", "classes", "image_size", "val_image_size", "resize_size", "interpolation", "mean", "std")),
-        ("split", ("block", "transform", "norm", "scale", "sigma")),
+        ("split", ("block", "transform", "norm", "scale")),
     ):
         for key in keys:
             a, b = (getattr(getattr(run.config, table), key) for run in (one, other))

@@ -171,7 +171,10 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         self.group = group
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, h, w) -> (B, C, h, w); in training, every rank of the group has the same B."""
+        """(B, C, h, w) -> (B, C, h, w); in training, every rank of the group has the same B.
+
+        Computes in float32, as torch's does, also where autocast gives 16 bits.
+        """
         if not self.training:
             return super().forward(x)
         assert self.running_mean is not None
@@ -179,8 +182,9 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         ranks = dist.get_world_size(self.group)
-        mean = _Sum.apply(x.mean(dim=(0, 2, 3)), self.group) / ranks
-        centered = x - mean[:, None, None]
+        full = x.float()
+        mean = _Sum.apply(full.mean(dim=(0, 2, 3)), self.group) / ranks
+        centered = full - mean[:, None, None]
         variance = _Sum.apply(centered.square().mean(dim=(0, 2, 3)), self.group) / ranks
         with torch.no_grad():
             count = ranks * x.numel() / self.num_features
@@ -189,7 +193,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
             self.num_batches_tracked.add_(1)
         scale = self.weight * (variance + self.eps).rsqrt()
         normalized: Tensor = centered * scale[:, None, None] + self.bias[:, None, None]
-        return normalized
+        return normalized.to(x.dtype)
 
 
 class _Sum(torch.autograd.Function):

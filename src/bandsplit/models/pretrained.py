@@ -167,8 +167,11 @@ def over_blocks(pixels: Tensor, start: int, channels: Channels, size: int, paddi
 # ---------------------------------------------------------------------------------------------------- where from
 
 
-def of_torchvision(model: schema.Model) -> Trained:
-    """torchvision's default weights of an architecture, downloaded unless they are in torch's cache."""
+def of_torchvision(model: schema.Model, size: int) -> Trained:
+    """torchvision's default weights of an architecture, downloaded unless they are in torch's cache.
+
+    `size`: side of the inputs in pixels.
+    """
     try:
         weights: Any = torchvision.models.get_model_weights(model.arch).DEFAULT
     except ValueError:
@@ -182,7 +185,7 @@ def of_torchvision(model: schema.Model) -> Trained:
             f"copy the file to {cache}"
         ) from None
     channels = Channels.pixels([255 * x for x in weights.transforms().std])
-    return Trained(f"torchvision's {weights}", state, _on_pixels(model), channels)
+    return Trained(f"torchvision's {weights}", state, _on_pixels(model, size), channels)
 
 
 def of_timm(model: schema.Model, size: int) -> Trained:
@@ -203,11 +206,11 @@ def of_timm(model: schema.Model, size: int) -> Trained:
     return Trained(f"timm's {name}", network.state_dict(), networks.first_convolution(network)[1], channels)
 
 
-def of_file(path: Path, model: schema.Model) -> dict[int, Trained]:
+def of_file(path: Path, model: schema.Model, size: int) -> dict[int, Trained]:
     """The weights in a file, by branch: of a network on pixels, or of an exported ensemble.
 
     A .safetensors file, or what torch.save has written: a state dict, also as "state_dict" or "model" of a dict, and
-    with the prefix "module." of DDP.
+    with the prefix "module." of DDP.  `size`: side of the inputs in pixels.
     """
     if path.suffix == ".safetensors":
         state, metadata = _of_safetensors(path)
@@ -215,13 +218,13 @@ def of_file(path: Path, model: schema.Model) -> dict[int, Trained]:
             return _of_export(path, state, metadata["bandsplit"])
     else:
         state = _of_torch(path)
-    return {0: Trained(str(path), state, _on_pixels(model), Channels.pixels())}
+    return {0: Trained(str(path), state, _on_pixels(model, size), Channels.pixels())}
 
 
-def _on_pixels(model: schema.Model) -> nn.Conv2d:
-    """The first convolution of the architecture for whole images."""
+def _on_pixels(model: schema.Model, size: int) -> nn.Conv2d:
+    """The first convolution of the architecture with its standard stem, on images of size x size pixels."""
     with torch.device("meta"):
-        network = networks.build(model.model_copy(update={"stem": "standard"}), 3, 2, 299)
+        network = networks.build(model.model_copy(update={"stem": "standard"}), 3, 2, size)
     return networks.first_convolution(network)[1]
 
 

@@ -173,7 +173,7 @@ def find(folder: Path, which: str) -> Path:
     if which == "best":
         step = best_step(folder)
         if not step:
-            raise UserError(f"{folder}: no best checkpoint, since nothing has been validated yet; {there}")
+            raise UserError(f"{folder}: no best checkpoint, since no validation so far had a finite loss; {there}")
     elif which.isdecimal():
         step = int(which)
     else:

@@ -69,7 +69,7 @@ def _trained(model: Model, size: int) -> dict[int, Trained]:
     """
     assert model.init_from is not None
     if model.init_from == "torchvision":
-        return {0: pretrained.of_torchvision(model)}
+        return {0: pretrained.of_torchvision(model, size)}
     if model.init_from == "timm":
         return {0: pretrained.of_timm(model, size)}
     path = expanded(model.init_from, "model.init_from")
@@ -77,7 +77,7 @@ def _trained(model: Model, size: int) -> dict[int, Trained]:
         allowed = "'torchvision', 'timm', a file of weights or a run directory"
         raise UserError(f"model.init_from: {model.init_from!r} given, but there is no such file; allowed: {allowed}")
     if path.is_file():
-        return pretrained.of_file(path, model)
+        return pretrained.of_file(path, model, size)
     try:
         restored = Restored.of(path, "best")
     except UserError as error:

@@ -59,8 +59,10 @@ class ActiveBranches:
         for k, loss in enumerate(losses):
             if not self.train(k, epoch):
                 continue
-            self._since[k] = 0 if loss < self._lowest[k] else self._since[k] + 1
-            self._lowest[k] = min(loss, self._lowest[k])
+            if loss < self._lowest[k]:
+                self._lowest[k], self._since[k] = loss, 0
+            else:
+                self._since[k] += 1
             if self._since[k] == self._config.train.early_stop_patience:
                 self.stopped[k] = step
                 if self._is_first:

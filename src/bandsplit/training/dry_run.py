@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import torch
 
@@ -113,13 +114,20 @@ def _show_teacher(config: RunConfig) -> None:
     if not directory.holds_run:
         print(f"teacher   unknown: {directory.path} is not a run directory")
         return
-    teacher = loading.load(directory.config)
-    costs = costs_of(teacher)
-    macs = sum(cost.macs[teacher.data.image_size] for cost in costs)
+    teacher, size = loading.load(directory.config), config.data.image_size
+    seen: dict[str, dict[str, Any]] = {
+        "data": {"image_size": size},
+        "augment": {"progressive": None},
+    }  # the images of this run
+    try:
+        costs = costs_of(teacher.with_values(seen))
+    except UserError as error:
+        raise UserError(f"distillation.teacher: {teacher.name} at {size} pixels: {error}") from error
+    macs = sum(cost.macs[size] for cost in costs)
     weights = 4 * sum(cost.parameters for cost in costs) / MIB
     print(
         f"teacher   {teacher.name}, {teacher.networks} with block {teacher.split.block}: {macs / 1e9:.3f} GMACs per "
-        f"image forward, {weights:,.2f} MiB"
+        f"image of {size} pixels forward, {weights:,.2f} MiB"
     )
 
 
@@ -131,8 +139,11 @@ def _show_initial(config: RunConfig, found: dict[str, Listed] | UserError) -> No
     if isinstance(found, UserError):
         print(f"begins    not known without the names of the classes: {found}")
         return
+    unknown = bool(config.split.scale) and config.split.sigma is None
+    if unknown:
+        config = config.with_values({"split": {"sigma": (1.0,) * config.split.bands}})
     for words in initial.described(initial.initial_weights(config, range(len(numbers)), found["train"].classes)):
-        print(f"begins    with {words}")
+        print(f"begins    with {words}{'; as if split.sigma, measured when the run starts, were 1' * unknown}")
 
 
 def _show_ranks(config: RunConfig, world_size: int, chosen: int, trained: list[int], half: bool) -> None:

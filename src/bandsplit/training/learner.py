@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, cast
 
@@ -18,6 +18,8 @@ from bandsplit.models import batch_norm, networks
 from bandsplit.models.ema import EMA
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
+from bandsplit.models.pretrained import Initial
+from bandsplit.runs.initial import begin
 from bandsplit.training import capture, losses, optimizers
 
 
@@ -194,12 +196,17 @@ def _flat(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat([x.flatten() for x in tensors])
 
 
-def learners_of(config: RunConfig, at_once: int, precision: Precision, mesh: Mesh) -> tuple[Ensemble, list[Learner]]:
+def learners_of(
+    config: RunConfig, at_once: int, precision: Precision, mesh: Mesh, trained: Mapping[int, Initial] | None = None
+) -> tuple[Ensemble, list[Learner]]:
     """This rank's branches, freshly initialized, and a learner for each.
 
-    `at_once`: images in one forward pass of a branch on one rank.
+    Args:
+        at_once: images in one forward pass of a branch on one rank.
+        trained: weights that some of them begin with, by number.
     """
     ensemble = Ensemble.of(config, mesh.own).to(mesh.ranks.device).to(memory_format=torch.channels_last)
+    begin(trained or {}, [config.split.numbers[k] for k in mesh.own], ensemble)
     bn_batch_size = batch_norm.bn_batch_size(config, at_once, mesh.replicas)
     if config.train.activation_checkpointing:
         for branch in ensemble.branches:

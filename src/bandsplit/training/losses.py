@@ -15,11 +15,12 @@ def loss(logits: Tensor, target: Tensor, config: schema.Loss) -> Tensor:
         case schema.CrossEntropy():
             return cross_entropy(logits, target, label_smoothing=config.smoothing)
         case schema.BinaryCrossEntropy():
+            logits = logits.float()  # under autocast 16 bits, to which targets would be rounded
             if target.ndim == 1:  # on a CPU, one_hot reads the labels back to check their range
                 target = torch.zeros_like(logits).scatter_(1, target[:, None], 1)
-            shares = target.to(logits.dtype) * (1 - config.smoothing) + config.smoothing / logits.shape[-1]
+            shares = target.float() * (1 - config.smoothing) + config.smoothing / logits.shape[-1]
             if config.target_threshold is not None:
-                shares = (shares > config.target_threshold).to(logits.dtype)
+                shares = (shares > config.target_threshold).float()
             return binary_cross_entropy_with_logits(logits, shares)
 
 

@@ -12,7 +12,7 @@ def lr_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> float:
     peak, warmup = config.peak_lr, _warmup_steps(steps_per_epoch, config)
     if step < warmup:
         return peak * (step + 1) / warmup
-    done, total = step - warmup, config.train.epochs * steps_per_epoch - warmup
+    done, total = step - warmup, _scheduled_steps(steps_per_epoch, config)
     match config.schedule:
         case schema.Cosine() as cosine:
             period = total if cosine.period_epochs is None else max(1, cosine.period_epochs * steps_per_epoch)
@@ -35,12 +35,17 @@ def momentum_at(step: int, steps_per_epoch: int, config: schema.RunConfig) -> fl
     if not isinstance(cycle, schema.OneCycle) or cycle.momentum is None:
         return None
     low, high = cycle.momentum
-    total = config.train.epochs * steps_per_epoch - warmup
+    total = _scheduled_steps(steps_per_epoch, config)
     return high if step < warmup else _one_cycle(step - warmup, total, cycle.peak_at, high, low, high)
 
 
 def _warmup_steps(steps_per_epoch: int, config: schema.RunConfig) -> int:
     return round(config.schedule.warmup_epochs * steps_per_epoch)
+
+
+def _scheduled_steps(steps_per_epoch: int, config: schema.RunConfig) -> int:
+    """Steps after the warm-up; 1 where it rounds up to all steps, so that the step after them has a value too."""
+    return max(1, config.train.epochs * steps_per_epoch - _warmup_steps(steps_per_epoch, config))
 
 
 def _between(low: float, high: float, progress: float) -> float:

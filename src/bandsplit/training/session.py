@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from loguru import logger
 from torch import nn
 
 from bandsplit import seeds
@@ -23,7 +24,7 @@ from bandsplit.models import batch_norm
 from bandsplit.models.ensemble import parameters_of_branches
 from bandsplit.models.precision import Precision
 from bandsplit.models.pretrained import Initial
-from bandsplit.runs.initial import begin, initial_weights
+from bandsplit.runs.initial import initial_weights
 from bandsplit.runs.restored import Teacher
 from bandsplit.training import accumulation, capture
 from bandsplit.training.active import ActiveBranches
@@ -139,11 +140,12 @@ class Session:
         self.plan, self.config, self.mesh = plan, plan.config, plan.mesh
         self.streams = streams or plan.streams()
         self.ensemble, self.learners = learners_of(
-            plan.config, plan.images_at_once(self.streams), plan.precision, plan.mesh
+            plan.config, plan.images_at_once(self.streams), plan.precision, plan.mesh, plan.initial
         )
         self.numbers = [plan.config.split.numbers[k] for k in plan.mesh.own]
         """Number of each of this rank's branches in the full ensemble (see `split.only`)."""
-        begin(plan.initial, self.numbers, self.ensemble)
+        if plan.config.distillation is not None and plan.config.distillation.residual:
+            logger.info("distillation.residual: validations show the branches alone, without the teacher's logits")
         half = plan.precision.half_bands
         self.loader = source.training_loader(
             plan.config, self.streams, plan.train_files, half, stream_states, plan.teacher, positions

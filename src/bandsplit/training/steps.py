@@ -85,8 +85,10 @@ class Graphs(InTurn):
         if self._taken < self.WARM_UP or not self._is_possible:
             self._taken += 1
             generator = torch.cuda.default_generators[self._device.index or 0]
-            outcomes = super().__call__(branches, parts, number, lr, momentum)
-            self._is_random |= generator.get_offset() > 0
+            outcomes: dict[int, Outcome] = {}
+            for i in branches:
+                outcomes |= super().__call__([i], parts, number, lr, momentum)
+                self._is_random |= generator.get_offset() > 0  # each branch sets it to 0 when it seeds
             return outcomes
         if not self._graphs:
             self._parts = [part.copied() for part in parts]

@@ -48,7 +48,8 @@ class Distillation(Table):
     residual: bool = False
     """Instead of the formula: [loss] of the sum of the branch's and the teacher's logits, so that the branch learns
     what the teacher lacks (stagewise additive modeling: Friedman, Annals of Statistics 29, 2001). The prediction is
-    that of both runs: `bandsplit evaluate TEACHER RUN`."""
+    that of both runs: `bandsplit evaluate TEACHER RUN`, with `--fit-fusion` unless both have one branch. Validations,
+    and with them the best checkpoint, measure the branches alone; `train.early_stop_patience` must be unset."""
 
 
 class Mix(Table):

@@ -118,6 +118,9 @@ class RunConfig(Table):
         if patience is not None and self.data.holdout is None:
             allowed = "unset, unless data.holdout takes images out of training, on which losses are measured"
             raise mistake("train.early_stop_patience", patience, allowed)
+        if patience is not None and self.distillation is not None and self.distillation.residual:
+            allowed = "unset with distillation.residual = true, since held-out losses are those of the branches alone"
+            raise mistake("train.early_stop_patience", patience, allowed)
         branches = self.split.count
         if starts and (len(starts) != branches or min(starts) > 0 or max(starts) >= self.train.epochs):
             allowed = f"an epoch below {self.train.epochs} for each of {branches} branches, with a 0 among them"

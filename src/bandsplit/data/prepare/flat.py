@@ -7,7 +7,6 @@ import re
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
-from bandsplit.commands import launch
 from bandsplit.data.prepare import links, summary
 from bandsplit.data.prepare.archives import is_hidden, is_image, require_safe
 from bandsplit.data.prepare.destination import Job, opened
@@ -65,8 +64,7 @@ def prepare(source: Path, listing: Path, to: Path, classes: Path | None, link: L
     notes = links.described(used, link, source)
     if not_listed:
         notes.append(f"{not_listed:,} images are not in {listing} and are left out")
-    command = NEXT.format(evaluate=launch("evaluate"), parent=target.root.parent, name=target.root.name)
-    return summary.lines(target.root, result, command, *notes)
+    return summary.lines(target.root, result, NEXT, *notes)
 
 
 def _images(source: Path) -> list[str]:

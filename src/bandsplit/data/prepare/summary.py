@@ -16,7 +16,8 @@ def lines(root: Path, images: Counts, next_command: str, *more: str) -> str:
     Args:
         root: the destination.
         images: what is in it; the part "" lies in the destination itself.
-        next_command: a command in which {root}, {classes}, {train} and {evaluate} are filled in.
+        next_command: a command in which {train}, {evaluate} and {classes} are filled in, and the destination: {root},
+            or {name} in {parent}.
         more: lines to add.
     """
     parts = {part: classes for part, classes in images.items() if part not in ("hidden", "left out")}
@@ -30,7 +31,9 @@ def lines(root: Path, images: Counts, next_command: str, *more: str) -> str:
         text.append(f"{hidden:,} hidden files of the archives are left out")
     text += more
     commands = {name: launch(name) for name in ("train", "evaluate")}
-    text.append(f"next: {next_command.format(root=shlex.quote(str(root)), classes=len(names), **commands)}")
+    places = {"root": str(root), "parent": str(root.parent), "name": root.name}
+    quoted = {key: shlex.quote(place) for key, place in places.items()}
+    text.append(f"next: {next_command.format(classes=len(names), **commands, **quoted)}")
     return "\n".join(text).encode(errors="backslashreplace").decode()  # a path may have bytes that are no UTF-8
 
 

@@ -117,8 +117,9 @@ def pack(
     Args:
         parts: the images of "train" and "val".
         root: folder of the data set, to which the names of images are relative.
-        size: side in pixels of the square that is stored of training images; None: `data.resize_size`, rounded down to
-            whole blocks.  Of validation images, what is validated is stored.
+        size: side in pixels of the square that is stored of training images; None: the largest within
+            `data.resize_size` that leaves as many whole blocks on each side of what is validated.  Of validation
+            images, what is validated is stored.
         workers: processes; 0: this one.
         chunk_images: images of a shard; None: as many as are useful.
 
@@ -192,7 +193,9 @@ def _side(config: RunConfig, size: int | None) -> int:
     """Of the square that is stored of training images."""
     data, block = config.data, config.split.block
     if size is None:
-        return data.resize_size // block * block
+        whole = data.resize_size // block * block
+        centered = whole - (whole - data.val_size) % (2 * block)
+        return centered if centered >= data.image_size else whole
     if size % block or not data.image_size <= size <= data.resize_size:
         raise UserError(
             f"--size: {size} given; allowed: a multiple of split.block = {block} from data.image_size = "

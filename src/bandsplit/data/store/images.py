@@ -115,10 +115,11 @@ def _require_class_folders(part: str, files: ImageFiles, names: Sequence[str]) -
     """Raises UserError if an image is not in the folder of its class, or two would get the same name."""
     if ".." in Path(part).parts or Path(part).is_absolute():
         raise UserError(f"data.root: {part} is not below it, so that its copy would have no place in --to")
+    folders = [f"{PurePosixPath(part, name)}/" for name in files.classes]
     for name, label in zip(names, files.labels, strict=True):
-        if not name.startswith(f"{part}/{files.classes[label]}/"):
+        if not name.startswith(folders[label]):
             raise UserError(
-                f"{name}: not in {part}/{files.classes[label]}/, the folder of its class; "
+                f"{name}: not in {folders[label]}, the folder of its class; "
                 f"`{command('data')} prepare flat` makes class folders from a list"
             )
     renamed = {packed_name(name) for name in names if packed_name(name) != name}

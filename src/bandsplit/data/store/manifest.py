@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -42,7 +43,13 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class _Model(BaseModel):
+    """Names of files may have bytes that are not UTF-8, as os.fsdecode has them; pydantic's own JSON refuses these."""
+
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+    def as_json(self) -> str:
+        """One field a line, in ASCII."""
+        return json.dumps(self.model_dump(mode="json"), indent=1)
 
 
 class LeftOut(_Model):
@@ -80,7 +87,7 @@ class BandPart(_Model):
     """Number of images of each shard."""
     source_images: int
     source_digest: str
-    """SHA-256 of the names, sizes in bytes and classes of the images that were to be packed."""
+    """`Index.digest` of the images that were to be packed."""
     left_out: tuple[LeftOut, ...]
 
     @property
@@ -166,11 +173,13 @@ def read_manifest(root: Path) -> Manifest:
 
 def _parsed(kind: type[M], text: str, path: Path) -> M:
     try:
-        return kind.model_validate_json(text)
+        return kind.model_validate(json.loads(text))
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
-        raise UserError(f"{path}: damaged or of another version: {where}: {first['msg']}") from None
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+    except ValueError as error:
+        why = str(error)
+    raise UserError(f"{path}: damaged or of another version: {why}")
 
 
 def band_folder(band: int) -> str:
@@ -213,7 +222,8 @@ class StoredImages:
     @property
     def digest(self) -> str:
         """The same for the same stored images, wherever the store lies."""
-        return hashlib.sha256(f"{self.manifest.dtype} {self.about.model_dump_json()}".encode()).hexdigest()
+        about = json.dumps(self.about.model_dump(mode="json"), ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(os.fsencode(f"{self.manifest.dtype} {about}")).hexdigest()
 
     @cached_property
     def labels(self) -> npt.NDArray[np.int32]:
@@ -325,6 +335,19 @@ def require_side(config: RunConfig, part: str, stored: StoredImages) -> None:
     elif data.image_size > side:
         raise UserError(
             f"data.image_size: {data.image_size} given, but {stored.root} has training images of {side} x {side}"
+        )
+    elif data.holdout is not None:
+        _require_center(config, stored)
+
+
+def _require_center(config: RunConfig, stored: StoredImages) -> None:
+    """Raises UserError if held-out images cannot be prepared as validation images are."""
+    side, val, block = stored.about.side, config.data.val_size, config.split.block
+    if val > side or (side - val) % (2 * block):
+        raise UserError(
+            f"data.holdout: {config.data.holdout} given, but the training images in {stored.root}, of {side} x {side}, "
+            f"have no center of {val} x {val} in whole blocks, as which held-out images are read; pack again without "
+            f"--size, or with --size {val} plus a multiple of {2 * block}"
         )
 
 

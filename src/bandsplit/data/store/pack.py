@@ -48,4 +48,4 @@ def _show_left_out(part: str, left_out: tuple[LeftOut, ...]) -> None:
     if left_out:
         print(f"{part:>8}  {len(left_out)} left out:")
         for each in left_out:
-            print(f"          {each.name}: {each.reason}")
+            print(f"          {each.name!r}: {each.reason}")

@@ -27,10 +27,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 from filelock import FileLock, Timeout
-from pydantic import BaseModel
 
 from bandsplit.data.images import ImageFiles, Paths
-from bandsplit.data.store.manifest import CHECKSUMS, MANIFEST, PLAN, LeftOut
+from bandsplit.data.store.manifest import CHECKSUMS, MANIFEST, PLAN, LeftOut, Manifest
 from bandsplit.errors import UserError
 from bandsplit.paths import reading_from, replace_bytes, writing_to
 from bandsplit.progress import Progress
@@ -179,10 +178,10 @@ class Folder:
     def _record(self, chunk: Chunk) -> Path:
         return self._work / f"{chunk.name}.json"
 
-    def finish(self, manifest: BaseModel) -> None:
+    def finish(self, manifest: Manifest) -> None:
         """Writes the manifest, which makes the folder complete."""
         with writing_to(self.path):
-            replace(self.path / MANIFEST, manifest.model_dump_json(indent=1).encode() + b"\n")
+            replace(self.path / MANIFEST, manifest.as_json().encode() + b"\n")
             shutil.rmtree(self._work, ignore_errors=True)
 
 

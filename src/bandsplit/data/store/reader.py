@@ -288,10 +288,7 @@ class BandValidationLoader:
     """This rank's share of the stored validation images, each exactly once per iteration; as `ValidationLoader`."""
 
     def __init__(self, config: RunConfig, images: StoredImages, shard: Shard, crops: Sequence[Crop] = CENTER) -> None:
-        """With two crops, each batch comes as it is and mirrored.
-
-        Raises UserError if the center of the stored images is not that of the config's size, and for other crops.
-        """
+        """With two crops, each batch comes as it is and mirrored.  Raises UserError for crops beside the center."""
         self.crops, self._mirrored = len(crops), [crop.mirror for crop in crops]
         if any((crop.x, crop.y) != (0.5, 0.5) for crop in crops):
             raise UserError("--ten-crop: a band store holds the center alone; evaluate with --set data.kind=images")
@@ -301,11 +298,8 @@ class BandValidationLoader:
         self._order = ValidationOrder(len(images), shard.batch_size, shard.rank, shard.world_size, len(crops))
         self._side, self._depth = config.data.val_size // config.split.block, config.data.prefetch
         margin = images.about.side // config.split.block - self._side
-        if margin < 0 or margin % 2:
-            raise UserError(
-                f"data.image_size: {config.data.val_size} given, which has no center of whole blocks in the stored "
-                f"{images.part} images of {images.about.side} x {images.about.side}"
-            )
+        assert margin >= 0, "opened without `require_side`"
+        assert margin % 2 == 0, "opened without `require_side`"
         self._corner = margin // 2
         self.left_out: list[BadImage] = []
         """None: what cannot be decoded was not packed."""
