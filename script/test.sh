@@ -13,11 +13,12 @@ if [[ ${1:-} == --quick ]]; then
     processes=$(nproc)
 fi
 
-# The tests of script/slurm start their own Slurm, those of the page a browser; without these packages they are skipped.
-packages=(slurm-wlm munge shellcheck chromium)
+# The tests of script/slurm start their own Slurm, those of the page a browser, those of bench/network.py links; without
+# these packages they are skipped.
+packages=(slurm-wlm munge shellcheck chromium iproute2)
 if [[ ! ${selection[*]} && $(id -u) == 0 ]] && type apt-get &>/dev/null &&
-    ! type slurmd munged shellcheck chromium &>/dev/null; then
-    echo "installing with apt-get: ${packages[*]} (for the tests of script/slurm and of the page)"
+    ! type slurmd munged shellcheck chromium ip tc &>/dev/null; then
+    echo "installing with apt-get: ${packages[*]} (for the tests of script/slurm, of the page and of bench/network.py)"
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         "${packages[@]}"; } >/dev/null 2>&1 || echo "not available: tests that need them are skipped"
 fi

@@ -222,10 +222,10 @@ def test_awkward_files_are_answered_and_the_page_lives_on(page: Any, run_dir: Pa
 
 
 @browser_test
-def test_ten_uploads_at_once(browser: Any, url: str, page: Any, run_dir: Path, tmp_path: Path) -> None:
-    """Each of ten visitors gets the answer for their own image."""
-    visitors = [browser.new_page() for _ in range(10)]
-    paths = [tmp_path / f"image{i}.png" for i in range(10)]
+def test_four_uploads_at_once(browser: Any, url: str, page: Any, run_dir: Path, tmp_path: Path) -> None:
+    """Each of four visitors gets the answer for their own image."""
+    visitors = [browser.new_page() for _ in range(4)]
+    paths = [tmp_path / f"image{i}.png" for i in range(4)]
     for i, (visitor, path) in enumerate(zip(visitors, paths, strict=True)):
         photograph(60, 50, seed=i).save(path)
         visitor.goto(url)

@@ -68,17 +68,17 @@ def call(words: list[object]) -> None:
 
 @pytest.mark.slow
 def test_the_demo_and_shipped_configs_in_a_fresh_environment(installed: Installed) -> None:
-    for words, first in (
-        (["--dry-run"], "demo: 4 x resnet18, demo at 64 pixels"),
-        (["resnet34_sub16", "--dry-run"], "resnet34_sub16: 16 x resnet34, imagenet1k at 224 pixels"),
+    torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 1, "-m", "bandsplit")
+    for command, first in (
+        ((*torchrun, "train", "--dry-run"), "demo: 4 x resnet18, demo at 64 pixels"),
+        (
+            ("bandsplit", "train", "resnet34_sub16", "--dry-run", "--world-size", 8),
+            "resnet34_sub16: 16 x resnet34, imagenet1k at 224 pixels",
+        ),
     ):
-        done = installed.run("bandsplit", "train", *words)
+        done = installed.run(*command)
         assert done.returncode == 0, done.stderr
         assert done.stdout.splitlines()[0] == first
-    torchrun = ("python", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2)
-    done = installed.run(*torchrun, "-m", "bandsplit", "train", "--dry-run")
-    assert done.returncode == 0, done.stderr
-    assert "64 images = 2 ranks x 1 x 32" in done.stdout
     assert list(installed.folder.iterdir()) == []
 
 

@@ -44,6 +44,11 @@ def offline_in_two_epochs(command: str) -> str:
     return f"WANDB_MODE=offline {in_two_epochs(command)}"
 
 
+def in_ten_steps(command: str) -> str:
+    """The curves of all learning rates: tests/training/test_lr_finder.py."""
+    return f"{command} --steps 10"
+
+
 def as_a_dry_run(command: str) -> str:
     """For commands that need eight GPUs and ImageNet: a dry run with the demo's images."""
     line = command.replace("torchrun --nproc-per-node 8", "python")
@@ -70,6 +75,11 @@ def with_few_images(command: str) -> str:
     return re.sub(r"--cascade \S+", "--cascade 10", command)
 
 
+def with_one_worker(command: str) -> str:
+    """Several: tests/data/test_store.py."""
+    return f"{command} --workers 1"
+
+
 def with_this_python(command: str) -> str:
     """The console script, which an installation makes: tests/cli/test_wheel.py."""
     return f"python -m {command}"
@@ -81,7 +91,7 @@ def no_more(command: str) -> None:
 
 Rule = Callable[[str], str | None]
 RULES: dict[str, Rule] = {
-    r"bash script/demo\.sh": as_it_is,
+    r"bash script/demo\.sh": in_two_epochs,
     r"bash script/test\.sh( --quick)?": no_more,  # which runs this test
     r"source \.venv/bin/activate": no_more,
     r"export IMAGENET=\S+": no_more,
@@ -95,17 +105,19 @@ RULES: dict[str, Rule] = {
     r"torchrun src/evaluate\.py runs/demo-\w+ --fit-fusion --cascade \S+": with_few_images,
     r"python src/report\.py( --compare)?( runs/demo-\w+)+ --output runs/\w+": as_it_is,
     r"python src/report\.py runs/demo-\w+/predictions\.npz": as_it_is,
-    r"python src/find_lr\.py": as_it_is,
+    r"python src/find_lr\.py": in_ten_steps,
     r"torchrun src/train\.py --set (log\.trackers|train\.profile)=\S+ --run-dir runs/demo-\w+": offline_in_two_epochs,
     r"python src/report\.py runs/demo-\w+ --watch": as_it_is,
     r"python src/train\.py config/train/\w+\.toml .*--dry-run.*": as_it_is,
     r"torchrun --nproc-per-node 8 src/train\.py config/train/\w+\.toml": as_a_dry_run,
     r"torchrun --nproc-per-node 8 src/train\.py --resume --run-dir runs/\w+-seed0": on_the_demo,
     r"torchrun --nproc-per-node 8 src/evaluate\.py runs/\w+-seed0": on_the_demo,
-    r"bandsplit (train \w+ --dry-run --world-size 8|train --help|(config|predict|export|track) .*)": with_this_python,
+    r"bandsplit train \w+ --dry-run --world-size 8": no_more,  # tests/cli/test_wheel.py
+    r"bandsplit (train --help|(config|predict|export|track) .*)": with_this_python,
     r"bandsplit app .*": no_more,  # tests/app/test_page.py
     r"python src/data\.py scan .*": as_it_is,
-    r"python src/data\.py (pack --to|verify) data/demo_bands": as_it_is,
+    r"python src/data\.py pack --to data/demo_bands": with_one_worker,
+    r"python src/data\.py verify data/demo_bands": as_it_is,
     r"python src/data\.py pack config/.*": no_more,  # tests/data/test_store.py, test_store_images.py
     r"torchrun src/train\.py --set model\.init_from=.* --run-dir runs/demo-\w+": from_another_run,
     r"torchrun src/train\.py --resume --run-dir runs/demo-\w+ --set train\.epochs=\d+": no_more,  # test_loop.py
@@ -193,6 +205,7 @@ def test_the_commands_run(clone: Path, pages: list[Path], but: list[Path], monke
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     source = {"PYTHONPATH": str(REPOSITORY / "src"), "OMP_NUM_THREADS": "1", "PATH": path}
     used = {"torchrun src/train.py", "python src/report.py"}  # by script/demo.sh
+    used |= {"torchrun src/evaluate.py", "python src/train.py"}  # the one as src/train.py, the other in test_wheel.py
     for line in lines_to_run(pages, but):
         if pages != [README] and "-m bandsplit" in line:
             line = line.replace("demo-seed0", "demo-holdout")  # as in `from_another_run`

@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,7 +28,7 @@ from bandsplit.spectral import transforms
 from bandsplit.spectral.view import View
 from bandsplit.training.learner import learners_of
 from tests.compare import assert_equal
-from tests.conftest import Done
+from tests.conftest import Done, run
 from tests.training.tiny import ALONE, FP32
 
 CLASSES = [f"class {i}" for i in range(10)]
@@ -337,9 +334,10 @@ def test_timms_weights_are_read_from_its_cache(config_file: Path, tmp_path: Path
         "    initial = initial_weights(config, range(1), 'abcdefghij')[0]\n"
         "    print(initial.words, '|', initial.state['layer4.1.bn2.bias'].mean().item())\n"
     )
-    env = os.environ | {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", code, str(config_file), *ALL, "model.init_from=timm"]
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    script = tmp_path / "script.py"
+    script.write_text(code)
+    env = {"HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "1"}
+    done = run(str(script), config_file, *ALL, "model.init_from=timm", env=env)
     assert done.stdout.startswith("timm's resnet18; its first convolution, 7 x 7 over pixels with"), done.stderr
     assert done.stdout.endswith("; new head, for 10 classes instead of 1000 | 3.0\n")
     assert "UserError: model.init_from: 'timm' given, but its 'resnet34' cannot be loaded: " in done.stderr

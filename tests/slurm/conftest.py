@@ -93,11 +93,16 @@ class Slurm:
 
     def wait_for_the_end_of_its_processes(self, job: str, seconds: float = 60) -> None:
         """A requeued job is pending while its previous run still ends; Slurm could take that for the end of the new."""
+
+        def ending() -> bool:
+            if any(f"slurmstepd: [{job}." in _command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
+                return True
+            return "COMPLETING" in self.command("scontrol", "show", "nodes")  # until the controller has heard of it
+
         deadline = time.monotonic() + seconds
-        while any(f"slurmstepd: [{job}." in _command_line(path) for path in Path("/proc").glob("[0-9]*/cmdline")):
+        while ending():
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        time.sleep(1)  # until the controller has heard of it
 
     def running_until(self, job: str, condition: Callable[[], object], seconds: float = 120) -> None:
         """Waits for a condition while a job runs."""

@@ -422,21 +422,41 @@ def write_compiler(path: Path, script: str) -> str:
     return str(path)
 
 
+KEEPING = """
+echo "$*" >> "$0.log"
+case " $* " in *" -c "*) ;; *) exec {cxx} "$@" ;; esac
+for target; do :; done
+kept={objects}/${{target##*/}}
+[ -f "$kept" ] || {cxx} "$@" -o "$kept" || exit
+cp "$kept" "$target"
+"""
+
+
+@pytest.fixture(scope="module")
+def objects(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("objects")
+
+
+@pytest.fixture
+def cxx(objects: Path, tmp_path: Path) -> str:
+    """The compiler, which logs its commands to a file beside it and compiles a source once in all tests."""
+    compiler = native._find_cxx()
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    return write_compiler(tmp_path / "cxx", KEEPING.format(cxx=" ".join(compiler), objects=objects))
+
+
 @pytest.mark.slow
 @compiles
-@pytest.mark.skipif(native._find_cxx() is None, reason="no C++ compiler")
-def test_two_processes_build_one_plugin_that_a_third_without_a_compiler_loads(tmp_path: Path) -> None:
-    cache, log = tmp_path / "cache", tmp_path / "log"
-    compiler = native._find_cxx()
-    assert compiler is not None
-    logging = write_compiler(tmp_path / "logging-cxx", f'echo "$*" >> {log}; exec {" ".join(compiler)} "$@"')
-    env = environment(BANDSPLIT_CACHE=str(cache), CXX=logging)
+def test_two_processes_build_one_plugin_that_a_third_without_a_compiler_loads(cxx: str, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+    env = environment(BANDSPLIT_CACHE=str(cache), CXX=cxx)
     builders = [python("-m", "bandsplit.spectral.native", "--no-cuda", env=env) for _ in range(2)]
     answers = [(*builder.communicate(), builder.returncode) for builder in builders]
     assert [code for _, _, code in answers] == [0, 0], answers
     (plugin,) = cache.glob("*.so")
     assert {output.strip() for output, _, _ in answers} == {str(plugin)}
-    assert sum(" -c " in command for command in log.read_text().splitlines()) == len(native.CPU_SOURCES)
+    assert sum(" -c " in command for command in Path(f"{cxx}.log").read_text().splitlines()) == len(native.CPU_SOURCES)
     assert not list(cache.glob("building-*"))
 
     (tmp_path / "empty").mkdir()
@@ -469,14 +489,15 @@ def test_a_plugin_that_was_cut_off_is_not_loaded(
 
 @pytest.mark.slow
 @compiles
-@pytest.mark.skipif(native._find_cxx() is None, reason="no C++ compiler")
-def test_a_plugin_that_was_cut_off_is_built_again(built: Path, tmp_path: Path) -> None:
-    shutil.copyfile(built, tmp_path / built.name)
-    os.truncate(tmp_path / built.name, 100_000)
-    process = python("-c", CHECK, env=environment(BANDSPLIT_CACHE=str(tmp_path)))
+def test_a_plugin_that_was_cut_off_is_built_again(cxx: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("CXX", cxx)
+    whole = native.build(cuda=False)
+    os.truncate(whole, 100_000)
+    process = python("-c", CHECK, env=environment(CXX=cxx))
     output, errors = process.communicate()
     assert output.strip() == "equal", errors
-    (plugin,) = tmp_path.glob("*.so")
+    (plugin,) = whole.parent.glob("*.so")
     assert plugin.stem.endswith(f"-{native._digest(plugin)}")
 
 
