@@ -127,7 +127,7 @@ def _show_teacher(config: RunConfig) -> None:
     weights = 4 * sum(cost.parameters for cost in costs) / MIB
     print(
         f"teacher   {teacher.name}, {teacher.networks} with block {teacher.split.block}: {macs / 1e9:.3f} GMACs per "
-        f"image of {size} pixels forward, {weights:,.2f} MiB"
+        f"image forward, {weights:,.2f} MiB"
     )
 
 
