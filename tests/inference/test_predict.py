@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -115,5 +116,10 @@ def test_mistakes(config_file: Path, tmp_path: Path, options: list[str], message
     with pytest.raises(UserError, match=message):
         predict.main([str(path) if word == "MODEL" else word for word in options] + ["image.jpg"])
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty/locked").mkdir(0)
+    if os.getuid():  # root reads everything
+        with pytest.raises(UserError, match="locked: cannot be read: Permission denied"):
+            predict.main([str(path), str(tmp_path / "empty")])
+    (tmp_path / "empty/locked").rmdir()
     with pytest.raises(UserError, match="no images in this folder"):
         predict.main([str(path), str(tmp_path / "empty")])

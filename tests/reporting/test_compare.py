@@ -142,6 +142,9 @@ def test_what_cannot_be_compared_is_told(
     good, other = (write_run(tmp_path / name, finished([50]), name=name) for name in ("good", "other"))
     with pytest.raises(UserError, match="these runs differ in more than their seeds: good; other"):
         report.report([], tmp_path / "out", ([good, other], [good]))
+    running = write_run(tmp_path / "running", finished([50])[:-1], seed=1, name="good")
+    with pytest.raises(UserError, match="some of these runs are finished and some are not: good; good \\(in progress"):
+        report.report([], tmp_path / "out", ([good, running], [good]))
     with pytest.raises(UserError, match="nowhere: no such folder"):
         report.report([good], tmp_path / "out", ([good], [tmp_path / "nowhere"]))
     early = write_run(tmp_path / "early", curve([50])[:1], name="early")

@@ -237,6 +237,13 @@ def test_files_that_cannot_be_read_are_named(
         report.report([tmp_path / "one/x.npz"])
 
 
+def test_files_of_one_name_get_folders_of_their_own(tmp_path: Path) -> None:
+    files = [tmp_path / f"{place}/predictions.npz" for place in ("h1/demo", "h2/demo", "h2/other")]
+    folders = {report._folder(file, files, tmp_path / "out") for file in files}
+    assert folders == {tmp_path / f"out/{name}-predictions" for name in ("h1-demo", "h2-demo", "h2-other")}
+    assert report._folder(files[0], files[:1] * 2, tmp_path) == tmp_path / "demo-predictions"
+
+
 def test_markdown_is_aligned() -> None:
     table = markdown(pd.DataFrame({"name": ["a", "long"], "n": ["1", "1,000"]}))
     assert table.splitlines() == ["| name |     n |", "| ---- | ----: |", "| a    |     1 |", "| long | 1,000 |"]

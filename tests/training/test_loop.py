@@ -323,6 +323,7 @@ def test_an_impossible_evaluation_is_refused_before_it_starts(
         (("--checkpoint", "newest"), "'newest' given; allowed: best, last or a step"),
         (("--set", "model.width=0.5"), "--set model.width: 0.5 given, but the networks of"),
         (("--output", tmp_path / "no/folder.json"), f"there is no folder {tmp_path}/no"),
+        (("--save", tmp_path), f"--save {tmp_path}: this is a folder; name a file"),
     ):
         done = run_here("evaluate.py", finished(1), *arguments)
         assert done.returncode == 2

@@ -31,7 +31,7 @@ class Cascaded:
 
     top1: float
     full_top1: float
-    """Of learned fusion of all branches."""
+    """Of learned fusion, of all branches that have a weight in it."""
     gain: float
     """Top-1 above that."""
     gain_interval: tuple[float, float]
@@ -45,11 +45,11 @@ class Cascaded:
     macs: float
     """Multiply-accumulates per image, mean."""
     all_macs: int
-    """Those of all branches."""
+    """Those of learned fusion."""
     seconds: float
     """Time of all forward passes, summed over the ranks."""
     all_seconds: float
-    """That of all branches for all images."""
+    """That of learned fusion for all images."""
 
 
 class Staged:
@@ -126,17 +126,17 @@ class _Images:
 
 @torch.inference_mode()
 def run(runs: Joined, loader: AnyValidationLoader, cascade: Cascade) -> Cascaded:
-    """Evaluates the cascade, and learned fusion of all branches, on the same batches; every rank calls it.
+    """Evaluates the cascade, and learned fusion of all its branches, on the same batches; every rank calls it.
 
     The forward passes of the two are timed batch by batch, and take turns in being first. Each rank has all branches,
     and evaluates its share of the images.
     """
     ensemble = runs.ensemble.eval()
-    weights = torch.zeros(len(ensemble.branches), 1, 1, device=runs.ranks.device)
-    weights[cascade.order, 0, 0] = torch.tensor(cascade.weights, device=runs.ranks.device)
+    used = Ensemble(ensemble.branches[k] for k in cascade.order)  # the others have no weight
+    weights = torch.tensor(cascade.weights, device=runs.ranks.device)[:, None, None]
 
     def at_once(inputs: Sequence[Tensor]) -> Tensor:
-        logits: Tensor = ensemble(inputs)
+        logits: Tensor = used([inputs[k] for k in cascade.order])
         return (weights * logits).sum(0).argmax(-1)
 
     labels: list[Tensor] = []
@@ -209,7 +209,7 @@ def _result(total: dict[str, Any], macs: Sequence[int], cascade: Cascade) -> Cas
         correct,
         float(np.arange(1, len(left) + 1) @ left) / images,
         float(per_stage @ left) / images,
-        sum(macs),
+        int(per_stage[-1]),
         *total["seconds"],
     )
 

@@ -150,25 +150,26 @@ def _show_cascade(cascaded: Cascaded, cascade: Cascade, held_out: int, runs: Joi
         f"\ncascade: an image leaves when its confidence is above {cascade.threshold:.4f}, fitted on {held_out:,} "
         f"held-out images to lose at most {cascade.loss:g} points of top-1"
     )
+    many = f"{len(cascade.order)} branch{'es' * (len(cascade.order) > 1)}"
     print(f"{'stage':>7}  {'branch':<14}  {'images leave':>16}  top-1 of these")
     for stage, (k, left, correct) in enumerate(zip(cascade.order, cascaded.left, cascaded.correct, strict=True), 1):
         accuracy = f"{100 * correct / left:6.2f} %" if left else ""
         share = f"{left:>7,} ({100 * left / images:4.1f} %)"
         print(f"{stage:>7}  {runs.branches[k].label:<14}  {share:>16}  {accuracy:>13}")
     print(
-        f"top-1 {cascaded.top1:.2f} %, all branches {cascaded.full_top1:.2f} %: "
+        f"top-1 {cascaded.top1:.2f} %, learned fusion of {many} {cascaded.full_top1:.2f} %: "
         f"{cascaded.gain:+.2f} ({low:+.2f} to {high:+.2f}, 95 %)"
     )
     branches, macs, seconds = (
         100 * (1 - part / whole)
         for part, whole in (
-            (cascaded.branches, len(runs.branches)),
+            (cascaded.branches, len(cascade.order)),
             (cascaded.macs, cascaded.all_macs),
             (cascaded.seconds, cascaded.all_seconds),
         )
     )
     print(
-        f"per image: {cascaded.branches:.2f} of {len(runs.branches)} branches ({branches:.0f} % saved), "
+        f"per image: {cascaded.branches:.2f} of {many} ({branches:.0f} % saved), "
         f"{cascaded.macs / 1e6:,.2f} of {cascaded.all_macs / 1e6:,.2f} MMACs ({macs:.0f} %), forward "
         f"{1e3 * cascaded.seconds / images:.3f} of {1e3 * cascaded.all_seconds / images:.3f} ms ({seconds:.0f} %)"
     )

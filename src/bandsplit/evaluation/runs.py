@@ -58,6 +58,8 @@ class Request:
         for option, path in (("--output", self.output), ("--save", self.save.path if self.save else None)):
             if path is not None and not path.parent.is_dir():
                 raise UserError(f"{option} {path}: there is no folder {path.parent}")
+            if path is not None and path.is_dir():
+                raise UserError(f"{option} {path}: this is a folder; name a file")
         if self.corrupt is not None:
             kinds_of(self.corrupt)
         if self.data is not None and self.fit_fusion:

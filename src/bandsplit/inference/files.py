@@ -36,10 +36,10 @@ class Outcome:
 def in_folder(folder: Path) -> list[str]:
     """The images at any depth below a folder, in sorted order, but for hidden entries.
 
-    Raises UserError if it has none.
+    Raises UserError if it has none, and if a folder cannot be read.
     """
     found = []
-    for where, folders, names in os.walk(folder, followlinks=True):
+    for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
         folders[:] = sorted(name for name in folders if not is_hidden(name))
         found += [
             os.path.join(where, name)  # noqa: PTH118
@@ -49,6 +49,10 @@ def in_folder(folder: Path) -> list[str]:
     if not found:
         raise UserError(f"{folder}: no images in this folder ({' '.join(SUFFIXES)})")
     return found
+
+
+def _raise(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
 
 
 def by_pillow(model: Classifier, files: Sequence[str], k: int, batch_size: int) -> Iterator[Outcome]:

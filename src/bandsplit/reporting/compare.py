@@ -57,6 +57,8 @@ def side(name: str, folders: Sequence[Path], groups: Sequence[Group]) -> Side:
     given = ",".join(map(str, folders))
     if len(found) > 1:
         labels = "; ".join(group.label for group, _ in found)
+        if len({group.color for group, _ in found}) == 1:  # of one configuration
+            raise UserError(f"--compare {given}: some of these runs are finished and some are not: {labels}")
         raise UserError(f"--compare {given}: these runs differ in more than their seeds: {labels}")
     ((group, runs),) = found
     for run in runs:

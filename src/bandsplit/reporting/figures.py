@@ -57,6 +57,7 @@ STYLE = {
     "legend.handlelength": 2.4,
     "legend.frameon": False,
     "savefig.dpi": 200,
+    "text.parse_math": False,  # names of runs and classes may hold $
     "svg.hashsalt": "bandsplit",  # reproducible SVG files
     "pdf.fonttype": 42,  # TrueType, which journals ask for
 }

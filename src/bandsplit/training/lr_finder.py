@@ -117,7 +117,7 @@ def suggestion(lrs: Floats, curve: Floats) -> float | None:
 def _draw(
     lrs: Floats, curves: list[Floats], together: Floats, best: float, numbers: tuple[int, ...], output: Path
 ) -> None:
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**STYLE, "text.parse_math": True}):  # powers of ten on the axis
         figure = Figure(figsize=(WIDTH * 0.7, HEIGHT), layout="constrained")
         axes = figure.subplots()
         several = len(curves) > 1

@@ -58,7 +58,13 @@ def _folder(file: Path, files: Sequence[Path], output: Path | None) -> Path:
     if output is None:
         return file.with_suffix("")
     namesakes = [other for other in files if other.stem == file.stem]
-    return output / (file.stem if len(namesakes) == 1 else f"{file.absolute().parent.name}-{file.stem}")
+    if len(namesakes) == 1:
+        return output / file.stem
+    parents = {other.absolute().parent.parts for other in namesakes}
+    depth = next(
+        n for n in range(1, 1 + max(map(len, parents))) if len({each[-n:] for each in parents}) == len(parents)
+    )
+    return output / "-".join([*file.absolute().parent.parts[-depth:], file.stem])
 
 
 def write(results: Results, folder: Path, images: Path | None) -> None:
@@ -68,7 +74,7 @@ def write(results: Results, folder: Path, images: Path | None) -> None:
     text = summary(results, made)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with mpl.rc_context({**STYLE, "text.parse_math": False}):
+        with mpl.rc_context(STYLE):
             for name, draw in followed(figures.items(), f"drawing {folder}", len(figures), "figures"):
                 drawn = draw(results)
                 if not isinstance(drawn, Figure):
