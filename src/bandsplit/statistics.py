@@ -24,12 +24,14 @@ def calibration_error(bins: Sequence[Sequence[float]]) -> float:
 def paired_interval(better: float, worse: float, images: int) -> tuple[float, float]:
     """95 % interval in percent of the difference of two accuracies on the same images.
 
-    The normal approximation for paired proportions (the Wald interval that belongs to McNemar's test; Agresti,
-    *Categorical Data Analysis*, section 11.1). The images on which both agree cancel.
+    The adjusted Wald interval of Bonett and Price (*Adjusted Wald Confidence Interval for a Difference of Binomial
+    Proportions Based on Paired Data*, J. Educ. Behav. Stat. 37, 2012): one image more on either side, so that few
+    images on which the two disagree do not look like certainty. The images on which both agree cancel.
 
     Args:
         better, worse: images that only the one, and only the other, classifies correctly.
     """
-    difference = (better - worse) / images
-    deviation = math.sqrt(max(0.0, (better + worse) / images - difference**2) / images)
-    return 100 * (difference - 1.96 * deviation), 100 * (difference + 1.96 * deviation)
+    b, c, n = better + 1, worse + 1, images + 2
+    difference = (b - c) / n
+    deviation = math.sqrt(((b + c) / n - difference**2) / n)
+    return 100 * max(-1.0, difference - 1.96 * deviation), 100 * min(1.0, difference + 1.96 * deviation)

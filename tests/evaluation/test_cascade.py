@@ -110,6 +110,20 @@ def test_multiplications_are_those_of_the_dry_run(fitted_run: Path) -> None:
     assert running.branch_macs(Joined.of([fitted_run], "best", [], ALONE)) == expected
 
 
+def test_a_cascade_outlives_another_fit_of_the_same_weights(
+    fitted_run: Path, run_here: Callable[..., Done], tmp_path: Path
+) -> None:
+    copy = Path(shutil.copytree(fitted_run, tmp_path / "copy", symlinks=True))
+    assert run_here("evaluate.py", copy, "--fit-fusion").returncode == 0
+    assert found(copy) == found(fitted_run)
+    done = run_here("evaluate.py", copy, "--cascade", "10", "--set", "data.resize_size=33")
+    assert done.returncode == 0
+    assert "fusion was fitted on images prepared with" in done.stderr
+    done = run_here("evaluate.py", copy, "--fit-fusion", "--set", "data.resize_size=33")
+    assert done.returncode == 0
+    assert "its cascade was fitted for other weights or images; --cascade fits it anew" in done.stderr
+
+
 def test_what_has_no_cascade_says_so(fitted_run: Path, run_here: Callable[..., Done], tmp_path: Path) -> None:
     for option, message in (
         (("--cascade", "2.5"), f"fusion.json: its cascade is for a loss of 10; {FIT}"),

@@ -72,7 +72,9 @@ def test_fusion_is_fitted_on_the_held_out_images_and_measured_on_the_others(trai
         tables.append(json.loads(output.read_text()))
         weights.append(json.loads(fitted_file(trained).read_text()))
     assert weights[0]["held_out"] == weights[1]["held_out"]
-    assert weights[0]["held_out"] | {"digest": ""} == {"images": 40, "of": 40, "holdout": 4, "seed": 0, "digest": ""}
+    prepared = {"val_image_size": 32, "resize_size": 40, "interpolation": "bilinear"}
+    told = {"images": 40, "of": 40, "holdout": 4, "seed": 0, "digest": "", "prepared": prepared}
+    assert weights[0]["held_out"] | {"digest": ""} == told
     assert list(weights[0]["fusions"]) == list(fusion.FUSIONS)
 
     logits, labels = held_out_logits(trained)
@@ -177,16 +179,26 @@ def test_joined_runs_are_fitted_together(parts: list[Path], tmp_path: Path, run_
     done = run_here("evaluate.py", one, other, "--checkpoint", "last", "--fit-fusion")
     assert done.returncode == 2
     assert f"{other}: seed: 1, but {one} has 0: one was trained on images that the other held out" in done.stderr
-    done = run_here("evaluate.py", one, two, "--checkpoint", "last", "--fit-fusion", "--fusion", "learned")
-    assert done.returncode == 0, done.stderr
-    assert "ensemble (learned)" in done.stdout
-    for others in ((), (other,)):
-        done = run_here("evaluate.py", one, *others, "--checkpoint", "last")
+    for runs in ((one,), (one, two)):  # neither replaces the other's
+        done = run_here("evaluate.py", *runs, "--checkpoint", "last", "--fit-fusion", "--fusion", "learned")
         assert done.returncode == 0, done.stderr
-        assert "held-out" not in done.stdout
-        done = run_here("evaluate.py", one, *others, "--checkpoint", "last", "--fusion", "learned")
-        assert done.returncode == 2
-        assert "fusion.json: it was fitted for other branches" in done.stderr
+        assert "ensemble (learned)" in done.stdout
+    for runs in ((one,), (one, two)):
+        done = run_here("evaluate.py", *runs, "--checkpoint", "last", "--fusion", "learned")
+        assert done.returncode == 0, done.stderr
+    done = run_here("evaluate.py", one, other, "--checkpoint", "last")
+    assert done.returncode == 0, done.stderr
+    assert "held-out" not in done.stdout
+    done = run_here("evaluate.py", one, other, "--checkpoint", "last", "--fusion", "learned")
+    assert done.returncode == 2
+    assert "it was fitted for other branches; fit it with" in done.stderr
+    path = checkpoint.find(one / "checkpoints", "last") / "fusion.json"
+    table = json.loads(path.read_text())
+    table["branches"][0]["digest"] = "0123"  # trained anew, with the same name, seed and steps
+    path.write_text(json.dumps(table))
+    done = run_here("evaluate.py", one, "--checkpoint", "last", "--fusion", "learned")
+    assert done.returncode == 2
+    assert "fusion.json: it was fitted for other branches" in done.stderr
 
 
 def test_a_sample_is_fitted_where_not_all_logits_fit(
@@ -217,7 +229,16 @@ def test_the_paired_interval_is_that_of_the_bootstrap() -> None:
     low, high = paired_interval(better, worse, 2000)
     theirs = scipy.stats.bootstrap((difference,), np.mean, method="BCa", rng=1).confidence_interval
     assert (low, high) == pytest.approx((100 * theirs.low, 100 * theirs.high), abs=0.15)
-    assert paired_interval(0, 0, 10) == (0, 0)
+    low, high = paired_interval(0, 0, 10)
+    assert high == -low == pytest.approx(100 * 1.96 / 12 * 2**0.5), "ten images on which both agree prove little"
+    assert paired_interval(0, 5, 5)[0] == -100
+
+
+def test_the_paired_interval_holds_what_it_says_for_few_discordant_images() -> None:
+    """Wald's interval without adjustment covers 93.8 % here, and has no width where no image is discordant."""
+    counts = np.random.default_rng(0).multinomial(500, [0.010, 0.005, 0.985], 4000)
+    covered = [low <= 0.5 <= high for low, high in (paired_interval(b, c, 500) for b, c, _ in counts)]
+    assert 0.945 < np.mean(covered) < 0.985
 
 
 def test_ranks_that_wait_are_told_that_the_fit_is_still_going_on() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +21,7 @@ from bandsplit.inference import preparation, weights
 from bandsplit.inference.classifier import Classifier
 from bandsplit.inference.resizing import resized_center
 from bandsplit.models.fusion import Fusion
+from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.fitted import FILE, Fitted, HeldOut
 from tests.conftest import image_files
 from tests.inference.models import classifier, restored
@@ -185,6 +187,11 @@ def test_the_fusion_of_a_run(config_file: Path) -> None:
     for numbers in ([], [4], [1, 1], [2]):
         with pytest.raises(UserError, match="--branches"):
             model.description.only(numbers)
+    directory = RunDirectory(run.run_dir)
+    lines = [{"event": "validation", "step": run.step, "epoch": 1.0, "top1": top1} for top1 in (50.0, 60.0)]
+    directory.metrics.write_text("\n".join(map(json.dumps, lines))[:-5])
+    directory.environment.write_text("[{")  # both cut off, as by a full disk
+    assert describe(run, "mean").training.top1 == 50
     with pytest.raises(UserError, match="fusion 'rank'.*--fit-fusion"):
         describe(run, "rank")
 

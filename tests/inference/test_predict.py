@@ -60,6 +60,7 @@ def test_single_files_by_pillow(
     model, path = classifier(config_file), tmp_path / "model.safetensors"
     weights.write(model, path)
     images = [str(image) for image in sorted((image_root / "val").glob("*/00000.jpg"))[:3]]
+    images.insert(1, images[0])  # named twice
     predict.main([str(path), *images, "--json", str(tmp_path / "p.json"), "--batch-size", "2", "-k", "2"])
     table = capsys.readouterr().out
     predict.main([str(path), *images, "--csv", "-", "-k", "2"])

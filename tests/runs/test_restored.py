@@ -123,7 +123,11 @@ def test_a_distilled_run_does_not_depend_on_the_launch(
     assert done.returncode == 0, done.stderr
     assert "distills from tiny" in done.stderr
     assert_same_run(tmp_path / "run", finished(2, *keys, f"parallel.branch_groups={groups}"))
-    longer = ("train.epochs=2", "distillation.checkpoint=13")  # of another step of the teacher
+    longer = (
+        "train.epochs=2",
+        "distillation.checkpoint=13",
+        "parallel.branch_groups=auto",
+    )  # another step of the teacher
     done = run_here("train.py", "--run-dir", tmp_path / "run", "--resume", *(a for k in longer for a in ("--set", k)))
     assert done.returncode == 2
     assert "step 13" in done.stderr

@@ -66,4 +66,4 @@ def cascade(run: Path, which: str, model: Classifier) -> Cascade | None:
     fitted = Fitted.read(checkpoint.find(RunDirectory(run).checkpoints, which) / FILE)
     training = model.description.training
     branches = [FittedBranch(training.run, training.seed, training.step, list(bands)) for bands in model.bands]
-    return fitted.cascade if fitted is not None and fitted.branches == branches else None
+    return fitted.cascade if fitted is not None and fitted.is_for(branches) else None

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Callable, Generator
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import numpy as np
+from loguru import logger
 from numpy.typing import NDArray
 
 from bandsplit.commands import command
@@ -29,8 +33,12 @@ _Fit = tuple[dict[str, Fusion], Cascade | None]
 
 
 def path_of(runs: Joined) -> Path:
-    """Beside the checkpoint of the first run."""
-    return runs.first.checkpoint / FILE
+    """Beside the checkpoint of the first run; a file of its own for each set of joined runs."""
+    if len(runs.runs) == 1:
+        return runs.first.checkpoint / FILE
+    names = json.dumps([[run.config.name, run.config.seed, run.step, run.config.split.groups] for run in runs.runs])
+    own = hashlib.blake2b(names.encode(), digest_size=4).hexdigest()
+    return (runs.first.checkpoint / FILE).with_stem(f"fusion-{own}")
 
 
 def find(runs: Joined, method: str | None, loss: float | None = None) -> Fitted | None:
@@ -48,9 +56,13 @@ def find(runs: Joined, method: str | None, loss: float | None = None) -> Fitted 
 def _find(runs: Joined, method: str | None, loss: float | None) -> Fitted | None:
     needed = method or runs.config.fusion.method
     path = path_of(runs)
-    fitted = Fitted.read(path)
+    fitted = Fitted.read(path if path.exists() else path.with_name(FILE))  # of joined runs too in earlier versions
     wrong = _missing(fitted, runs, needed, loss)
     if wrong is None:
+        assert fitted is not None
+        now, then = prepared(runs), fitted.held_out.prepared
+        if then not in (None, now):
+            logger.warning("{}: fusion was fitted on images prepared with {}, not {}", path, then, now)
         return fitted
     if needed == MEAN and loss is None:
         return None
@@ -66,7 +78,7 @@ def _missing(fitted: Fitted | None, runs: Joined, needed: str, loss: float | Non
     """What the file lacks; None if nothing."""
     if fitted is None:
         return "no such file"
-    if fitted.branches != _branches(runs):
+    if not fitted.is_for(_branches(runs)):
         return "it was fitted for other branches"
     if needed not in fitted.fusions:
         return f"it has no fusion {needed!r}"
@@ -136,12 +148,34 @@ def fit(runs: Joined, held_out: HeldOutLogits, loss: float | None = None) -> Fit
         assert found is not None
         holdout = runs.config.data.holdout
         assert holdout is not None
-        fitted_on = HeldOut(len(gathered.rows), held_out.of, holdout, runs.config.seed, runs.first.digests["train"])
+        config, path = runs.config, path_of(runs)
+        digest = runs.first.digests["train"]
+        fitted_on = HeldOut(len(gathered.rows), held_out.of, holdout, config.seed, digest, prepared(runs))
         fitted = Fitted(_branches(runs), fitted_on, *found)
-        fitted.write(path_of(runs))
+        if loss is None:
+            fitted = _with_earlier_cascade(fitted, path)
+        fitted.write(path)
         return fitted
 
     return ranks.from_first(written)
+
+
+def prepared(runs: Joined) -> dict[str, Any]:
+    """The keys of the preprocessing of validation images that an evaluation may change."""
+    data = runs.config.data
+    return {"val_image_size": data.val_size, "resize_size": data.resize_size, "interpolation": data.interpolation}
+
+
+def _with_earlier_cascade(fitted: Fitted, path: Path) -> Fitted:
+    """With the cascade that was fitted before, if that is the same for these weights; otherwise it is told."""
+    with suppress(UserError):
+        earlier = Fitted.read(path)
+        if earlier is not None and earlier.cascade is not None:
+            alike = earlier.is_for(fitted.branches) and earlier.held_out == fitted.held_out
+            if alike and earlier.fusions.get("learned") == fitted.fusions["learned"]:
+                return replace(fitted, cascade=earlier.cascade)
+            logger.warning("{}: its cascade was fitted for other weights or images; --cascade fits it anew", path)
+    return fitted
 
 
 def _fit(held_out: Gathered, runs: Joined, loss: float | None) -> _Fit:

@@ -59,15 +59,15 @@ def by_pillow(model: Classifier, files: Sequence[str], k: int, batch_size: int) 
     """One outcome per file, in order."""
     for first in range(0, len(files), batch_size):
         some = files[first : first + batch_size]
-        crops, wrong = {}, {}
-        for file in some:
+        crops, wrong = [], {}
+        for place, file in enumerate(some):  # a file may be there twice
             try:
-                crops[file] = prepared(Path(file), model.description)
+                crops.append(prepared(Path(file), model.description))
             except UserError as error:
-                wrong[file] = str(error).removeprefix(f"{file}: ")
-        predictions = iter(model.predict_prepared(list(crops.values()), k))
-        for file in some:
-            yield Outcome(file, None, wrong[file]) if file in wrong else Outcome(file, next(predictions))
+                wrong[place] = str(error).removeprefix(f"{file}: ")
+        predictions = iter(model.predict_prepared(crops, k))
+        for place, file in enumerate(some):
+            yield Outcome(file, None, wrong[place]) if place in wrong else Outcome(file, next(predictions))
 
 
 def has_dali() -> bool:

@@ -14,6 +14,7 @@ from bandsplit.models.fusion import FUSIONS, MEAN
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.files import read_text
 from bandsplit.runs.fitted import FILE, Fitted
+from bandsplit.runs.metrics import values_of
 from bandsplit.runs.restored import Restored
 from bandsplit.spectral.view import View
 
@@ -63,7 +64,7 @@ def _weights(restored: Restored, method: str) -> tuple[float, ...]:
         raise UserError(f"fusion {method!r} given; allowed: {', '.join(FUSIONS)}")
     path = restored.checkpoint / FILE
     fitted = Fitted.read(path)
-    if fitted is None or fitted.branches != restored.fitted_branches or method not in fitted.fusions:
+    if fitted is None or not fitted.is_for(restored.fitted_branches) or method not in fitted.fusions:
         wrong = "no such file" if fitted is None else "it is not fitted for these branches"
         how = f"{command('evaluate')} {restored.run_dir} --checkpoint {restored.step} --fit-fusion"
         raise UserError(f"fusion {method!r}: {path}: {wrong}; fit it with {how}, or use 'mean'")
@@ -73,7 +74,6 @@ def _weights(restored: Restored, method: str) -> tuple[float, ...]:
 def _training(restored: Restored, directory: RunDirectory) -> Training:
     config = restored.config
     validated = _validation(directory.metrics, restored.step)
-    launches = json.loads(read_text(directory.environment) or "null") or [{}]
     return Training(
         config.name,
         config.seed,
@@ -81,7 +81,7 @@ def _training(restored: Restored, directory: RunDirectory) -> Training:
         validated.get("epoch"),
         validated.get("top1"),
         read_text(directory.config) or "",
-        launches[-1].get("versions", {}),
+        directory.last_launch.get("versions", {}),
     )
 
 
@@ -89,7 +89,7 @@ def _validation(path: Path, step: int) -> dict[str, Any]:
     """The last validation at this step in metrics.jsonl; {} if there is none."""
     found: dict[str, Any] = {}
     for line in (read_text(path) or "").splitlines():
-        if '"validation"' in line:
-            values = json.loads(line)
-            found = values if values["step"] == step else found
+        values = values_of(line) if '"validation"' in line else None  # none of a line that was cut off
+        if values and values.get("event") == "validation" and values.get("step") == step:
+            found = values
     return found

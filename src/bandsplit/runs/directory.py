@@ -172,6 +172,15 @@ class RunDirectory:
             return last
         return None
 
+    @property
+    def last_launch(self) -> dict[str, Any]:
+        """The last entry of environment.json; {} if there is none, or none that can be read."""
+        with suppress(ValueError):
+            launches = json.loads(read_text(self.environment) or "[]")
+            if isinstance(launches, list) and launches and isinstance(launches[-1], dict):
+                return launches[-1]
+        return {}
+
     def _launches(self) -> list[Any]:
         """Entries of environment.json; an invalid file is set aside."""
         text = read_text(self.environment)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bandsplit.errors import UserError
 from bandsplit.models.cascade import Cascade
@@ -26,6 +28,12 @@ class FittedBranch:
     seed: int
     step: int
     bands: list[int]
+    digest: str = ""
+    """Of its weights; none in files of earlier versions."""
+
+    def is_that_of(self, other: FittedBranch) -> bool:
+        unknown = not (self.digest and other.digest)
+        return replace(self, digest="") == replace(other, digest="") and (unknown or self.digest == other.digest)
 
 
 @dataclass(frozen=True)
@@ -41,6 +49,8 @@ class HeldOut:
     seed: int
     digest: str
     """Of all training images, held out or not."""
+    prepared: dict[str, Any] | None = None
+    """Keys of their preprocessing; none in files of earlier versions."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,9 @@ class Fitted:
     held_out: HeldOut
     fusions: dict[str, Fusion]
     cascade: Cascade | None = None
+
+    def is_for(self, branches: Sequence[FittedBranch]) -> bool:
+        return len(self.branches) == len(branches) and all(map(FittedBranch.is_that_of, self.branches, branches))
 
     def write(self, path: Path) -> None:
         """Raises UserError if it cannot be written."""

@@ -31,7 +31,7 @@ class Metrics:
     def ended(self) -> bool:
         """Whether the last line is the "end" event."""
         lines = _lines(read_text(self._path) or "")
-        return bool(lines) and (_values(lines[-1]) or {}).get("event") == "end"
+        return bool(lines) and (values_of(lines[-1]) or {}).get("event") == "end"
 
     def forget_after(self, step: int) -> None:
         """Moves damaged lines and lines of later steps, which will be repeated, to metrics_set_aside.jsonl."""
@@ -55,7 +55,7 @@ def _lines(text: str) -> list[str]:
     return [line for line in text.split("\n") if line]
 
 
-def _values(line: str) -> dict[str, Any] | None:
+def values_of(line: str) -> dict[str, Any] | None:
     """Values of a line of metrics; None if it is damaged."""
     try:
         values = json.loads(line)
@@ -66,7 +66,7 @@ def _values(line: str) -> dict[str, Any] | None:
 
 def _is_up_to(line: str, step: int) -> bool:
     """Whether a line is intact, not later than `step`, and not the "end" event, which will be repeated."""
-    values = _values(line)
+    values = values_of(line)
     return values is not None and values["step"] <= step and values.get("event") != "end"
 
 

@@ -71,8 +71,11 @@ class Restored:
     @property
     def fitted_branches(self) -> list[FittedBranch]:
         """The branches as fusion.json names them."""
-        config = self.config
-        return [FittedBranch(config.name, config.seed, self.step, list(bands)) for bands in config.split.groups]
+        config, branches = self.config, self.ensemble.branches
+        return [
+            FittedBranch(config.name, config.seed, self.step, list(bands), digest_of(branch))
+            for bands, branch in zip(config.split.groups, branches, strict=True)
+        ]
 
     def require_classes(self, found: Sequence[str], where: str) -> None:
         """Raises UserError if its class names differ from those `found` in `where`."""
