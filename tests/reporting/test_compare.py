@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pandas as pd
 import pytest
 from scipy import stats
 
@@ -26,7 +25,7 @@ def side(name: str, *folders: Path) -> Side:
     return compare.side(name, folders, groups_of(*folders))
 
 
-def save_predictions(folder: Path, right: Sequence[bool], step: int = 1, first: int = 0) -> None:
+def save_predictions(folder: Path, right: Sequence[bool], step: int = 1, first: int = 0, crops: str = "center") -> None:
     """Predictions of two fusions, in use the one that is right where `right` says so; the other one is not there.
 
     `step`: -1 to save the images in reverse order; `first`: number in the name of the first image.
@@ -41,6 +40,7 @@ def save_predictions(folder: Path, right: Sequence[bool], step: int = 1, first: 
     replace(
         made,
         names=names[::step],
+        crops=crops,
         labels=made.labels[::step],
         fused=Fused(classes[::step], made.fused.confidences, made.fused.losses),
     ).write(folder / "predictions.npz")
@@ -95,14 +95,19 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
     assert told[1] == f"No interval over images: {folders[0] / 'predictions.npz'} is not there."
     save_predictions(folders[0], right)
     save_predictions(folders[1], right, step=-1)
-    equal = compare.correct(b.runs)
-    assert isinstance(equal, pd.Series)
-    assert equal.loc["3.jpg"] == 1
-    assert equal.loc["99.jpg"] == 0
+    equal = compare.saved(b.runs)
+    assert isinstance(equal, compare.Saved)
+    assert equal.correct.loc["3.jpg"] == 1
+    assert equal.correct.loc["99.jpg"] == 0
+    about = "step 100, learned fusion, branches of synthetic"
     same = (
-        "Saved predictions of the same 100 images: A 60.00, B 60.00; A − B = +0.00 points, 95 % interval +0.00 to +0.00"
+        f"Saved predictions of the same 100 images (A: {about}; B: {about}): A 60.00, B 60.00; A − B = +0.00 points, "
+        "95 % interval +0.00 to +0.00 (paired bootstrap over images, 2,000 resamples; A and B differ on 0 images, too "
+        "few for a reliable interval)."
     )
-    assert compare.difference_notes(a, b)[1].startswith(same)
+    assert compare.difference_notes(a, b)[1] == same
+    save_predictions(folders[1], right, crops="ten")
+    assert "are of the crops 'center', those of B of 'ten'" in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], ~right)
     assert "A 60.00, B 40.00; A − B = +20.00 points" in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], right, first=1)
@@ -112,6 +117,17 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
         f"{folders[1] / 'predictions.npz'}: not the predictions of src/evaluate.py --save, or damaged"
         in compare.difference_notes(a, b)[1]
     )
+
+
+def test_a_seed_counts_once(tmp_path: Path) -> None:
+    """Copies of a run are no further evidence."""
+    a, b = ([write_run(tmp_path / f"{s}{n}", finished([50 + n]), seed=n * (s == "b")) for n in (0, 1)] for s in "ab")
+    told = compare.difference_notes(side("A", *a), side("B", *b))[0]
+    assert told.endswith("No interval over seeds: several runs of a side have the same seed.")
+    assert "95 % interval" in compare.difference_notes(side("A", *b), side("B", *b))[0]
+    assert groups_of(*b)[0].remarks == []
+    (remark,) = groups_of(*a)[0].remarks
+    assert "2 runs of seed 0 count as 2" in remark
 
 
 def test_command_compares_sets_of_runs(

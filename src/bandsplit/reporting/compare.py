@@ -27,6 +27,9 @@ PREDICTIONS = "predictions.npz"
 
 RESAMPLES = 2000
 
+FEW = 20
+"""Images on which two sides differ: with fewer, a bootstrap over images is too narrow."""
+
 QUANTITIES = ("seconds", "step", "macs")
 
 CAPTION = (
@@ -154,22 +157,53 @@ def difference_over_images(a: NDArray[np.float64], b: NDArray[np.float64]) -> tu
     return float(np.mean(a - b)), (float(interval.low), float(interval.high))
 
 
-def correct(runs: Sequence[Run]) -> pd.Series | str:
-    """Share of the runs that classify each image correctly, by name of the image; or why it is not known."""
-    columns = []
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """Saved predictions of the runs of a side."""
+
+    correct: pd.Series
+    """Share of the runs that classify each image correctly, by name of the image."""
+    labels: pd.Series
+    """Names of the classes, in the same way."""
+    crops: str
+    about: str
+    """Steps, fusion and crops, and what is unusual in them."""
+
+
+def saved(runs: Sequence[Run]) -> Saved | str:
+    """What the runs have saved, or why it cannot be compared."""
+    columns, labels, crops, about = [], [], set(), []
     for run in runs:
         path = run.folder / PREDICTIONS
         if not path.is_file():
             return f"{path} is not there"
         try:
-            saved = Predictions.read(path)
+            found = Predictions.read(path)
         except UserError as error:
             return str(error)
-        predicted = saved.fused.classes[:, list(saved.fusions).index(saved.fusion), 0]
-        columns.append(pd.Series((predicted == saved.labels).astype(float), index=saved.names))
+        predicted = found.fused.classes[:, list(found.fusions).index(found.fusion), 0]
+        columns.append(pd.Series((predicted == found.labels).astype(float), index=found.names))
+        labels.append(pd.Series(np.array(found.classes)[found.labels], index=found.names))
+        crops.add(found.crops)
+        about.append(_about(found, run))
     if any(set(column.index) != set(columns[0].index) for column in columns):
         return f"{PREDICTIONS} of {', '.join(str(run.folder) for run in runs)} are of different images"
-    return pd.concat(columns, axis=1).mean(axis=1)
+    if len(crops) > 1:
+        return f"{PREDICTIONS} of {', '.join(str(run.folder) for run in runs)} are of different crops"
+    of_images = pd.concat(columns, axis=1).mean(axis=1)
+    return Saved(of_images, labels[0], crops.pop(), "; ".join(dict.fromkeys(about)))
+
+
+def _about(found: Predictions, run: Run) -> str:
+    steps = sorted({branch.step for branch in found.branches})
+    of = f" of {run.steps}" * (steps != [run.steps])
+    facts = [f"step {', '.join(map(str, steps))}{of}", f"{found.fusion} fusion"]
+    if found.crops != "center":
+        facts.append(f"{found.crops} crops")
+    others = sorted({Path(branch.run).name for branch in found.branches} - {run.folder.resolve().name})
+    if others:
+        facts.append(f"branches of {', '.join(others)}")
+    return ", ".join(facts)
 
 
 def difference_notes(a: Side, b: Side) -> list[str]:
@@ -178,24 +212,35 @@ def difference_notes(a: Side, b: Side) -> list[str]:
     difference, interval = difference_over_seeds(*last)
     how = f"Welch's t over {len(last[0])} and {len(last[1])} runs"
     notes = [f"Top-1 at the last validation: A {mean_two_sigma(last[0])}, B {mean_two_sigma(last[1])}; A − B = "]
-    if interval:
+    if any(len({run.seed for run in each.runs}) < len(each.runs) for each in (a, b)):
+        notes[0] += f"{_points(difference)}. No interval over seeds: several runs of a side have the same seed."
+    elif interval:
         notes[0] += f"{_points(difference, interval)} ({how})."
     elif min(map(len, last)) < 2:
         notes[0] += f"{_points(difference)}. No interval over seeds, which takes two runs on both sides."
     else:
         notes[0] += f"{_points(difference)}. No interval over seeds: the runs of a side do not differ."
-    return [*notes, _predictions_note(correct(a.runs), correct(b.runs))]
+    return [*notes, _predictions_note(saved(a.runs), saved(b.runs))]
 
 
-def _predictions_note(a: pd.Series | str, b: pd.Series | str) -> str:
+def _predictions_note(a: Saved | str, b: Saved | str) -> str:
+    none = "No interval over images: "
     if isinstance(a, str) or isinstance(b, str):
-        return f"No interval over images: {a if isinstance(a, str) else b}."
-    if set(a.index) != set(b.index) or a.index.has_duplicates or b.index.has_duplicates:
-        return f"No interval over images: {PREDICTIONS} of A and of B are of different images."
-    pair = 100 * a.to_numpy(), 100 * b.reindex(a.index).to_numpy()
+        return f"{none}{a if isinstance(a, str) else b}."
+    indices = a.correct.index, b.correct.index
+    if set(indices[0]) != set(indices[1]) or any(index.has_duplicates for index in indices):
+        return f"{none}{PREDICTIONS} of A and of B are of different images."
+    if a.crops != b.crops:
+        return f"{none}{PREDICTIONS} of A are of the crops {a.crops!r}, those of B of {b.crops!r}."
+    if (a.labels != b.labels.reindex(a.labels.index)).any():
+        return f"{none}{PREDICTIONS} of A and of B have other labels for the same images."
+    pair = 100 * a.correct.to_numpy(), 100 * b.correct.reindex(a.correct.index).to_numpy()
+    discordant = int((pair[0] != pair[1]).sum())
+    few = f"; A and B differ on {discordant} images, too few for a reliable interval" * (discordant < FEW)
     return (
-        f"Saved predictions of the same {len(a):,} images: A {pair[0].mean():.2f}, B {pair[1].mean():.2f}; A − B = "
-        f"{_points(*difference_over_images(*pair))} (paired bootstrap over images, {RESAMPLES:,} resamples)."
+        f"Saved predictions of the same {len(pair[0]):,} images (A: {a.about}; B: {b.about}): A {pair[0].mean():.2f}, "
+        f"B {pair[1].mean():.2f}; A − B = {_points(*difference_over_images(*pair))} (paired bootstrap over images, "
+        f"{RESAMPLES:,} resamples{few})."
     )
 
 

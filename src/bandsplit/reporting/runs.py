@@ -6,6 +6,7 @@ import json
 import math
 import os
 import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,7 @@ class Run:
     folder: Path
     settings: dict[str, str]
     other: dict[str, str]
+    seed: str | None
     train: pd.DataFrame
     validation: pd.DataFrame
     branches: Branches | None
@@ -82,7 +84,7 @@ def read_run(folder: Path) -> Run:
         for name in ("config.toml", "metrics.jsonl"):
             if not (folder / name).is_file():
                 raise UserError(f"{folder}: not a run directory, {name} is missing")
-        settings, other = read_settings(folder / "config.toml")
+        settings, other, seed = read_settings(folder / "config.toml")
         events, remarks = read_events(folder / "metrics.jsonl")
         branches, damage = read_branches(folder / "branches.json")
     except OSError as error:
@@ -98,6 +100,7 @@ def read_run(folder: Path) -> Run:
         folder,
         settings,
         other,
+        seed,
         train,
         validation,
         branches,
@@ -165,10 +168,17 @@ class Group:
 
     @property
     def remarks(self) -> list[str]:
-        """Names the keys in which the runs differ without effect on results."""
+        """Names the keys in which the runs differ without effect on results, and seeds of several runs."""
+        remarks = [
+            f"{self.label}: {n} runs of seed {seed} count as {n}, but tell nothing of the spread between seeds"
+            for seed, n in Counter(run.seed for run in self.runs).items()
+            if n > 1
+        ]
         keys = sorted({key for run in self.runs for key in run.other})
         differing = [key for key in keys if len({run.other.get(key) for run in self.runs}) > 1]
-        return [f"{self.label}: one group of runs that differ in {', '.join(differing)}"] if differing else []
+        if differing:
+            remarks.append(f"{self.label}: one group of runs that differ in {', '.join(differing)}")
+        return remarks
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -14,8 +14,8 @@ NEEDED = ("name", "train.epochs", "split.branches")
 """Required keys of config.toml. All other keys only serve to group runs."""
 
 
-def read_settings(path: Path) -> tuple[dict[str, str], dict[str, str]]:
-    """The configuration of a run as {"train.epochs": "90", ...}, without the seed: keys that affect results, others."""
+def read_settings(path: Path) -> tuple[dict[str, str], dict[str, str], str | None]:
+    """The configuration of a run as {"train.epochs": "90", ...}: keys that affect results, others, and the seed."""
     try:
         table = tomli.loads(path.read_text(encoding="utf-8"))
     except (tomli.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -24,9 +24,9 @@ def read_settings(path: Path) -> tuple[dict[str, str], dict[str, str]]:
         key: value if isinstance(value, str) else json.dumps(value, default=str)
         for key, value in flatten(table).items()
     }
-    settings.pop("seed", None)
+    seed = settings.pop("seed", None)
     missing = [key for key in NEEDED if key not in settings]
     if missing:
         raise UserError(f"{path}: not the config of a run, {missing[0]} is missing")
     other = {key: value for key, value in settings.items() if key.startswith(NO_EFFECT)}
-    return {key: value for key, value in settings.items() if key not in other}, other
+    return {key: value for key, value in settings.items() if key not in other}, other, seed

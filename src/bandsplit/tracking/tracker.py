@@ -57,7 +57,7 @@ def opener(name: str) -> Callable[[RunDirectory], Tracker]:
 
 def branch_numbers(directory: RunDirectory) -> list[int] | None:
     """Numbers, in the full ensemble, of the branches of a run that trains some of them; None: it trains all."""
-    settings, _ = read_settings(directory.config)
+    settings, *_ = read_settings(directory.config)
     only: list[int] | None = json.loads(settings.get("split.only", "null"))
     return only
 

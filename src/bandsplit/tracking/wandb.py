@@ -81,7 +81,7 @@ class WandB:
         return told
 
     def _opened(self) -> wandb.Run:
-        settings, _ = read_settings(self._directory.config)
+        settings, *_ = read_settings(self._directory.config)
         make_folder(self._noted.parent)
         if not self._noted.exists():
             replace_text(self._noted, json.dumps({"id": self._id}) + "\n")
