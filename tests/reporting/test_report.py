@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import tomli_w
 from PIL import Image
@@ -140,6 +141,14 @@ def test_mean_and_two_sigma_on_irregular_times_equal_a_plain_numpy_computation(t
         sigma = (sum((value - mean) ** 2 for value in values) / 2) ** 0.5
         assert row["mean"] == pytest.approx(mean, rel=1e-12)
         assert row["two_sigma"] == pytest.approx(2 * sigma, rel=1e-9)
+
+
+def test_runs_without_a_common_time_are_averaged_point_by_point() -> None:
+    """One validation each, at other times."""
+    found = figures.mean_curve([pd.Series([50.0], index=[100.0]), pd.Series([54.0], index=[104.0])])
+    assert found.reset_index().to_numpy().tolist() == [[102.0, 52.0, pytest.approx(4 * 2**0.5)]]
+    two = figures.mean_curve([pd.Series([1.0, 2.0], index=[1.0, 2.0]), pd.Series([3.0], index=[9.0])])
+    assert two.empty
 
 
 def test_table_is_exact_for_a_small_example(tmp_path: Path) -> None:

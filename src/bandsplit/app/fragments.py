@@ -38,7 +38,7 @@ def header(model: Classifier, name: str) -> str:
         f"step {d.training.step:,}",
     ]
     if d.training.top1 is not None:
-        facts.append(f"top-1 {d.training.top1:.1f} %")
+        facts.append(f"top-1 of its run, mean of all branches: {d.training.top1:.1f} %")
     return f"<header><h1>{escape(name)}</h1><p>{escape(' · '.join(facts))}</p></header>"
 
 

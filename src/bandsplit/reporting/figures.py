@@ -25,12 +25,20 @@ def mean_curve(runs: Sequence[pd.Series]) -> pd.DataFrame:
     """Columns `mean` and `two_sigma` (2 sample standard deviations) of curves indexed by time or step.
 
     The grid is the union of all runs' points, within the range that all runs cover; runs are interpolated linearly.
+    Runs that have no range in common, but equally many points, are averaged point by point, over the index too.
     NaN at and next to a run's NaN, which leaves a gap in the line.
     """
     low, high = max(run.index[0] for run in runs), min(run.index[-1] for run in runs)
+    if low > high and len({len(run) for run in runs}) == 1:
+        values = pd.DataFrame({n: run.to_numpy() for n, run in enumerate(runs)})
+        values.index = pd.Index(np.mean([run.index for run in runs], axis=0))
+        return _mean_of(values)
     grid = np.unique(np.concatenate([run.index for run in runs]))
     grid = grid[(low <= grid) & (grid <= high)]
-    values = pd.DataFrame({n: np.interp(grid, run.index, run) for n, run in enumerate(runs)}, index=grid)
+    return _mean_of(pd.DataFrame({n: np.interp(grid, run.index, run) for n, run in enumerate(runs)}, index=grid))
+
+
+def _mean_of(values: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"mean": values.mean(axis=1, skipna=False), "two_sigma": 2 * values.std(axis=1, ddof=1)})
 
 
