@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -185,6 +186,14 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
     left_out = text.partition("| not continued |")[2].partition("\n\n")[0].splitlines()[2:]
     (line,) = left_out  # rgb64 is worse and costs less, rgb128 is the baseline
     assert line.startswith("| rgb128_deep | coarse2 | +")
+    (tmp_path / "cpu_times.json").write_text('{"rgb128": {"128": 1.0}, "coarse2": {"128": 1.5}}')
+    curves = controls_report.read(controls_report.collected(tmp_path))
+    assert {curve.arm: curve.cpu_seconds for curve in curves}["coarse2"] == pytest.approx([13.5, 13.5])
+    base = next(curve for curve in curves if curve.arm == "rgb128")
+    between = controls_report.at_cpu_time(replace(base, cpu_seconds=[100.0, 400.0]), 200.0)
+    assert between is not None
+    assert 100 * np.nanmean(between) == pytest.approx((base.top1(1.0) + base.top1(2.0)) / 2)
+    assert controls_report.at_cpu_time(replace(base, cpu_seconds=[100.0, 400.0]), 401.0) is None
     controls_report.unpack(tmp_path / "report/controls.parquet", tmp_path / "again")
     for path in tmp_path.glob("results/*.json"):
         assert json.loads((tmp_path / "again/results" / path.name).read_text()) == json.loads(path.read_text())
