@@ -15,6 +15,7 @@ from bandsplit.config import loading
 from bandsplit.errors import UserError
 from bandsplit.runs import checkpoint
 from bandsplit.training.active import ActiveBranches
+from bandsplit.training.meter import Progress
 from tests.compare import assert_equal, assert_same_run, metrics
 from tests.conftest import Done, run
 
@@ -39,6 +40,16 @@ def test_a_branch_ends_when_its_loss_has_not_fallen_for_its_patience(config_file
     assert active.stopped == [None, 60, 30, 20, 30]
     assert [active.train(k, 6) for k in range(5)] == [True, False, False, False, False]
     assert ActiveBranches(loading.load(config_file)).state() == {}
+
+
+def test_the_best_is_chosen_anew_with_every_branch_that_begins(config_file: Path) -> None:
+    active = ActiveBranches(loading.load(config_file, ["train.epochs=4", "train.start_epochs=[0, 0, 2, 0]"]))
+    progress, best = Progress(), []
+    for epoch, (top1, loss) in enumerate([(60.0, 1.0), (70.0, 1.0), (50.0, math.inf), (40.0, 1.0)]):
+        progress.step = 10 * (epoch + 1)
+        progress.note_validation({"top1": top1, "loss": loss}, 0.0, active.count_begun(epoch))
+        best.append((progress.best_step, progress.best_top1))
+    assert best == [(10, 60), (20, 70), (20, 70), (40, 40)]
 
 
 @pytest.mark.parametrize(

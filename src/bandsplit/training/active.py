@@ -49,6 +49,10 @@ class ActiveBranches:
         begun = [k for k, start in enumerate(self._starts) if epoch >= start]
         return begun if 0 < len(begun) < len(self._starts) else None
 
+    def count_begun(self, epoch: int) -> int:
+        """How many branches of the run have begun in epoch 0, 1, …"""
+        return sum(epoch >= start for start in self._starts)
+
     @property
     def all_stopped(self) -> bool:
         return None not in self.stopped

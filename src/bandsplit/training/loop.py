@@ -131,7 +131,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False, own_only: bool
                         active.note(held_out_losses(validated, held_out_loader, images, mesh, precision), step, epoch)
                     session.ensemble.train()
                 report_left_out(accuracy.left_out, validation_loader, config, ranks)
-                progress.note_validation(accuracy.as_dict(), watch.seconds)
+                progress.note_validation(accuracy.as_dict(), watch.seconds, active.count_begun(epoch))
                 spent = time.perf_counter() - began
                 events.emit("validation", **progress.validation, **active.values, validation_seconds=round(spent, 3))
 

@@ -36,6 +36,8 @@ class Progress:
     """Wall-clock time of training, without validation and checkpoints."""
     best_step: int = 0
     best_top1: float = -1.0
+    best_branches: int = 0
+    """Branches that were fused for it; 0 in checkpoints of earlier versions."""
     validation: dict[str, Any] = field(default_factory=dict)
     """Values of the last validation."""
 
@@ -44,13 +46,18 @@ class Progress:
         self.epoch = self.step / steps_per_epoch
         self.images += images
 
-    def note_validation(self, accuracy: dict[str, Any], seconds: float) -> None:
-        """Records a validation of this step, and the step as the best if its top-1 is and its loss is finite."""
+    def note_validation(self, accuracy: dict[str, Any], seconds: float, branches: int) -> None:
+        """Records a validation of this step, and the step as the best if its top-1 is and its loss is finite.
+
+        `branches`: how many have begun (`train.start_epochs`). With more of them, the best is chosen anew: the
+        accuracy is that of another ensemble.
+        """
         self.validation = {
             "step": self.step, "epoch": self.epoch, "seconds": round(seconds, 3), "images": self.images, **accuracy
         }  # fmt: skip
-        if accuracy["top1"] > self.best_top1 and math.isfinite(accuracy["loss"]):
-            self.best_step, self.best_top1 = self.step, accuracy["top1"]
+        better = (branches, accuracy["top1"]) > (self.best_branches or branches, self.best_top1)
+        if better and math.isfinite(accuracy["loss"]):
+            self.best_step, self.best_top1, self.best_branches = self.step, accuracy["top1"], branches
 
 
 class Meter:
