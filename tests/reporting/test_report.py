@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 import tomli_w
 from PIL import Image
@@ -143,12 +142,36 @@ def test_mean_and_two_sigma_on_irregular_times_equal_a_plain_numpy_computation(t
         assert row["two_sigma"] == pytest.approx(2 * sigma, rel=1e-9)
 
 
-def test_runs_without_a_common_time_are_averaged_point_by_point() -> None:
-    """One validation each, at other times."""
-    found = figures.mean_curve([pd.Series([50.0], index=[100.0]), pd.Series([54.0], index=[104.0])])
+def test_runs_without_a_common_time_are_averaged_point_by_point_where_their_steps_are_equal(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One validation each, at other times; those of the other group are of different steps."""
+    both = [
+        ("net", 100, 100.0, 50.0),
+        ("net", 100, 104.0, 54.0),
+        ("other", 100, 100.0, 50.0),
+        ("other", 200, 104.0, 54.0),
+    ]
+    folders = [
+        write_run(tmp_path / str(n), [validation(step, seconds, top1)], name=name, seed=n)
+        for n, (name, step, seconds, top1) in enumerate(both)
+    ]
+    same, other = groups_of(*folders)
+    found = figures.group_curve(same, "seconds", figures.ACCURACY[0])
     assert found.reset_index().to_numpy().tolist() == [[102.0, 52.0, pytest.approx(4 * 2**0.5)]]
-    two = figures.mean_curve([pd.Series([1.0, 2.0], index=[1.0, 2.0]), pd.Series([3.0], index=[9.0])])
-    assert two.empty
+    assert figures.apart([same, other], "seconds", figures.ACCURACY) == [other]
+    figure = figures.curves_figure([same, other], "seconds", figures.ACCURACY)
+    assert figure is not None
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [same.legend]
+    assert figures.branches_figure([other]) is None
+    report.report(folders[2:], tmp_path / "out")
+    told = capsys.readouterr().out
+    words = f"left out: {other.label}, whose runs cover no common part of the x axis"
+    assert [line for line in told.splitlines() if line.startswith("accuracy")] == [
+        f"accuracy_time: {words}",
+        f"accuracy_step: {words}",
+        "accuracy_macs: left out, these runs have no data for it",
+    ]
 
 
 def test_table_is_exact_for_a_small_example(tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from matplotlib.cm import ScalarMappable
 from matplotlib.colors import BoundaryNorm, ListedColormap
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from numpy.typing import ArrayLike, NDArray
 
 from bandsplit.reporting.runs import Group, Run
 
@@ -25,21 +26,18 @@ def mean_curve(runs: Sequence[pd.Series]) -> pd.DataFrame:
     """Columns `mean` and `two_sigma` (2 sample standard deviations) of curves indexed by time or step.
 
     The grid is the union of all runs' points, within the range that all runs cover; runs are interpolated linearly.
-    Runs that have no range in common, but equally many points, are averaged point by point, over the index too.
-    NaN at and next to a run's NaN, which leaves a gap in the line.
+    NaN at and next to a run's NaN, which leaves a gap in the line. Empty if the runs have no range in common.
     """
     low, high = max(run.index[0] for run in runs), min(run.index[-1] for run in runs)
-    if low > high and len({len(run) for run in runs}) == 1:
-        values = pd.DataFrame({n: run.to_numpy() for n, run in enumerate(runs)})
-        values.index = pd.Index(np.mean([run.index for run in runs], axis=0))
-        return _mean_of(values)
     grid = np.unique(np.concatenate([run.index for run in runs]))
     grid = grid[(low <= grid) & (grid <= high)]
-    return _mean_of(pd.DataFrame({n: np.interp(grid, run.index, run) for n, run in enumerate(runs)}, index=grid))
+    return _mean_of(grid, [np.interp(grid, run.index, run) for run in runs])
 
 
-def _mean_of(values: pd.DataFrame) -> pd.DataFrame:
-    return pd.DataFrame({"mean": values.mean(axis=1, skipna=False), "two_sigma": 2 * values.std(axis=1, ddof=1)})
+def _mean_of(x: NDArray[np.float64], values: Sequence[ArrayLike]) -> pd.DataFrame:
+    """Of values (runs, points) at x (points,)."""
+    frame = pd.DataFrame(np.column_stack(values), index=x)
+    return pd.DataFrame({"mean": frame.mean(axis=1, skipna=False), "two_sigma": 2 * frame.std(axis=1, ddof=1)})
 
 
 WIDTH, HEIGHT = 7.0, 2.6  # inches: text width of a page, and height of one row of panels
@@ -113,16 +111,42 @@ FIGURES = {
 
 
 def group_curve(group: Group, x: str, panel: Panel) -> pd.DataFrame:
-    """The mean curve of one column over a group's runs; empty if any run has no values yet."""
+    """The mean curve of one column over a group's runs; empty if any run has no values yet.
+
+    Runs without a common range of x, as with one validation each at different times, are averaged point by point, over
+    x too, if the steps of their points are equal; otherwise the curve is empty.
+    """
+    curves = run_curves(group, x, panel)
+    if not curves:
+        return pd.DataFrame()
+    mean = mean_curve([curve["value"] for curve in curves])
+    if mean.empty and len({tuple(curve["step"]) for curve in curves}) == 1:
+        return _mean_of(np.mean([curve.index for curve in curves], axis=0), [curve["value"] for curve in curves])
+    return mean
+
+
+def run_curves(group: Group, x: str, panel: Panel) -> list[pd.DataFrame]:
+    """Columns `step` and `value` of each run of a group, indexed by x; none if any run has no values yet."""
     curves = []
     for run in group.runs:
-        frame = getattr(run, panel.event).reindex(columns=[x, panel.column]).dropna(subset=[x])
-        column = frame.set_index(x)[panel.column].astype(float) * panel.scale
+        frame = getattr(run, panel.event).reindex(columns=list(dict.fromkeys(["step", x, panel.column])))
+        frame = frame.dropna(subset=[x]).set_index(x, drop=False)
+        column = frame[panel.column].astype(float) * panel.scale
         curve = column.where(np.isfinite(column))
         if curve.isna().all():
-            return pd.DataFrame()
-        curves.append(running_mean(curve) if panel.running_mean else curve)
-    return mean_curve(curves)
+            return []
+        value = running_mean(curve) if panel.running_mean else curve
+        curves.append(pd.DataFrame({"step": frame["step"], "value": value}))
+    return curves
+
+
+def apart(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> list[Group]:
+    """Groups with data for a panel, but without a curve: their runs have neither a range of x nor steps in common."""
+    return [
+        group
+        for group in groups
+        if any(run_curves(group, x, panel) and group_curve(group, x, panel).empty for panel in panels)
+    ]
 
 
 def running_mean(series: pd.Series) -> pd.Series:
@@ -184,7 +208,8 @@ def curves_figure(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> F
         axes.set(xlabel=x_label, ylabel=panel.label, xlim=(0, None), ylim=(panel.bottom, None))
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, panel.limits[0]), min(high, panel.limits[1]))
-    rows = add_legend(figure, [Line2D([], [], label=group.legend, **line_style(group)) for group in groups])
+    drawn = [group for n, group in enumerate(groups) if any(len(column[n]) for column in curves.values())]
+    rows = add_legend(figure, [Line2D([], [], label=group.legend, **line_style(group)) for group in drawn])
     figure.set_size_inches(WIDTH, HEIGHT + 0.2 * rows)
     return figure
 
@@ -207,6 +232,7 @@ def branch_frame(run: Run) -> pd.DataFrame:
 def branches_figure(groups: Sequence[Group]) -> Figure | None:
     """One panel per group with several branches: top-1 of each branch in color, of the ensemble in black."""
     groups = [group for group in groups if all(branch_frame(run).shape[1] > 1 for run in group.runs)]
+    groups = [group for group in groups if len(group_curve(group, "step", ACCURACY[0]))]
     if not groups:
         return None
     columns = min(len(groups), 2 if len(groups) <= 6 else 3)

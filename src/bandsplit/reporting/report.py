@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from bandsplit.errors import UserError
 from bandsplit.progress import followed
 from bandsplit.reporting.compare import Side, compare_figure, compare_table, side
-from bandsplit.reporting.figures import FIGURES, STYLE, branches_figure, curves_figure
+from bandsplit.reporting.figures import FIGURES, STYLE, apart, branches_figure, curves_figure
 from bandsplit.reporting.frequency import frequency_figure
 from bandsplit.reporting.runs import Group, group_runs, read_run, read_runs
 from bandsplit.reporting.tables import Table, costs_table, results_table
@@ -48,13 +48,17 @@ def report(folders: Sequence[Path], output: Path | None = None, compared: Compar
     sides = [side(name, each, groups) for name, each in zip("AB", compared or (), strict=False)]
     output = output or (folders[0] / "plots" if len(folders) == 1 else Path("plots"))
     tables = make_tables(groups, sides)
+    without = {name: apart(groups, x, panels) for name, (x, panels) in FIGURES.items()}
     try:
         output.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(STYLE):
             drawn = draw(groups, sides)
             for name, figure in followed(drawn.items(), "writing figures", len(drawn), "figures"):
+                for group in without.get(name, []):
+                    print(f"{name}: left out: {group.label}, whose runs cover no common part of the x axis")
                 if figure is None:
-                    print(f"{name}: left out, these runs have no data for it")
+                    if not without.get(name):
+                        print(f"{name}: left out, these runs have no data for it")
                     continue
                 figure.draw_without_rendering()
                 figure.set_layout_engine("none")  # laid out once, for all formats
