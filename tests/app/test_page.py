@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from bandsplit.app import fragments
+from bandsplit.app import fragments, of_run
 from bandsplit.cli import app
 from bandsplit.errors import UserError
 from bandsplit.inference.classifier import Guess
@@ -27,7 +28,8 @@ from bandsplit.inference.loading import load
 from bandsplit.models.cascade import Cascade
 from bandsplit.models.fusion import Fusion
 from bandsplit.runs import checkpoint
-from bandsplit.runs.fitted import FILE, Fitted, FittedBranch, HeldOut
+from bandsplit.runs.fitted import FILE, Fitted, HeldOut
+from bandsplit.runs.restored import Restored
 from tests.app.files import photograph
 from tests.conftest import REPOSITORY
 
@@ -62,13 +64,20 @@ def run_dir(finished: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     """A trained run with a cascade, whose first stage is never certain enough and whose second always is."""
     path = tmp_path_factory.mktemp("app") / "tiny"
     shutil.copytree(finished(1), path, symlinks=True)
-    training = load(path).description.training
-    branches = [FittedBranch(training.run, training.seed, training.step, [k]) for k in range(4)]
+    branches = Restored.of(path, "best").fitted_branches
     learned = Fusion([0.4, 0.3, 0.2, 0.1], 2.0, 20.0)
     cascade = Cascade([2, 0, 1], [0.2, 0.4, 0.3], [1e-9, 1e3, 1.0], 0.2, 1.0)
     fitted = Fitted(branches, HeldOut(40, 40, 0.25, 0, ""), {"mean": learned, "learned": learned}, cascade)
     fitted.write(checkpoint.find(path / "checkpoints", "best") / FILE)
     return path
+
+
+def test_a_cascade_is_for_the_weights_that_it_was_fitted_for(run_dir: Path) -> None:
+    model = load(run_dir)
+    assert of_run.cascade(run_dir, "best", model) is not None
+    with torch.no_grad():
+        next(model.branches[3].parameters()).add_(1)  # trained anew, in as many steps
+    assert of_run.cascade(run_dir, "best", model) is None
 
 
 @pytest.fixture(scope="module")

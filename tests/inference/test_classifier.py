@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 from PIL import Image
 
 import bandsplit
@@ -23,6 +24,7 @@ from bandsplit.inference.resizing import resized_center
 from bandsplit.models.fusion import Fusion
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.fitted import FILE, Fitted, HeldOut
+from bandsplit.runs.fitted import preparation as preparation_of
 from tests.conftest import image_files
 from tests.inference.models import classifier, restored
 
@@ -187,6 +189,13 @@ def test_the_fusion_of_a_run(config_file: Path) -> None:
     for numbers in ([], [4], [1, 1], [2]):
         with pytest.raises(UserError, match="--branches"):
             model.description.only(numbers)
+    otherwise = HeldOut(1, 1, 1, 0, "", {**preparation_of(run.config.data), "resize_size": 99})
+    Fitted(run.fitted_branches, otherwise, fusions).write(run.checkpoint / FILE)
+    told = list[str]()
+    sink = logger.add(told.append, format="{message}", level="WARNING")
+    assert describe(run, "learned") == model.description
+    logger.remove(sink)
+    assert "fusion was fitted on images prepared with {'val_image_size': 32, 'resize_size': 99, " in told[0]
     directory = RunDirectory(run.run_dir)
     lines = [{"event": "validation", "step": run.step, "epoch": 1.0, "top1": top1} for top1 in (50.0, 60.0)]
     directory.metrics.write_text("\n".join(map(json.dumps, lines))[:-5])

@@ -61,6 +61,7 @@ def test_single_files_by_pillow(
     weights.write(model, path)
     images = [str(image) for image in sorted((image_root / "val").glob("*/00000.jpg"))[:3]]
     images.insert(1, images[0])  # named twice
+    images.append(shutil.copy(images[0], os.fsdecode(bytes(tmp_path / "caf") + b"\xe9.jpg")))  # not UTF-8
     predict.main([str(path), *images, "--json", str(tmp_path / "p.json"), "--batch-size", "2", "-k", "2"])
     table = capsys.readouterr().out
     predict.main([str(path), *images, "--csv", "-", "-k", "2"])
@@ -68,14 +69,14 @@ def test_single_files_by_pillow(
     told = json.loads((tmp_path / "p.json").read_text())
     for image, each, row in zip(images, told, rows, strict=True):
         expected = model.predict(image, k=2)
-        assert each["file"] == row["file"] == image
+        assert each["file"] == row["file"] == image.replace("\udce9", r"\xe9")
         assert [(guess["class"], pytest.approx(guess["confidence"], rel=1e-4)) for guess in each["top"]] == [
             (guess.name, guess.confidence) for guess in expected.top
         ]
         assert [row["top1"], row["top2"]] == [guess.name for guess in expected.top]
         assert float(row["top1_confidence"]) == pytest.approx(expected.top[0].confidence, rel=1e-4)
         assert [row[f"branch{k}"] for k in range(4)] == [vote.name for vote in expected.votes]
-        assert f"{image}\n  {expected.top[0].confidence:7.2%}  {expected.top[0].name}" in table
+        assert f"{each['file']}\n  {expected.top[0].confidence:7.2%}  {expected.top[0].name}" in table
 
 
 def test_files_that_cannot_be_read_cost_only_themselves(

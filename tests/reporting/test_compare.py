@@ -16,7 +16,7 @@ from bandsplit.cli.report import main
 from bandsplit.errors import UserError
 from bandsplit.reporting import compare, report
 from bandsplit.reporting.compare import Side
-from bandsplit.runs.predictions import Fused
+from bandsplit.runs.predictions import Fused, Predictions
 from tests.reporting.synthetic import predictions
 from tests.reporting.test_report import curve, finished, groups_of, write_run
 
@@ -108,6 +108,11 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
     assert compare.difference_notes(a, b)[1] == same
     save_predictions(folders[1], right, crops="ten")
     assert "are of the crops 'center', those of B of 'ten'" in compare.difference_notes(a, b)[1]
+    save_predictions(folders[1], right)
+    made = Predictions.read(folders[1] / "predictions.npz")
+    replace(made, classes=made.classes[::-1]).write(folders[1] / "predictions.npz")
+    assert "A and of B have different labels for the same images" in compare.difference_notes(a, b)[1]
+    assert "have different labels for the same images" in str(compare.saved([*a.runs, *b.runs]))
     save_predictions(folders[1], ~right)
     assert "A 60.00, B 40.00; A − B = +20.00 points" in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], right, first=1)

@@ -20,6 +20,7 @@ from bandsplit.models.cascade import Cascade
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.fitted import FILE, Fitted, FittedBranch
+from bandsplit.runs.restored import digest_of
 
 EXAMPLES = 10
 
@@ -65,5 +66,8 @@ def cascade(run: Path, which: str, model: Classifier) -> Cascade | None:
     """
     fitted = Fitted.read(checkpoint.find(RunDirectory(run).checkpoints, which) / FILE)
     training = model.description.training
-    branches = [FittedBranch(training.run, training.seed, training.step, list(bands)) for bands in model.bands]
+    branches = [
+        FittedBranch(training.run, training.seed, training.step, list(bands), digest_of(branch))
+        for bands, branch in zip(model.bands, model.branches, strict=True)
+    ]
     return fitted.cascade if fitted is not None and fitted.is_for(branches) else None

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import numpy as np
 from loguru import logger
@@ -25,7 +25,7 @@ from bandsplit.evaluation.joined import Joined
 from bandsplit.models import cascade, fusion
 from bandsplit.models.cascade import Cascade
 from bandsplit.models.fusion import MEAN, Fusion
-from bandsplit.runs.fitted import FILE, Fitted, FittedBranch, HeldOut
+from bandsplit.runs.fitted import FILE, Fitted, FittedBranch, HeldOut, preparation
 
 T = TypeVar("T")
 
@@ -60,9 +60,7 @@ def _find(runs: Joined, method: str | None, loss: float | None) -> Fitted | None
     wrong = _missing(fitted, runs, needed, loss)
     if wrong is None:
         assert fitted is not None
-        now, then = prepared(runs), fitted.held_out.prepared
-        if then not in (None, now):
-            logger.warning("{}: fusion was fitted on images prepared with {}, not {}", path, then, now)
+        fitted.tell_other_preparation(runs.config.data, path)
         return fitted
     if needed == MEAN and loss is None:
         return None
@@ -150,7 +148,7 @@ def fit(runs: Joined, held_out: HeldOutLogits, loss: float | None = None) -> Fit
         assert holdout is not None
         config, path = runs.config, path_of(runs)
         digest = runs.first.digests["train"]
-        fitted_on = HeldOut(len(gathered.rows), held_out.of, holdout, config.seed, digest, prepared(runs))
+        fitted_on = HeldOut(len(gathered.rows), held_out.of, holdout, config.seed, digest, preparation(config.data))
         fitted = Fitted(_branches(runs), fitted_on, *found)
         if loss is None:
             fitted = _with_earlier_cascade(fitted, path)
@@ -160,18 +158,12 @@ def fit(runs: Joined, held_out: HeldOutLogits, loss: float | None = None) -> Fit
     return ranks.from_first(written)
 
 
-def prepared(runs: Joined) -> dict[str, Any]:
-    """The keys of the preprocessing of validation images that an evaluation may change."""
-    data = runs.config.data
-    return {"val_image_size": data.val_size, "resize_size": data.resize_size, "interpolation": data.interpolation}
-
-
 def _with_earlier_cascade(fitted: Fitted, path: Path) -> Fitted:
     """With the cascade that was fitted before, if that is the same for these weights; otherwise it is told."""
     with suppress(UserError):
         earlier = Fitted.read(path)
         if earlier is not None and earlier.cascade is not None:
-            alike = earlier.is_for(fitted.branches) and earlier.held_out == fitted.held_out
+            alike = earlier.is_for(fitted.branches) and earlier.held_out.are_those_of(fitted.held_out)
             if alike and earlier.fusions.get("learned") == fitted.fusions["learned"]:
                 return replace(fitted, cascade=earlier.cascade)
             logger.warning("{}: its cascade was fitted for other weights or images; --cascade fits it anew", path)

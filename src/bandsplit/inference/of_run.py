@@ -68,6 +68,7 @@ def _weights(restored: Restored, method: str) -> tuple[float, ...]:
         wrong = "no such file" if fitted is None else "it is not fitted for these branches"
         how = f"{command('evaluate')} {restored.run_dir} --checkpoint {restored.step} --fit-fusion"
         raise UserError(f"fusion {method!r}: {path}: {wrong}; fit it with {how}, or use 'mean'")
+    fitted.tell_other_preparation(restored.config.data, path)
     return tuple(fitted.fusions[method].weights)
 
 

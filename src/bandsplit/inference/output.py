@@ -58,7 +58,8 @@ def as_csv(model: Classifier, path: Path, k: int) -> Writer:
             found = outcome.prediction
             pairs = [] if found is None else [*found.top, *found.votes]
             cells = [cell for each in pairs for cell in (model.classes[each.label], f"{each.confidence:.6g}")]
-            writer.writerow([outcome.file, outcome.reason, *(cells or [""] * (2 * len(guesses)))])
+            name = _shown(outcome.file) if path == STDOUT else outcome.file  # a terminal takes text alone
+            writer.writerow([name, outcome.reason, *(cells or [""] * (2 * len(guesses)))])
 
 
 def as_lines(model: Classifier) -> Writer:

@@ -186,10 +186,13 @@ def saved(runs: Sequence[Run]) -> Saved | str:
         labels.append(pd.Series(np.array(found.classes)[found.labels], index=found.names))
         crops.add(found.crops)
         about.append(_about(found, run))
-    if any(set(column.index) != set(columns[0].index) for column in columns):
-        return f"{PREDICTIONS} of {', '.join(str(run.folder) for run in runs)} are of different images"
+    folders = ", ".join(str(run.folder) for run in runs)
+    if any(set(column.index) != set(columns[0].index) or column.index.has_duplicates for column in columns):
+        return f"{PREDICTIONS} of {folders} are of different images"
     if len(crops) > 1:
-        return f"{PREDICTIONS} of {', '.join(str(run.folder) for run in runs)} are of different crops"
+        return f"{PREDICTIONS} of {folders} are of different crops"
+    if any((each != labels[0].reindex(each.index)).any() for each in labels):
+        return f"{PREDICTIONS} of {folders} have different labels for the same images"
     of_images = pd.concat(columns, axis=1).mean(axis=1)
     return Saved(of_images, labels[0], crops.pop(), "; ".join(dict.fromkeys(about)))
 
@@ -227,13 +230,12 @@ def _predictions_note(a: Saved | str, b: Saved | str) -> str:
     none = "No interval over images: "
     if isinstance(a, str) or isinstance(b, str):
         return f"{none}{a if isinstance(a, str) else b}."
-    indices = a.correct.index, b.correct.index
-    if set(indices[0]) != set(indices[1]) or any(index.has_duplicates for index in indices):
+    if set(a.correct.index) != set(b.correct.index):
         return f"{none}{PREDICTIONS} of A and of B are of different images."
     if a.crops != b.crops:
         return f"{none}{PREDICTIONS} of A are of the crops {a.crops!r}, those of B of {b.crops!r}."
     if (a.labels != b.labels.reindex(a.labels.index)).any():
-        return f"{none}{PREDICTIONS} of A and of B have other labels for the same images."
+        return f"{none}{PREDICTIONS} of A and of B have different labels for the same images."
     pair = 100 * a.correct.to_numpy(), 100 * b.correct.reindex(a.correct.index).to_numpy()
     discordant = int((pair[0] != pair[1]).sum())
     few = f"; A and B differ on {discordant} images, too few for a reliable interval" * (discordant < FEW)

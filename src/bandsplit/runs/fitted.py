@@ -8,6 +8,9 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
+
+from bandsplit.config.schema import Data
 from bandsplit.errors import UserError
 from bandsplit.models.cascade import Cascade
 from bandsplit.models.fusion import Fusion
@@ -17,6 +20,11 @@ FILE = "fusion.json"
 
 FORMAT = 2
 """Format 1 had no cascade; it is still read."""
+
+
+def preparation(data: Data) -> dict[str, Any]:
+    """The keys of the preprocessing of validation images that an evaluation may change."""
+    return {"val_image_size": data.val_size, "resize_size": data.resize_size, "interpolation": data.interpolation}
 
 
 @dataclass(frozen=True)
@@ -52,6 +60,12 @@ class HeldOut:
     prepared: dict[str, Any] | None = None
     """Keys of their preprocessing; none in files of earlier versions."""
 
+    def are_those_of(self, other: HeldOut) -> bool:
+        unknown = None in (self.prepared, other.prepared)
+        return replace(self, prepared=None) == replace(other, prepared=None) and (
+            unknown or self.prepared == other.prepared
+        )
+
 
 @dataclass(frozen=True)
 class Fitted:
@@ -61,6 +75,12 @@ class Fitted:
     held_out: HeldOut
     fusions: dict[str, Fusion]
     cascade: Cascade | None = None
+
+    def tell_other_preparation(self, data: Data, path: Path) -> None:
+        """Warns if the images that these were fitted on, read from `path`, were prepared in another way than now."""
+        now, then = preparation(data), self.held_out.prepared
+        if then not in (None, now):
+            logger.warning("{}: fusion was fitted on images prepared with {}, not {}", path, then, now)
 
     def is_for(self, branches: Sequence[FittedBranch]) -> bool:
         return len(self.branches) == len(branches) and all(map(FittedBranch.is_that_of, self.branches, branches))
