@@ -229,6 +229,8 @@ def test_weights_and_targets_of_a_run_that_has_seen_held_out_images_are_told(
             config = loading.load(config_file, [key, "data.holdout=4"])
             tell_what_has_seen_held_out(config, "other images")
             tell_what_has_seen_held_out(loading.load(config_file, [key]), digest)
+            gone = key.replace("=", "=$NOT_SET_HERE/")  # of a run that is evaluated elsewhere
+            tell_what_has_seen_held_out(loading.load(config_file, [gone, "data.holdout=4"]), digest)
             assert not told
             tell_what_has_seen_held_out(config, digest)
             assert key.replace("=", ": ") in told.pop()

@@ -57,9 +57,9 @@ def begin(initial: Mapping[int, Initial], numbers: Sequence[int], ensemble: Ense
 def tell_what_has_seen_held_out(config: RunConfig, digest: str) -> None:
     """Warns of runs that weights or targets come from, and that were trained on images which this run holds out.
 
-    `digest`: of the training images. A run whose directory is gone is not known.
+    `digest`: of the training images; "" if it is not known. A run whose directory is gone is not known.
     """
-    if config.data.holdout is None:
+    if config.data.holdout is None or not digest:
         return
     models = {config.model_of(number).init_from for number in config.split.numbers} - {None}
     sources = [(f"model.init_from: {place}", place, "best") for place in sorted(map(str, models))]
@@ -67,10 +67,10 @@ def tell_what_has_seen_held_out(config: RunConfig, digest: str) -> None:
         given = config.distillation
         sources.append((f"distillation.teacher: {given.teacher}", given.teacher, str(given.checkpoint)))
     for where, place, which in sources:
-        directory = RunDirectory(expanded(place, "model.init_from"))
-        if not directory.holds_run:
-            continue
         with suppress(UserError):
+            directory = RunDirectory(expanded(place, "model.init_from"))
+            if not directory.holds_run:
+                continue
             began = loading.load(directory.config)
             run = checkpoint.read_run(checkpoint.find(directory.checkpoints, which))
             alike = (began.seed, began.data.holdout) == (config.seed, config.data.holdout)
