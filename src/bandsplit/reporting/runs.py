@@ -168,17 +168,19 @@ class Group:
 
     @property
     def remarks(self) -> list[str]:
-        """Names the keys in which the runs differ without effect on results, and seeds of several runs."""
-        remarks = [
-            f"{self.label}: {n} runs of seed {seed} count as {n}, but tell nothing of the spread between seeds"
+        """Names the keys in which the runs differ without effect on results."""
+        keys = sorted({key for run in self.runs for key in run.other})
+        differing = [key for key in keys if len({run.other.get(key) for run in self.runs}) > 1]
+        return [f"{self.label}: one group of runs that differ in {', '.join(differing)}"] if differing else []
+
+    @property
+    def repeated_seeds(self) -> list[str]:
+        """A sentence for each seed of several runs, which may be copies."""
+        return [
+            f"{self.label}: {n} runs of seed {seed} count as {n}, but tell nothing of the spread between seeds."
             for seed, n in Counter(run.seed for run in self.runs).items()
             if n > 1
         ]
-        keys = sorted({key for run in self.runs for key in run.other})
-        differing = [key for key in keys if len({run.other.get(key) for run in self.runs}) > 1]
-        if differing:
-            remarks.append(f"{self.label}: one group of runs that differ in {', '.join(differing)}")
-        return remarks
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:

@@ -198,4 +198,5 @@ def _table(groups: Sequence[Group], columns: Sequence[Column], caption: str) -> 
             | {key: each.mean(skipna=False) for key, each in series.items()}
             | {f"{key}_two_sd": 2 * each.std(ddof=1, skipna=False) for key, each in series.items()}
         )
-    return Table(pd.DataFrame(text), pd.DataFrame(numbers), caption)
+    notes = [note for group in groups for note in group.repeated_seeds]
+    return Table(pd.DataFrame(text), pd.DataFrame(numbers), caption, notes)
