@@ -176,26 +176,27 @@ def require_images(work: Path, digest: str) -> None:
 
 
 def chosen(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs of the folds with the learning rate of their arm: without those that only served as teachers."""
+    """The runs with the learning rate of their arm, of arms and budgets with all folds and seeds of the baseline.
+
+    So without those that only served as teachers, and without what has only begun.
+    """
     tried = frame[(frame["fold"] == "lr") & (frame["budget"] == 0.5) & (frame["variant"] == "")]
     tried = tried[tried["fusion"] == "mean"]
     best = tried.sort_values(["top1", "lr"], ascending=[False, True]).groupby("arm")["lr"].first()
     rate = frame["arm"].map(best)
-    return frame[(frame["fold"] != "lr") & (rate.isna() | (rate == frame["lr"]))]
+    rows = frame[(frame["fold"] != "lr") & (rate.isna() | (rate == frame["lr"]))]
+    groups = rows.groupby(["arm", "budget"])
+    folds = {key: set(zip(group["fold"], group["seed"], strict=True)) for key, group in groups}
+    keys = zip(rows["arm"], rows["budget"], strict=True)
+    return rows[[folds[arm, budget] == folds.get((BASELINE, budget)) for arm, budget in keys]]
 
 
 def read(frame: pd.DataFrame) -> list[Curve]:
-    """The curves of all arms, from what `collected` returns.
-
-    An arm that has not been trained yet in all folds and seeds of the baseline is left out at that budget.
-    """
+    """The curves of all arms, from what `collected` returns."""
     images = 1 + max(max(numbers) for numbers in frame["image"])
-    rows = chosen(frame)
-    groups = rows.groupby(["arm", "budget"])
-    folds = {key: set(zip(group["fold"], group["seed"], strict=True)) for key, group in groups}
     found: dict[tuple[str, str, str], dict[float, list[tuple[float, float, Correct]]]] = {}
-    for run in rows.itertuples():
-        if run.fusion not in ("mean", "learned") or folds[run.arm, run.budget] != folds.get((BASELINE, run.budget)):
+    for run in chosen(frame).itertuples():
+        if run.fusion not in ("mean", "learned"):
             continue
         several = len(run.branch_top1) > 1
         label = " ".join(filter(None, [run.arm, run.variant, f"({run.fusion})" if several else ""]))

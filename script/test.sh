@@ -6,11 +6,9 @@
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 selection=()
-processes=$(($(nproc) + 1)) # tests of Slurm, kills and restarts mostly wait, so one more than there are cores
 if [[ ${1:-} == --quick ]]; then
     shift
     selection=(-m "not slow and not long")
-    processes=$(nproc)
 fi
 
 # The tests of script/slurm start their own Slurm, those of the page a browser, those of bench/network.py links; without
@@ -31,4 +29,5 @@ ruff check .
 ruff format --check .
 lint-imports
 mypy
+processes=$(env -u OMP_NUM_THREADS nproc) # which takes that for a limit
 python -m pytest -n "$((processes < 8 ? processes : 8))" --dist loadgroup --no-loadscope-reorder --durations=15 "${selection[@]}" "$@"

@@ -103,6 +103,7 @@ class Slurm:
         while ending():
             assert time.monotonic() < deadline
             time.sleep(0.1)
+        time.sleep(1)  # the controller may hear of it later still
 
     def running_until(self, job: str, condition: Callable[[], object], seconds: float = 120) -> None:
         """Waits for a condition while a job runs."""

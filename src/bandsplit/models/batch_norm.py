@@ -173,7 +173,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, h, w) -> (B, C, h, w); in training, every rank of the group has the same B.
 
-        Computes in float32, as torch's does, also where autocast gives 16 bits.
+        Computes in float32 where autocast gives 16 bits, as torch's does.
         """
         if not self.training:
             return super().forward(x)
@@ -182,7 +182,7 @@ class HostSyncBatchNorm2d(nn.BatchNorm2d):
         assert self.num_batches_tracked is not None
         assert self.momentum is not None
         ranks = dist.get_world_size(self.group)
-        full = x.float()
+        full = x.to(torch.promote_types(x.dtype, torch.float32))
         mean = _Sum.apply(full.mean(dim=(0, 2, 3)), self.group) / ranks
         centered = full - mean[:, None, None]
         variance = _Sum.apply(centered.square().mean(dim=(0, 2, 3)), self.group) / ranks
