@@ -377,10 +377,11 @@ def by_cpu_time(curves: Sequence[Curve]) -> str:
 
 
 def at_cpu_time(curve: Curve, seconds: float) -> Correct | None:
-    """Share of correct answers for each image at a CPU time between two budgets; None outside of them."""
+    """Share of correct answers for each image at a CPU time between two budgets, or within 1 % of one; else None."""
     times = curve.cpu_seconds
-    if len(times) < 2 or not times[0] <= seconds <= times[-1]:
+    if len(times) < 2 or not 0.99 * times[0] <= seconds <= 1.01 * times[-1]:
         return None
+    seconds = min(max(seconds, times[0]), times[-1])
     n = max(n for n in range(len(times) - 1) if times[n] <= seconds)
     share = math.log(seconds / times[n]) / math.log(times[n + 1] / times[n])
     between: Correct = (1 - share) * curve.correct[n] + share * curve.correct[n + 1]
