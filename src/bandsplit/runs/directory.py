@@ -94,7 +94,7 @@ class RunDirectory:
             if self.path.exists() and not self.path.is_dir():
                 raise UserError(f"--run-dir {self.path}: this is a file, not a folder")
             return {}
-        if not resume or (own_only and self._last_launcher() != launcher()):
+        if not resume or (own_only and self.last_launch.get("launcher") != launcher()):
             raise UserError(f"{self.path} already holds a run; --resume continues it, --run-dir names another folder")
         # keys added since the run began load as their defaults, which match what the run was computed with
         began = loading.load(self.config)
@@ -164,13 +164,6 @@ class RunDirectory:
         replace_text(self.classes, json.dumps(list(classes)) + "\n")
         if names:
             replace_text(self.class_names, json.dumps(list(names), ensure_ascii=False, indent=1) + "\n")
-
-    def _last_launcher(self) -> str | None:
-        """The `launcher` of the last launch in environment.json; None if it was not torchrun, or is not known."""
-        with suppress(ValueError, LookupError, TypeError):
-            last: str | None = json.loads(read_text(self.environment) or "")[-1]["launcher"]
-            return last
-        return None
 
     @property
     def last_launch(self) -> dict[str, Any]:
