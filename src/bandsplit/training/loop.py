@@ -52,7 +52,7 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False, own_only: bool
         before = directory.data if resume else None
         plan = Plan.of(config.with_values(found), ranks, before, lambda: interrupted.signal, restores)
         config = plan.config
-        point = ranks.from_first(partial(state.open_run, directory, plan, resume, stack))
+        point = ranks.from_first(partial(state.open_run, directory, plan, stack))
         if point and point.finished:
             log_finished(point, directory)
             return

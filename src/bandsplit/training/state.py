@@ -46,7 +46,7 @@ class ResumePoint:
         return (self.run["world_size"], self.run["branch_groups"]) == (mesh.ranks.world_size, mesh.branch_groups)
 
 
-def open_run(directory: RunDirectory, plan: Plan, resume: bool, stack: ExitStack) -> ResumePoint | None:
+def open_run(directory: RunDirectory, plan: Plan, stack: ExitStack) -> ResumePoint | None:
     """Checks and locks the run directory, and finds the checkpoint to resume from; only rank 0 calls it.
 
     Leaves the run's files unchanged if it raises UserError or if the run is finished.
