@@ -191,8 +191,8 @@ def test_joined_runs_are_fitted_together(parts: list[Path], tmp_path: Path, run_
     assert "held-out" not in done.stdout
     done = run_here("evaluate.py", one, other, "--checkpoint", "last", "--fusion", "learned")
     assert done.returncode == 2
-    assert "it was fitted for other branches; fit it with" in done.stderr
     path = checkpoint.find(one / "checkpoints", "last") / "fusion.json"
+    assert f"{path}: it was fitted for other branches; fit it with" in done.stderr, "the file that was read"
     table = json.loads(path.read_text())
     table["branches"][0]["digest"] = "0123"  # trained anew, with the same name, seed and steps
     path.write_text(json.dumps(table))

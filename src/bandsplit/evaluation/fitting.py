@@ -55,8 +55,9 @@ def find(runs: Joined, method: str | None, loss: float | None = None) -> Fitted 
 
 def _find(runs: Joined, method: str | None, loss: float | None) -> Fitted | None:
     needed = method or runs.config.fusion.method
-    path = path_of(runs)
-    fitted = Fitted.read(path if path.exists() else path.with_name(FILE))  # of joined runs too in earlier versions
+    own = path_of(runs)
+    path = own if own.exists() else own.with_name(FILE)  # of joined runs too in earlier versions
+    fitted = Fitted.read(path)
     wrong = _missing(fitted, runs, needed, loss)
     if wrong is None:
         assert fitted is not None
