@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 from PIL import Image
 
 from bandsplit.app import fragments, of_run
@@ -28,7 +30,7 @@ from bandsplit.inference.loading import load
 from bandsplit.models.cascade import Cascade
 from bandsplit.models.fusion import Fusion
 from bandsplit.runs import checkpoint
-from bandsplit.runs.fitted import FILE, Fitted, HeldOut
+from bandsplit.runs.fitted import FILE, Fitted, HeldOut, preparation
 from bandsplit.runs.restored import Restored
 from tests.app.files import photograph
 from tests.conftest import REPOSITORY
@@ -70,6 +72,23 @@ def run_dir(finished: Callable[..., Path], tmp_path_factory: pytest.TempPathFact
     fitted = Fitted(branches, HeldOut(40, 40, 0.25, 0, ""), {"mean": learned, "learned": learned}, cascade)
     fitted.write(checkpoint.find(path / "checkpoints", "best") / FILE)
     return path
+
+
+def test_a_cascade_of_another_preprocessing_is_told(run_dir: Path, tmp_path: Path) -> None:
+    copy = Path(shutil.copytree(run_dir, tmp_path / "copy", symlinks=True))
+    path = checkpoint.find(copy / "checkpoints", "best") / FILE
+    fitted = Fitted.read(path)
+    assert fitted is not None
+    now = preparation(Restored.of(copy, "best").config.data)
+    model, told = load(copy), list[str]()
+    sink = logger.add(told.append, format="{message}", level="WARNING")
+    for size in (now["resize_size"], 99):
+        replace(fitted, held_out=replace(fitted.held_out, prepared={**now, "resize_size": size})).write(path)
+        assert of_run.cascade(copy, "best", model) == fitted.cascade
+    logger.remove(sink)
+    (only,) = told
+    assert f"{path}: fusion was fitted on images prepared with" in only
+    assert "'resize_size': 99" in only
 
 
 def test_a_cascade_is_for_the_weights_that_it_was_fitted_for(run_dir: Path) -> None:

@@ -17,6 +17,7 @@ from bandsplit.inference import preparation
 from bandsplit.inference.classifier import Classifier
 from bandsplit.inference.description import Description
 from bandsplit.models.cascade import Cascade
+from bandsplit.models.fusion import MEAN
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.fitted import FILE, Fitted, FittedBranch
@@ -62,12 +63,20 @@ def examples(run: Path, description: Description) -> list[Example]:
 def cascade(run: Path, which: str, model: Classifier) -> Cascade | None:
     """The cascade in fusion.json of a checkpoint; None if there is none for all of these branches.
 
+    Warns if it was fitted on images prepared in another way; of a model with a fitted fusion, loading it has told that.
+
     Raises UserError if fusion.json cannot be read or understood.
     """
-    fitted = Fitted.read(checkpoint.find(RunDirectory(run).checkpoints, which) / FILE)
+    directory = RunDirectory(run)
+    path = checkpoint.find(directory.checkpoints, which) / FILE
+    fitted = Fitted.read(path)
     training = model.description.training
     branches = [
         FittedBranch(training.run, training.seed, training.step, list(bands), digest_of(branch))
         for bands, branch in zip(model.bands, model.branches, strict=True)
     ]
-    return fitted.cascade if fitted is not None and fitted.is_for(branches) else None
+    if fitted is None or fitted.cascade is None or not fitted.is_for(branches):
+        return None
+    if model.description.fusion == MEAN:
+        fitted.tell_other_preparation(loading.load(directory.config).data, path)
+    return fitted.cascade
