@@ -110,6 +110,9 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
     assert "are of the crops 'center', those of B of 'ten'" in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], right)
     made = Predictions.read(folders[1] / "predictions.npz")
+    early = [replace(branch, step=40) for branch in made.branches]
+    replace(made, branches=early).write(folders[1] / "predictions.npz")
+    assert "B: step 40 of 100, learned fusion" in compare.difference_notes(a, b)[1]
     replace(made, classes=made.classes[::-1]).write(folders[1] / "predictions.npz")
     assert "A and of B have different labels for the same images" in compare.difference_notes(a, b)[1]
     assert "have different labels for the same images" in str(compare.saved([*a.runs, *b.runs]))
