@@ -145,7 +145,7 @@ def apart(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> list[Grou
     return [
         group
         for group in groups
-        if any(run_curves(group, x, panel) and group_curve(group, x, panel).empty for panel in panels)
+        if any(group_curve(group, x, panel).empty and run_curves(group, x, panel) for panel in panels)
     ]
 
 

@@ -27,6 +27,12 @@ def preparation(data: Data) -> dict[str, Any]:
     return {"val_image_size": data.val_size, "resize_size": data.resize_size, "interpolation": data.interpolation}
 
 
+def _alike(one: Any, other: Any, key: str) -> bool:
+    """Whether two dataclasses are equal; `key` counts only where both have a value for it."""
+    known = getattr(one, key) and getattr(other, key)
+    return bool(one == (other if known else replace(other, **{key: getattr(one, key)})))
+
+
 @dataclass(frozen=True)
 class FittedBranch:
     """A branch by the run and step that it comes from, wherever the run directory is now."""
@@ -40,8 +46,7 @@ class FittedBranch:
     """Of its weights; none in files of earlier versions."""
 
     def is_that_of(self, other: FittedBranch) -> bool:
-        unknown = not (self.digest and other.digest)
-        return replace(self, digest="") == replace(other, digest="") and (unknown or self.digest == other.digest)
+        return _alike(self, other, "digest")
 
 
 @dataclass(frozen=True)
@@ -61,10 +66,7 @@ class HeldOut:
     """Keys of their preprocessing; none in files of earlier versions."""
 
     def are_those_of(self, other: HeldOut) -> bool:
-        unknown = None in (self.prepared, other.prepared)
-        return replace(self, prepared=None) == replace(other, prepared=None) and (
-            unknown or self.prepared == other.prepared
-        )
+        return _alike(self, other, "prepared")
 
 
 @dataclass(frozen=True)

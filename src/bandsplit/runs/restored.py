@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -88,7 +89,6 @@ class Teacher:
     def __init__(self, restored: Restored, precision: Precision) -> None:
         self._precision = precision
         self.name = f"{restored.config.name}, step {restored.step}, {restored.run_dir}"
-        self.digest = digest_of(restored.ensemble)
         self.view = View.of(restored.config)
         """Its split and normalization."""
         ensemble = restored.ensemble.to(precision.device).to(memory_format=torch.channels_last)
@@ -111,6 +111,11 @@ class Teacher:
             raise UserError(f"distillation.teacher: {error}") from error
         return cls(restored, precision)
 
+    @cached_property
+    def digest(self) -> str:
+        """Of its weights; only the rank that writes checkpoints asks for it."""
+        return digest_of(self._ensemble)
+
     @torch.no_grad()
     def logits(self, inputs: Sequence[Tensor]) -> Tensor:
         """Inputs of the teacher's branches, (B, channels, h, w) each -> fused logits (B, classes), float32."""
@@ -118,7 +123,7 @@ class Teacher:
             return fuse(self._ensemble(inputs))
 
 
-def _without_unbegun(config: RunConfig, epoch: float, checkpoint: Path) -> RunConfig:
+def _without_unbegun(config: RunConfig, epoch: float, folder: Path) -> RunConfig:
     """The config with the branches alone that have taken a step in so many epochs."""
     numbers, starts = config.split.numbers, config.train.start_epochs
     begun = tuple(number for number in numbers if not starts or starts[number] < epoch)
@@ -126,7 +131,7 @@ def _without_unbegun(config: RunConfig, epoch: float, checkpoint: Path) -> RunCo
         return config
     left = [number for number in numbers if number not in begun]
     which = f"branch {left[0]}" if len(left) == 1 else f"branches {', '.join(map(str, left))}"
-    logger.warning("{}: left out: {}, not begun yet (train.start_epochs)", checkpoint, which)
+    logger.warning("{}: left out: {}, not begun yet (train.start_epochs)", folder, which)
     return config.with_values({"split": {"only": begun}})
 
 
