@@ -221,4 +221,4 @@ def test_checkpoints_that_do_not_fit_are_told_in_one_message(
     path.write_bytes(path.read_bytes()[:-5000])
     refused(f"{folder}: this checkpoint is damaged: branch_02.pt")
     path.unlink()
-    refused(f"{folder}: this checkpoint is damaged: branch_02.pt is missing; there are those of steps 13, 24, 26")
+    refused(f"{folder}: this checkpoint is damaged: branch_02.pt is missing; others: 13, 24")

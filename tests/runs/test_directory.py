@@ -158,6 +158,26 @@ def test_classes_are_compared_by_name(tmp_path: Path, config_file: Path) -> None
             directory.check_classes(found, "/data")
 
 
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "not valid JSON"),
+        ('["alpha", "bra', "not valid JSON"),
+        ('{"alpha": "Alpha"}', "not a list of names"),
+        ("[1, 2, 3]", "not a list of names"),
+        ('["Alpha", "Bravo"]', "2 names in it, but there are 3 classes"),
+    ],
+)
+def test_damaged_names_of_classes_are_told(tmp_path: Path, content: str, message: str) -> None:
+    directory = RunDirectory(tmp_path)
+    assert directory.readable_names(CLASSES) == CLASSES  # none are there
+    directory.class_names.write_text(content)
+    with pytest.raises(UserError, match=f"class_names.json: {message}"):
+        directory.readable_names(CLASSES)
+    directory.class_names.write_text('["Alpha", "Bravo", "Charlie"]')
+    assert directory.readable_names(CLASSES) == ["Alpha", "Bravo", "Charlie"]
+
+
 def written(path: Path) -> list[tuple[str, int]]:
     return [(line["event"], line["step"]) for line in map(json.loads, path.read_text().splitlines())]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,10 @@ def describe(restored: Restored, fusion: str | None) -> Description:
     """
     config, directory = restored.config, RunDirectory(restored.run_dir)
     view, data = View.of(config), config.data
-    names = json.loads(read_text(directory.class_names) or "null") or restored.classes
     method = fusion or config.fusion.method
     return Description(
         classes=tuple(restored.classes),
-        names=tuple(names),
+        names=tuple(directory.readable_names(restored.classes)),
         block=config.split.block,
         matrix=tuple(tuple(row) for row in view.matrix.tolist()),
         mean=data.mean,

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import re
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def find(folder: Path, which: str) -> Path:
             raise UserError(f"{folder}: no checkpoint yet")
         return path
     steps = [step_of(path) for path in saved(folder)]
-    there = f"there are those of steps {', '.join(map(str, steps))}" if steps else "there are none yet"
+    there = f"there are those of steps {_listed(steps)}" if steps else "there are none yet"
     if which == "best":
         step = best_step(folder)
         if not step:
@@ -184,8 +184,13 @@ def find(folder: Path, which: str) -> Path:
     path = folder / folder_name(step)
     wrong = damage(path)
     if wrong:
-        raise UserError(f"{path}: this checkpoint is damaged: {wrong}; {there}")
+        others = _listed(other for other in steps if other != step)
+        raise UserError(f"{path}: this checkpoint is damaged: {wrong}; others: {others or 'none'}")
     return path
+
+
+def _listed(steps: Iterable[int]) -> str:
+    return ", ".join(map(str, steps))
 
 
 def best_step(folder: Path) -> int:

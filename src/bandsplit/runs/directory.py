@@ -118,13 +118,16 @@ class RunDirectory:
 
     def check_classes(self, found: Sequence[str], where: str) -> None:
         """Raises UserError if the class names that the run began with differ from those `found` in the data."""
-        text = read_text(self.classes)
-        if text is not None:
-            try:
-                began_with = json.loads(text)
-            except ValueError as error:
-                raise UserError(f"{self.classes}: not valid JSON: {error}") from None
+        began_with = _names_in(self.classes)
+        if began_with is not None:
             require_same_classes(began_with, str(self.path), found, where)
+
+    def readable_names(self, classes: Sequence[str]) -> list[str]:
+        """Names of the classes that people read; `classes` if the run has none. Raises UserError for a damaged file."""
+        names = _names_in(self.class_names) or list(classes)
+        if len(names) != len(classes):
+            raise UserError(f"{self.class_names}: {len(names):,} names in it, but there are {len(classes):,} classes")
+        return names
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -185,6 +188,20 @@ class RunDirectory:
                 return launches
         logger.warning("{} cannot be understood; it is kept as {}", self.environment, set_aside(self.environment))
         return []
+
+
+def _names_in(path: Path) -> list[str] | None:
+    """A JSON list of names; None if there is no such file. Raises UserError if something else is in it."""
+    text = read_text(path)
+    if text is None:
+        return None
+    try:
+        names = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON: {error}") from None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise UserError(f"{path}: not a list of names")
+    return names
 
 
 def resolved(config: RunConfig) -> dict[str, Any]:

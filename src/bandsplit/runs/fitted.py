@@ -99,7 +99,7 @@ class Fitted:
             return None
         try:
             table = json.loads(text)
-            if table.pop("format") not in (1, FORMAT):
+            if not isinstance(table, dict) or table.pop("format", None) not in (1, FORMAT):
                 raise ValueError("it has another format")
             cascade = table.get("cascade")
             fitted = cls(
