@@ -120,6 +120,8 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
     assert "A 60.00, B 40.00; A − B = +20.00 points" in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], right, first=1)
     assert "of A and of B are of different images" in compare.difference_notes(a, b)[1]
+    replace(made, names=["0.jpg", *made.names[:-1]]).write(folders[1] / "predictions.npz")
+    assert f"{folders[1] / 'predictions.npz'} has several images of the same name." in compare.difference_notes(a, b)[1]
     (folders[1] / "predictions.npz").write_bytes(b"PK\3\4")
     assert (
         f"{folders[1] / 'predictions.npz'}: not the predictions of src/evaluate.py --save, or damaged"

@@ -181,13 +181,15 @@ def saved(runs: Sequence[Run]) -> Saved | str:
             found = Predictions.read(path)
         except UserError as error:
             return str(error)
+        if len(set(found.names)) < len(found.names):
+            return f"{path} has several images of the same name"
         predicted = found.fused.classes[:, list(found.fusions).index(found.fusion), 0]
         columns.append(pd.Series((predicted == found.labels).astype(float), index=found.names))
         labels.append(pd.Series(np.array(found.classes)[found.labels], index=found.names))
         crops.add(found.crops)
         about.append(_about(found, run))
     folders = ", ".join(str(run.folder) for run in runs)
-    if any(set(column.index) != set(columns[0].index) or column.index.has_duplicates for column in columns):
+    if any(set(column.index) != set(columns[0].index) for column in columns):
         return f"{PREDICTIONS} of {folders} are of different images"
     if len(crops) > 1:
         return f"{PREDICTIONS} of {folders} are of different crops"
