@@ -1,6 +1,6 @@
 """Bands against controls of equal cost: trains every arm in every fold for every budget, and compares them.
 
-    python bench/controls.py --images FOLDER … [--work runs/controls] [--arms …] [--folds 2] [--budgets 1,2]
+    python bench/controls.py --images FOLDER … [--work runs/controls] [--arms …] [--folds 0,1] [--budgets 1,2]
     python bench/controls.py --only report
     python bench/controls.py --only report --results doc/controls/results.parquet
 
@@ -26,7 +26,7 @@ import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +49,8 @@ from controls_arms import (
     grown,
     seconds_of,
 )
-from controls_report import CPU_TIMES, TIMES, report, require_images, unpack
+from controls_report import report
+from controls_results import CPU_TIMES, TIMES, require_images, unpack
 from loguru import logger
 from scipy.special import softmax
 from tqdm import tqdm
@@ -61,12 +62,15 @@ from bandsplit.data import folders
 from bandsplit.distributed.ranks import joined
 from bandsplit.errors import UserError
 from bandsplit.runs.files import replace_text
+from bandsplit.runs.metrics import Metrics
 from bandsplit.runs.predictions import Predictions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 EPOCHS = 10
 """Of the baseline in budget 1."""
 FOLDS = 5
+WAITING = 0.1
+"""Share of a step that may be waiting for images, without a warning."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +94,17 @@ def main() -> None:
     parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders of class folders")
     parser.add_argument("--work", type=Path, default=Path("runs/controls"))
     parser.add_argument("--arms", nargs="+", help="names of configs in config/controls (default: all)")
-    parser.add_argument(
-        "--folds", type=int, choices=range(1, FOLDS + 1), default=2, help="how many of them (default: 2)"
-    )
+    parser.add_argument("--folds", type=folds_of, default="0,1", help=f"of 0 to {FOLDS - 1} (default: 0,1)")
     parser.add_argument(
         "--budgets", type=budgets_of, default="1,2", help="multiples of the time of the baseline (default: 1,2)"
     )
     parser.add_argument("--seeds", type=int, default=1)
-    parser.add_argument("--jobs", type=int, default=available_cpus(), help="runs at once, one thread each")
+    parser.add_argument(
+        "--jobs",
+        type=int,
+        default=available_cpus(),
+        help="runs at once, one thread each, with the other CPUs to decode",
+    )
     parser.add_argument(
         "--shard", type=part_of, default="1/1", metavar="I/N", help="only every N-th run, from the I-th (default: 1/1)"
     )
@@ -120,6 +127,14 @@ def budgets_of(text: str) -> list[float]:
     return budgets
 
 
+def folds_of(text: str) -> list[int]:
+    """The type of an option that takes numbers of folds."""
+    folds = [int(each) if each.isdecimal() else FOLDS for each in text.split(",")]
+    if max(folds) >= FOLDS or len(set(folds)) < len(folds):
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected different numbers of 0 to {FOLDS - 1}, such as 0,1")
+    return folds
+
+
 def part_of(text: str) -> tuple[int, int]:
     """The type of an option I/N: I, counted from 0, and N."""
     number, _, of = text.partition("/")
@@ -139,13 +154,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.results:
         unpack(arguments.results, work)
     if only in (None, "prepare"):
-        prepare(arguments.images, work)
+        prepare(arguments.images, work, arguments.folds)
+    threads = max(1, available_cpus() // arguments.jobs - 1)
     if only in (None, "time"):
-        measure(arms, work)
+        measure(arms, work, threads)
     if only in (None, "train"):
         trained = [arm for arm in arms if arm != ACCUMULATED]
-        folds, seeds = range(arguments.folds), range(arguments.seeds)
-        train(trained, work, folds, arguments.budgets, seeds, arguments.jobs, arguments.shard)
+        place = Place(work, arguments.jobs, threads, arguments.shard)
+        train(trained, place, arguments.folds, arguments.budgets, range(arguments.seeds))
     if only in (None, "report"):
         report(work)
 
@@ -153,37 +169,44 @@ def run(arguments: argparse.Namespace) -> None:
 # ---------------------------------------------------------------------------------------------------- images
 
 
-def prepare(roots: Sequence[Path], work: Path) -> None:
-    """Links all images into WORK/folds: FOLDS folds, stratified by class, and one within the training images of fold 0.
+def prepare(roots: Sequence[Path], work: Path, folds: Sequence[int]) -> None:
+    """Lists all images in WORK/images.csv, in FOLDS folds, stratified by class, and links them into WORK/folds.
 
-    An image is in the validation images of exactly one of the folds. Numbers and folds follow from the classes, the
-    order of the roots, and names and sizes of the files, wherever these are. Raises UserError if earlier results are
-    those of other images.
+    An image is in the validation images of exactly one of the folds; "lr" is a split of the training images of fold 0.
+    Numbers and folds follow from the classes, the order of the roots, and names and sizes of the files, wherever these
+    are. Raises UserError if earlier results are those of other images.
     """
-    if (work / "images.csv").exists():
-        return
-    if not roots:
+    path, texts = work / "images.csv", ("class", "path", "name")
+    if path.exists():
+        kinds = dict.fromkeys(texts, str)
+        frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, encoding_errors="surrogateescape")
+    elif roots:
+        frame = listed(roots)
+        require_images(work, digest_of(frame))
+        frame.to_csv(path, index=False, errors="surrogateescape")
+    else:
         raise UserError(f"--images: not given, and {work} holds no images yet")
+    for fold in folds:
+        link(frame, frame["fold"] == fold, work / "folds" / str(fold))
+    if not (work / "folds/lr").exists():
+        inner = frame[frame["fold"] != 0]
+        link(inner, inner["inner"] == 0, work / "folds/lr")
+
+
+def listed(roots: Sequence[Path]) -> pd.DataFrame:
+    """Columns class, root, path, fold, inner (fold within the training images of fold 0) and name of all images."""
     pooled = sorted(
         (os.fsdecode(name).partition("/")[0], number, str(found.folder / os.fsdecode(name)))
         for number, found in enumerate(map(folders.walk, roots))
         for name in found.names.to_pylist()
     )
     frame = pd.DataFrame(pooled, columns=["class", "root", "path"])
-    require_images(work, digest_of(frame))
     rng = np.random.default_rng(0)
     place = frame.groupby("class")["path"].transform(lambda paths: rng.permutation(len(paths)))
-    frame["fold"] = place % FOLDS
+    frame["fold"], frame["inner"] = place % FOLDS, place // FOLDS % 5
     frame["name"] = [f"{number:06d}{Path(path).suffix.lower()}" for number, path in enumerate(frame["path"])]
-    unfinished = work / "folds.unfinished"
-    shutil.rmtree(unfinished, ignore_errors=True)
-    for fold in range(FOLDS):
-        link(frame, frame["fold"] == fold, unfinished / str(fold))
-    inner = frame[frame["fold"] != 0]
-    link(inner, place[inner.index] // FOLDS % 5 == 0, unfinished / "lr")
-    unfinished.rename(work / "folds")
-    frame.to_csv(work / "images.csv", index=False)
     logger.info("{} images of {} classes in {} folds", len(frame), frame["class"].nunique(), FOLDS)
+    return frame
 
 
 def digest_of(frame: pd.DataFrame) -> str:
@@ -193,22 +216,37 @@ def digest_of(frame: pd.DataFrame) -> str:
     return hashlib.blake2b("".join(lines).encode(errors="surrogateescape"), digest_size=16).hexdigest()
 
 
-def link(frame: pd.DataFrame, val: pd.Series, root: Path) -> None:
+def link(frame: pd.DataFrame, val: pd.Series, folder: Path) -> None:
+    """Links images into FOLDER/train and FOLDER/val, unless it is there."""
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)
     for (name, label, path), out in zip(frame[["name", "class", "path"]].itertuples(index=False), val, strict=True):
-        target = root / ("val" if out else "train") / label / name
+        target = unfinished / ("val" if out else "train") / label / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.symlink_to(path)
+    unfinished.rename(folder)
+
+
+@cache
+def images_in(folder: Path) -> int:
+    if not folder.is_dir():
+        raise UserError(f"{folder}: not there yet; --only prepare with this fold makes it")
+    return sum(1 for _ in folder.rglob("*.*"))
 
 
 # ---------------------------------------------------------------------------------------------------- time
 
 
-def measure(arms: Sequence[str], work: Path) -> None:
+def measure(arms: Sequence[str], work: Path, threads: int) -> None:
     """Times of a step of every arm, one thread, in interleaved rounds; run it on an idle machine.
 
-    Writes times.json, wall-clock time with DALI's thread on another core where there is one, and cpu_times.json, CPU
-    time with DALI's thread. An arm of growing images is timed at each of its sizes; a distilled one with the forward
+    Writes times.json, wall-clock time with DALI's threads on other cores where there are some, and cpu_times.json, CPU
+    time with DALI's threads. An arm of growing images is timed at each of its sizes; a distilled one with the forward
     pass of its teacher. Arms that are new are timed beside the baseline, and brought to its earlier time.
+
+    `threads`: of DALI, as in the runs.
     """
     known = times_of(work) if (work / TIMES).exists() else {}
     new = set(arms) - set(known)
@@ -219,15 +257,20 @@ def measure(arms: Sequence[str], work: Path) -> None:
     subjects, sizes = [], {}
     with joined() as ranks:
         for arm in sorted({*new, BASELINE}):
-            config = config_of(arm, [f"data.root={(work / 'folds/0').absolute()}"])
+            keys = [f"data.root={(work / 'folds/lr').absolute()}", f"data.threads={threads}"]
+            config = config_of(arm, keys)
             sizes[arm] = sorted({config.image_size_at(epoch) for epoch in range(config.train.epochs)})
             for size in sizes[arm]:
                 plain = config.with_values({"data": {"image_size": size}, "augment": {"progressive": None}})
                 plain = plain.model_copy(update={"name": f"{arm} {size}", "distillation": None})
                 subjects.append(step.of_config(plain, ranks, synthetic=False))
         seconds, cpu_seconds, _ = step.timed(subjects, 7, 5, ranks.device)
+    for subject in subjects:
+        waiting = float(np.median(subject.waited) / np.median(seconds[subject.name]["step"]))
+        if waiting > WAITING:
+            logger.warning("{}: {:.0%} of a step is waiting for images; more CPUs would help", subject.name, waiting)
     wall = {name: of["step"] for name, of in seconds.items()}
-    for file, found in ((TIMES, wall), (CPU_TIMES, cpu_seconds)):
+    for file, found in ((CPU_TIMES, cpu_seconds), (TIMES, wall)):  # the arms in the last are known
         times = {
             arm: {str(size): float(np.median(found[f"{arm} {size}"])) * config_of(arm).grad_accum_steps for size in of}
             for arm, of in sizes.items()
@@ -277,22 +320,30 @@ def epochs_of(arm: str, budget: float, images: int, times: Times) -> int:
 # ---------------------------------------------------------------------------------------------------- training
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where and how runs are done."""
+
+    work: Path
+    jobs: int
+    """Runs at once."""
+    threads: int
+    """Of DALI, in each run."""
+    shard: tuple[int, int] = (0, 1)
+    """Number, counted from 0, of the part that is done here, and number of parts."""
+
+
 def train(
-    arms: Sequence[str],
-    work: Path,
-    folds: Sequence[int],
-    budgets: Sequence[float],
-    seeds: Sequence[int],
-    jobs: int,
-    shard: tuple[int, int],
+    arms: Sequence[str], place: Place, folds: Sequence[int], budgets: Sequence[float], seeds: Sequence[int]
 ) -> None:
     """Trains and evaluates what has no results yet, several runs at once: learning rates first, then fold by fold."""
-    choose = [Task(arm, "lr", 0.5, lr, 0) for arm in arms for lr in LRS]
-    run_all(choose, work, jobs, shard)
-    rates = {arm: best_lr(arm, work) for arm in arms}
+    run_all([Task(arm, "lr", 0.5, lr, 0) for arm in arms for lr in LRS], place)
+    rates = {arm: best_lr(arm, place.work) for arm in arms}
     missing = [arm for arm, lr in rates.items() if lr is None]
-    if missing:  # other shards are not finished yet
-        raise UserError(f"{work}: no learning rate yet for {', '.join(missing)}; start the same command again later")
+    if missing:
+        logger.warning("{}: other shards choose their learning rates; start the same command again after them",
+                       ", ".join(missing))  # fmt: skip
+        return
     tasks = [
         Task(arm, str(fold), budget, rate, seed)
         for budget in budgets
@@ -301,65 +352,77 @@ def train(
         for arm, rate in rates.items()
         if rate is not None
     ]
-    run_all(tasks, work, jobs, shard)
+    run_all(tasks, place)
 
 
-def teachers_of(tasks: Sequence[Task]) -> list[Task]:
-    """The runs whose logits distilled arms learn from."""
-    return [replace(t, arm=TEACHERS[t.arm], budget=t.budget / 2, lr=TEACHER_LR) for t in tasks if t.arm in TEACHERS]
+def teacher_of(task: Task) -> Task | None:
+    """The run whose logits a distilled arm learns from."""
+    if task.arm not in TEACHERS:
+        return None
+    return replace(task, arm=TEACHERS[task.arm], budget=task.budget / 2, lr=TEACHER_LR)
 
 
-def missing_teachers(tasks: Sequence[Task], work: Path) -> list[Task]:
-    """The teachers of runs that have no results yet; the result of one whose run is gone does not count."""
-    teachers = teachers_of([task for task in tasks if not result_of(task, work).exists()])
-    for teacher in teachers:
-        if not (work / "runs" / teacher.name / "config.toml").exists():
-            result_of(teacher, work).unlink(missing_ok=True)
-    return teachers
+def run_all(tasks: Sequence[Task], place: Place) -> None:
+    """Trains what has no results yet of a shard of these runs, and the teachers that it needs, teachers first.
 
-
-def run_all(tasks: Sequence[Task], work: Path, jobs: int, shard: tuple[int, int]) -> None:
-    """Trains what has no results yet of a shard of these runs and their teachers, teachers first.
-
-    A run whose teacher another shard has not finished is left for the next time.
+    The result of a teacher may come from another machine, or be older than a run that was stopped: what counts is that
+    its run has ended here.
     """
-    teachers = set(teachers_of(tasks))
-    wanted = {*tasks, *missing_teachers(tasks, work)}
-    own = [task for task in shard_of(tasks, shard) if task in wanted and not result_of(task, work).exists()]
-    run_each([task for task in own if task in teachers], work, jobs)
-    own = [task for task in own if task not in teachers]
-    ready = [task for task in own if all(result_of(each, work).exists() for each in teachers_of([task]))]
-    if len(ready) < len(own):
-        logger.warning("{} runs wait for their teachers; start the same command again later", len(own) - len(ready))
-    run_each(ready, work, jobs)
+    work, (number, count) = place.work, place.shard
+    firsts, students = [], []
+    for first, *learning in groups_of(tasks)[number::count]:
+        missing = [task for task in learning if not result_of(task, work).exists()]
+        ended = not missing or Metrics(work / "runs" / first.name / "metrics.jsonl").ended
+        if (missing or first in tasks) and not (ended and result_of(first, work).exists()):
+            firsts.append(first)
+        students += missing
+    run_each(firsts, place)
+    run_each(students, place)
 
 
-def shard_of(tasks: Sequence[Task], shard: tuple[int, int]) -> list[Task]:
-    """The part of these runs and their teachers that belongs to a shard, whatever is finished."""
-    return list(dict.fromkeys([*teachers_of(tasks), *tasks]))[shard[0] :: shard[1]]
+def groups_of(tasks: Sequence[Task]) -> list[list[Task]]:
+    """Runs that belong into one shard: a teacher, which need not be among the tasks, and its students."""
+    groups: dict[Task, list[Task]] = {}
+    for task in tasks:
+        first = teacher_of(task) or task
+        group = groups.setdefault(first, [first])
+        if first != task:
+            group.append(task)
+    return list(groups.values())
 
 
-def run_each(tasks: Sequence[Task], work: Path, jobs: int) -> None:
-    with ThreadPoolExecutor(jobs) as pool:
-        for _ in tqdm(pool.map(partial(run_one, work=work), tasks), total=len(tasks), unit="run", disable=None):
-            pass
+def run_each(tasks: Sequence[Task], place: Place) -> None:
+    """Trains runs, several at once. Raises UserError for those that have failed, when all have ended."""
+
+    def error_of(task: Task) -> str:
+        try:
+            run_one(task, place)
+        except UserError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor(place.jobs) as pool:
+        errors = [*tqdm(pool.map(error_of, tasks), total=len(tasks), unit="run", disable=None)]
+    if any(errors):
+        raise UserError("\n".join(filter(None, errors)))
 
 
 def result_of(task: Task, work: Path) -> Path:
     return work / "results" / f"{task.name.replace('/', '-')}.json"
 
 
-def run_one(task: Task, work: Path) -> None:
+def run_one(task: Task, place: Place) -> None:
     """Trains a run, or goes on with it, evaluates its last checkpoint, and writes its result."""
+    work, teacher = place.work, teacher_of(task)
     times, root = times_of(work), (work / "folds" / task.fold).absolute()
-    images = sum(1 for _ in (root / "train").rglob("*.*"))
+    images = images_in(root / "train")
     config = config_of(task.arm)
     epochs = epochs_of(task.arm, task.budget, images, times)
     run_dir = work / "runs" / task.name
-    keys = [*grown(task.arm, epochs), f"optim.lr={task.lr}", f"seed={task.seed}", f"data.root={root}"]
+    keys = [*grown(task.arm, epochs), f"optim.lr={task.lr}", f"seed={task.seed}"]
+    keys += [f"data.root={root}", f"data.threads={place.threads}"]
     env = {"CONTROLS": str(root), "TEACHER": ""}
-    if task.arm in TEACHERS:
-        (teacher,) = teachers_of([task])
+    if teacher:
         env["TEACHER"] = str((work / "runs" / teacher.name).absolute())
     if (run_dir / "config.toml").exists():
         call("train.py", "--resume", "--run-dir", run_dir, env=env)
@@ -372,7 +435,7 @@ def run_one(task: Task, work: Path) -> None:
     }
     steps = steps_of(task.arm, images)
     seconds = seconds_of(task.arm, epochs, steps, times)
-    if task.arm in TEACHERS:
+    if teacher:
         before = epochs_of(teacher.arm, teacher.budget, images, times)
         seconds += seconds_of(teacher.arm, before, steps_of(teacher.arm, images), times)
     table = {**asdict(task), "epochs": epochs, "steps": epochs * steps, "seconds": seconds, "evaluations": evaluations}

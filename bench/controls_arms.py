@@ -79,8 +79,8 @@ FAMILIES = {
 }
 """Arms with their names in the figure."""
 
-PIXELS = ("coarse2_identity", "coarse2_random", "coarse2_random_unit", "each_identity", "rgb64_x4")
-"""Arms of the other families that read pixels, or bands of a matrix without frequencies."""
+PIXELS = ("low", "coarse2_identity", "coarse2_random", "coarse2_random_unit", "each_identity", "rgb64_x4")
+"""Arms of the other families that read pixels, means of pixels, or bands of a matrix without frequencies."""
 
 FIRST = "first branch"
 """In place of a fusion: what the first branch of several says alone."""

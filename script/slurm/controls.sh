@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # sbatch [-A account] --array=1-16 script/slurm/controls.sh --work FOLDER [arguments of bench/controls.py …]
-# Each task trains every 16th run of the controls. First, on one node: bench/controls.py --only prepare, --only time.
-# The first submission chooses learning rates; submit it again for the runs.
+# Each task trains every 16th run of the controls. First, on one node: bench/controls.py --jobs 1 --only prepare, then
+# --only time. Submit it twice, the second time with --dependency=afterany:JOB: learning rates are chosen first.
 #SBATCH --job-name=bandsplit-controls
 #SBATCH --nodes=1
 #SBATCH --ntasks=1

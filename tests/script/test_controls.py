@@ -14,13 +14,16 @@ import pandas as pd
 import pytest
 
 from bandsplit.errors import UserError
+from bandsplit.runs.metrics import Metrics
 from tests.conftest import REPOSITORY
 
 sys.path.append(str(REPOSITORY / "bench"))
 
 import controls
 import controls_arms
+import controls_curves
 import controls_report
+import controls_results
 
 ARMS = sorted(path.stem for path in controls_arms.CONFIGS.glob("*.toml") if path.stem != "base")
 
@@ -46,7 +49,7 @@ def test_folds_are_stratified_and_each_image_is_validated_once(tmp_path: Path) -
             (root / label).mkdir(parents=True)
             for i in range(count):
                 (root / label / f"{i}.jpg").write_bytes(f"{n}{label}{i}".encode())
-    controls.prepare(roots, tmp_path)
+    controls.prepare(roots, tmp_path, range(5))
     pooled = len(pd.read_csv(tmp_path / "images.csv"))
     assert pooled == 69
     names = {part: [files(tmp_path / f"folds/{fold}/{part}") for fold in range(5)] for part in ("train", "val")}
@@ -69,7 +72,7 @@ def test_numbers_and_folds_do_not_depend_on_where_the_images_are(tmp_path: Path)
     for place, parts in (("z", ("train", "val")), ("a", ("second", "first"))):
         work = tmp_path / f"work_{place}"
         work.mkdir()
-        controls.prepare([tmp_path / place / part for part in parts], work)
+        controls.prepare([tmp_path / place / part for part in parts], work, [0])
     one, other = (pd.read_csv(tmp_path / f"work_{place}/images.csv") for place in "za")
     assert (one[["class", "fold", "name"]] == other[["class", "fold", "name"]]).all(axis=None)
     noted = [(tmp_path / f"work_{place}/images.json").read_text() for place in "za"]
@@ -77,7 +80,7 @@ def test_numbers_and_folds_do_not_depend_on_where_the_images_are(tmp_path: Path)
     (tmp_path / "results").mkdir()
     (tmp_path / "results/images.json").write_text(noted[0])
     with pytest.raises(UserError, match="those of other images"):
-        controls.prepare([tmp_path / "a/second"], tmp_path / "results")
+        controls.prepare([tmp_path / "a/second"], tmp_path / "results", [0])
 
 
 def files(folder: Path) -> list[str]:
@@ -104,24 +107,72 @@ def test_arms_train_as_long_as_the_baseline() -> None:
     assert 1000 - 40 < teacher + seconds("coarse2_distilled", epochs("coarse2_distilled", 1)) <= 1020
 
 
-def test_shards_keep_their_runs_while_others_finish(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every run is trained once, and no student before its teacher, in whatever order the shards get there."""
-    arms = ("rgb128", "rgb64", "each_distilled", "low", "stagewise")
-    tasks = [controls.Task(arm, fold, budget, 0.05, 0) for budget in (1.0, 2.0) for fold in "01" for arm in arms]
-    (tmp_path / "results").mkdir()
-    trained: list[controls.Task] = []
+TASKS = [
+    controls.Task(arm, fold, budget, 0.05, 0)
+    for budget in (1.0, 2.0)
+    for fold in "01"
+    for arm in ("rgb128", "rgb64", "each_distilled", "low", "stagewise")
+]
 
-    def train(task: controls.Task, work: Path) -> None:
-        assert all(teacher in trained for teacher in controls.teachers_of([task]))
-        trained.append(task)
-        (work / "runs" / task.name).mkdir(parents=True)
-        (work / "runs" / task.name / "config.toml").touch()
-        controls.result_of(task, work).touch()
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> list[controls.Task]:
+    """Runs in the order in which they end, which they do at once."""
+    runs: list[controls.Task] = []
+
+    def train(task: controls.Task, place: controls.Place) -> None:
+        teacher = controls.teacher_of(task)
+        assert teacher is None or Metrics(place.work / "runs" / teacher.name / "metrics.jsonl").ended
+        Metrics(begun(task, place.work)).write("end", step=1)
+        controls.result_of(task, place.work).touch()
+        runs.append(task)
 
     monkeypatch.setattr(controls, "run_one", train)
+    return runs
+
+
+def begun(task: controls.Task, work: Path) -> Path:
+    (work / "results").mkdir(exist_ok=True)
+    (work / "runs" / task.name).mkdir(parents=True, exist_ok=True)
+    return work / "runs" / task.name / "metrics.jsonl"
+
+
+def test_shards_train_every_run_once_and_teachers_first(tmp_path: Path, trained: list[controls.Task]) -> None:
+    """Whichever shard is the first: none waits for another one."""
     for part in (2, 0, 1, 2, 0, 1):
-        controls.run_all(tasks, tmp_path, 1, (part, 3))
-    assert sorted(trained, key=str) == sorted({*tasks, *controls.teachers_of(tasks)}, key=str)
+        controls.run_all(TASKS, controls.Place(tmp_path, 1, 1, (part, 3)))
+    teachers = [teacher for task in TASKS if (teacher := controls.teacher_of(task))]
+    assert len(trained) == len(set(trained))
+    assert set(trained) == {*TASKS, *teachers}
+
+
+def test_a_teacher_whose_run_is_elsewhere_or_was_stopped_is_trained(
+    tmp_path: Path, trained: list[controls.Task]
+) -> None:
+    """Its result alone, from another machine, is no teacher; nor is what a killed start has left of the run."""
+    student = controls.Task("each_distilled", "0", 2.0, 0.05, 0)
+    teacher = controls.teacher_of(student)
+    assert teacher is not None
+    Metrics(begun(teacher, tmp_path)).write("train", step=1)
+    controls.result_of(teacher, tmp_path).touch()
+    controls.run_all([teacher, student], controls.Place(tmp_path, 1, 1))
+    assert trained == [teacher, student]
+    controls.run_all([teacher, student], controls.Place(tmp_path, 1, 1))
+    assert len(trained) == 2
+
+
+def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def train(task: controls.Task, place: controls.Place) -> None:
+        if task.arm == "low":
+            raise UserError(f"{task.name} failed")
+        done.append(task)
+
+    monkeypatch.setattr(controls, "run_one", train)
+    with pytest.raises(UserError, match="^low/fold0-x1-lr0.05-seed0 failed\nlow/fold1-x1-lr0.05-seed0 failed$"):
+        controls.run_each(TASKS[:10], controls.Place(tmp_path, 2, 1))
+    assert len(done) == 8
 
 
 def test_what_a_prediction_costs() -> None:
@@ -167,7 +218,7 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
         (tmp_path / f"results/{run['arm']}-teacher.json").write_text(json.dumps(run | {"lr": 0.05}))
         if run["arm"] != "rgb128":
             (tmp_path / f"results/{run['arm']}-4.0-0.json").write_text(json.dumps(run | {"budget": 4.0}))
-    frame = controls_report.table(controls_report.read(controls_report.collected(tmp_path))).set_index(
+    frame = controls_report.table(controls_results.read(controls_results.collected(tmp_path))).set_index(
         ["arm", "budget"]
     )
     assert sorted(frame.index) == sorted(right)
@@ -187,14 +238,14 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
     (line,) = left_out  # rgb64 is worse and costs less, rgb128 is the baseline
     assert line.startswith("| rgb128_deep | coarse2 | +")
     (tmp_path / "cpu_times.json").write_text('{"rgb128": {"128": 1.0}, "coarse2": {"128": 1.5}}')
-    curves = controls_report.read(controls_report.collected(tmp_path))
+    curves = controls_results.read(controls_results.collected(tmp_path))
     assert {curve.arm: curve.cpu_seconds for curve in curves}["coarse2"] == pytest.approx([13.5, 13.5])
     base = next(curve for curve in curves if curve.arm == "rgb128")
-    between = controls_report.at_cpu_time(replace(base, cpu_seconds=[100.0, 400.0]), 200.0)
+    between = controls_curves.at_cpu_time(replace(base, cpu_seconds=[100.0, 400.0]), 200.0)
     assert between is not None
     assert 100 * np.nanmean(between) == pytest.approx((base.top1(1.0) + base.top1(2.0)) / 2)
-    assert controls_report.at_cpu_time(replace(base, cpu_seconds=[100.0, 400.0]), 405.0) is None
-    controls_report.unpack(tmp_path / "report/controls.parquet", tmp_path / "again")
+    assert controls_curves.at_cpu_time(replace(base, cpu_seconds=[100.0, 400.0]), 405.0) is None
+    controls_results.unpack(tmp_path / "report/controls.parquet", tmp_path / "again")
     for path in tmp_path.glob("results/*.json"):
         assert json.loads((tmp_path / "again/results" / path.name).read_text()) == json.loads(path.read_text())
     assert (tmp_path / "again/times.json").read_text().split() == ["{", '"rgb128":', "{", '"128":', "0.5", "}", "}"]

@@ -1,0 +1,131 @@
+"""Results of bench/controls.py: one file per run, all in one table, and curves from these."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from controls_arms import BASELINE, TEACHER_LR, TEACHERS, seconds_of
+from controls_curves import Correct, Curve
+
+from bandsplit.errors import UserError
+from bandsplit.runs.files import reading, replace_text
+
+TIMES, CPU_TIMES, IMAGES = "times.json", "cpu_times.json", "images.json"
+"""In a work folder: what a step of each arm takes, and the digest of the images."""
+IMAGES_KEY = Path(IMAGES).stem
+
+RUN_COLUMNS = ("arm", "fold", "budget", "lr", "seed", "epochs", "steps", "seconds")
+SCORE_COLUMNS = ("weights", "top1", "loss", "correct", "confidence")
+
+
+def collected(work: Path) -> pd.DataFrame:
+    """All results, a row for each fusion of each evaluation of each run; times and digest of the images in `attrs`."""
+    rows = []
+    for path in sorted((work / "results").glob("*.json")):
+        run = json.loads(path.read_text())
+        about = {key: value for key, value in run.items() if key != "evaluations"}
+        for variant, evaluation in run["evaluations"].items():
+            shared = {"variant": variant, "branch_top1": evaluation["branch_top1"], "image": evaluation["images"]}
+            for fusion, scores in evaluation["fusions"].items():
+                rows.append({"file": path.name, **about, **shared, "fusion": fusion, **scores})
+    frame = pd.DataFrame(rows)
+    for file in (TIMES, CPU_TIMES, IMAGES):
+        if (work / file).exists():
+            frame.attrs[Path(file).stem] = json.loads((work / file).read_text())
+    return frame
+
+
+def unpack(file: Path, work: Path) -> None:
+    """Writes the results and times of a report into WORK where they are missing there.
+
+    Raises UserError if the images of WORK are not those of the report.
+    """
+    with reading(file):
+        frame = pd.read_parquet(file)
+    (work / "results").mkdir(parents=True, exist_ok=True)
+    if IMAGES_KEY in frame.attrs:
+        require_images(work, frame.attrs[IMAGES_KEY])
+    for name in (TIMES, CPU_TIMES):
+        if Path(name).stem in frame.attrs and not (work / name).exists():
+            (work / name).write_text(json.dumps(frame.attrs[Path(name).stem], indent=2) + "\n")
+    for name, rows in frame.groupby("file"):
+        path = work / "results" / str(name)
+        if path.exists():
+            continue
+        first = rows.iloc[0]
+        run: dict[str, Any] = {key: first[key] for key in RUN_COLUMNS} | {"evaluations": {}}
+        for row in rows.itertuples():
+            shared = {"images": row.image, "branch_top1": row.branch_top1, "fusions": {}}
+            evaluation = run["evaluations"].setdefault(row.variant, shared)
+            evaluation["fusions"][row.fusion] = {key: getattr(row, key) for key in SCORE_COLUMNS}
+        replace_text(path, json.dumps(run, default=lambda value: value.tolist()) + "\n")
+
+
+def require_images(work: Path, digest: str) -> None:
+    """Notes the images of WORK by their digest. Raises UserError if it has noted others."""
+    path = work / IMAGES
+    if not path.exists():
+        path.write_text(json.dumps(digest) + "\n")
+    elif json.loads(path.read_text()) != digest:
+        raise UserError(f"{work}: its results are those of other images; use another --work")
+
+
+def chosen(frame: pd.DataFrame) -> pd.DataFrame:
+    """The runs with the learning rate of their arm, of arms and budgets with all folds and seeds of the baseline.
+
+    So without those that only served as teachers, and without what has only begun.
+    """
+    tried = frame[(frame["fold"] == "lr") & (frame["budget"] == 0.5) & (frame["variant"] == "")]
+    tried = tried[tried["fusion"] == "mean"]
+    best = tried.sort_values(["top1", "lr"], ascending=[False, True]).groupby("arm")["lr"].first()
+    rate = frame["arm"].map(best)
+    rows = frame[(frame["fold"] != "lr") & (rate.isna() | (rate == frame["lr"]))]
+    groups = rows.groupby(["arm", "budget"])
+    folds = {key: set(zip(group["fold"], group["seed"], strict=True)) for key, group in groups}
+    keys = zip(rows["arm"], rows["budget"], strict=True)
+    return rows[[folds[arm, budget] == folds.get((BASELINE, budget)) for arm, budget in keys]]
+
+
+def read(frame: pd.DataFrame) -> list[Curve]:
+    """The curves of all arms, from what `collected` returns."""
+    images = 1 + max(max(numbers) for numbers in frame["image"])
+    found: dict[tuple[str, str, str], dict[float, list[tuple[float, float, Correct]]]] = {}
+    for run in chosen(frame).itertuples():
+        if run.fusion not in ("mean", "learned"):
+            continue
+        several = len(run.branch_top1) > 1
+        label = " ".join(filter(None, [run.arm, run.variant, f"({run.fusion})" if several else ""]))
+        correct = np.full(images, np.nan)
+        correct[run.image] = run.correct
+        budgets = found.setdefault((run.arm, label, run.variant), {})
+        budgets.setdefault(run.budget, []).append((run.seconds, cpu_seconds_of(run, frame), correct))
+    return [curve_of(*names, budgets) for names, budgets in found.items()]
+
+
+def cpu_seconds_of(run: Any, frame: pd.DataFrame) -> float:
+    """CPU time of a run, with its teacher's; NaN where it was not measured."""
+    times = frame.attrs.get("cpu_times", {})
+    if run.arm not in times:
+        return math.nan
+    own = seconds_of(run.arm, run.epochs, run.steps // run.epochs, times)
+    if run.arm not in TEACHERS:
+        return own
+    same = (frame["fold"] == run.fold) & (frame["seed"] == run.seed) & (frame["budget"] == run.budget / 2)
+    teachers = frame[same & (frame["arm"] == TEACHERS[run.arm]) & (frame["lr"] == TEACHER_LR)]
+    return own + next((cpu_seconds_of(teacher, frame) for teacher in teachers.itertuples()), math.nan)
+
+
+def curve_of(arm: str, label: str, variant: str, budgets: dict[float, list[tuple[float, float, Correct]]]) -> Curve:
+    order = sorted(budgets)
+    correct = []
+    for budget in order:
+        stack = np.stack([each for _, _, each in budgets[budget]])
+        count = (~np.isnan(stack)).sum(0)
+        correct.append(np.where(count > 0, np.nansum(stack, 0) / np.maximum(count, 1), np.nan))
+    seconds, cpu_seconds = ([float(np.mean([run[n] for run in budgets[budget]])) for budget in order] for n in (0, 1))
+    return Curve(arm, label, variant, seconds, cpu_seconds, order, correct, [len(budgets[b]) for b in order])
