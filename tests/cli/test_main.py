@@ -147,6 +147,13 @@ def test_output_that_nobody_reads_ends_without_a_traceback() -> None:
         assert process.stderr.read() == ""
 
 
+def test_standard_output_may_be_closed() -> None:
+    """Then Python has none, and prints nothing."""
+    code = "from bandsplit.cli import entry; entry.run(lambda: print('done'))"
+    done = subprocess.run(["bash", "-c", '"$0" -c "$1" >&-', sys.executable, code], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 def test_a_hint_can_be_followed(tmp_path: Path) -> None:
     """Neither the error nor the list needs torch."""
     code = "import runpy, sys; runpy.run_module('bandsplit', run_name='__main__', alter_sys=True)"

@@ -37,6 +37,7 @@ LISTS = {
     "windows": ("l.txt", "\ufeffa/x 1.jpg cat\r\nb.jpg dog\r\n"),
     "csv": ("l.csv", "a/x 1.jpg,cat\nb.jpg,dog\n"),
     "tabs": ("l.txt", "a/x 1.jpg\tcat\n b.jpg\t\tdog \t0\t32\n"),
+    "header of text": ("l.tsv", "# from Kaggle\nImage\tLabel\na/x 1.jpg\tcat\nb.jpg\tdog\n"),
     "header": ("l.CSV", 'split,label,path\ntrain,cat,"a/x 1.jpg"\nval, dog,b.jpg\n'),
 }
 

@@ -125,3 +125,19 @@ def test_mistakes(config_file: Path, tmp_path: Path, options: list[str], message
     (tmp_path / "empty/locked").rmdir()
     with pytest.raises(UserError, match="no images in this folder"):
         predict.main([str(path), str(tmp_path / "empty")])
+
+
+def test_files_are_written_though_nobody_reads_the_lines(
+    finished: Callable[..., Path], image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with `predict RUN FOLDER --json FILE | head`."""
+
+    def no_reader(*_: object, file: object = None, **__: object) -> None:
+        if file is None:
+            raise BrokenPipeError
+
+    monkeypatch.setattr("builtins.print", no_reader)
+    predict.main([str(finished(1)), str(image_root / "val"), "--json", str(tmp_path / "p.json")])
+    assert len(json.loads((tmp_path / "p.json").read_text())) == 50
+    with pytest.raises(UserError, match="--csv .*: this is a folder; name a file"):
+        predict.main([str(finished(1)), str(image_root / "val"), "--csv", str(tmp_path)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -230,6 +231,19 @@ def test_weights_of_a_run_and_of_an_exported_one_come_back(
         other = loading.load(config_file, [f"model.init_from={source}", "split.branches=[[0], [1], [2], [3], [0, 1]]"])
         with pytest.raises(UserError, match=r"has branches \[0, 1, 2, 3\]; allowed: one with branch 4, or with one"):
             begun(other)
+
+
+def test_the_only_branch_that_had_begun_is_not_for_all(
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path
+) -> None:
+    run_dir = Path(shutil.copytree(finished(1), tmp_path / "run", symlinks=True))
+    config = (run_dir / "config.toml").read_text()
+    for change in (("start_epochs = []", "start_epochs = [9, 9, 0, 9]"), ("\nepochs = 2\n", "\nepochs = 20\n")):
+        assert change[0] in config
+        config = config.replace(*change)
+    (run_dir / "config.toml").write_text(config)
+    with pytest.raises(UserError, match=r"has branches \[2\]; allowed: one with branch 0, or with one branch for all"):
+        initial_weights(loading.load(config_file, [f"model.init_from={run_dir}"]), range(4), CLASSES)
 
 
 @torch.no_grad()

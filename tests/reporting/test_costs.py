@@ -45,6 +45,17 @@ def test_training_compute_is_that_of_every_step_summed(tmp_path: Path) -> None:
     assert dict(curve["mean"]) == {expected[3]: 43, expected[5]: 45}
 
 
+def test_branches_that_do_not_train_cost_nothing(tmp_path: Path) -> None:
+    """The second begins with epoch 1, the first ends after step 4."""
+    lines = [train(step, step) | {"images": 10 * step, "image_size": 64, "epoch": step / 2} for step in range(1, 7)]
+    check = validation(6, 6, 40.0) | {"images": 60, "stopped_after": [4, None]}
+    folder = with_branches(write_run(tmp_path / "run", [*lines, check, end(6, 6)]))
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(config.replace("epochs = 90", "epochs = 90\nstart_epochs = [0, 1]"))
+    each = (100, 100, 110, 110, 10, 10)
+    assert list(runs.read_run(folder).train["macs"]) == [30 * sum(each[:n]) for n in range(1, 7)]
+
+
 def test_compute_units() -> None:
     assert figures.axis_unit("macs", 3.1e17) == (1e15, "Training compute (PMACs)")
     assert figures.axis_unit("macs", 5.0) == (1e9, "Training compute (GMACs)")

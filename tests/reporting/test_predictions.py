@@ -242,6 +242,9 @@ def test_files_of_one_name_get_folders_of_their_own(tmp_path: Path) -> None:
     folders = {report._folder(file, files, tmp_path / "out") for file in files}
     assert folders == {tmp_path / f"out/{name}-predictions" for name in ("h1-demo", "h2-demo", "h2-other")}
     assert report._folder(files[0], files[:1] * 2, tmp_path) == tmp_path / "demo-predictions"
+    files = [Path("/runs/predictions.npz"), Path("/data/runs/predictions.npz")]
+    folders = {report._folder(file, files, tmp_path) for file in files}
+    assert folders == {tmp_path / "runs-predictions", tmp_path / "data-runs-predictions"}
 
 
 def test_markdown_is_aligned() -> None:

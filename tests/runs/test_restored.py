@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
 import shutil
 import signal
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from bandsplit.config import loading
 from bandsplit.data import mixing
 from bandsplit.data.loader import TrainingLoader
 from bandsplit.data.pipeline import Shard
+from bandsplit.data.store.manifest import FORMAT, MANIFEST, ImageManifest, ImagePart
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.errors import UserError
@@ -218,8 +220,19 @@ def test_the_dry_run_counts_the_teacher_and_names_the_sizes(
     assert "teacher   unknown: /nowhere is not a run directory" in done.stdout
 
 
+def packed_from(root: Path, digest: str) -> Path:
+    """A folder with the manifest of packed images."""
+    part = ImagePart(images=40, bytes=1, source_images=40, source_digest=digest, left_out=())
+    manifest = ImageManifest(
+        format=FORMAT, kind="images", code_version="0", data="tiny", side=32, quality=90, interpolation="bilinear",
+        classes=("a",), parts={"train": part},
+    )  # fmt: skip
+    (root / MANIFEST).write_text(json.dumps(manifest.model_dump()))
+    return root
+
+
 def test_weights_and_targets_of_a_run_that_has_seen_held_out_images_are_told(
-    finished: Callable[..., Path], config_file: Path
+    finished: Callable[..., Path], config_file: Path, tmp_path: Path
 ) -> None:
     source, told = finished(1), list[str]()
     digest = checkpoint.read_run(checkpoint.find(source / "checkpoints", "best"))["data"]["train"]
@@ -233,6 +246,9 @@ def test_weights_and_targets_of_a_run_that_has_seen_held_out_images_are_told(
             tell_what_has_seen_held_out(loading.load(config_file, [gone, "data.holdout=4"]), digest)
             assert not told
             tell_what_has_seen_held_out(config, digest)
+            assert key.replace("=", ": ") in told.pop()
+            packed = loading.load(config_file, [key, "data.holdout=4", f"data.root={packed_from(tmp_path, digest)}"])
+            tell_what_has_seen_held_out(packed, "of the store")
             assert key.replace("=", ": ") in told.pop()
     finally:
         logger.remove(sink)

@@ -59,7 +59,8 @@ def _wait_for_report(seconds: float) -> None:
 def _attempt(main: Callable[[], None]) -> UserError | Interrupted | ReportedElsewhere | None:
     try:
         main()
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except (UserError, Interrupted, ReportedElsewhere) as ended:
         return ended
     except BrokenPipeError:

@@ -233,9 +233,9 @@ def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Foun
     """The images that a list names, in its order: CSV (`.csv`) or text with one path and label per line.
 
     Paths are absolute, or relative to `root`.  In text, a tab separates path and label, and further columns are not
-    read; in a line without one, the label is what follows the last blank.  Labels are class names or indices.  A CSV
-    file may have a header, and further columns when that names path and label as in `_PATH_COLUMNS` and
-    `_LABEL_COLUMNS`.
+    read; in a line without one, the label is what follows the last blank.  Labels are class names or indices.  A
+    header names path and label as in `_PATH_COLUMNS` and `_LABEL_COLUMNS`; in CSV, where it may name further columns,
+    others are understood too.
 
     Args:
         classes: of the training images, so that labels of a validation list mean the same; None: what the list has.
@@ -267,7 +267,8 @@ def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Foun
 
 
 def _text_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
-    """(line number, name, label) of each line that is neither empty nor a comment."""
+    """(line number, name, label) of each line that is neither empty, nor a comment, nor a header before all others."""
+    first = True
     for number, line in enumerate(text.split("\n"), 1):
         line = line.rstrip("\r")
         if not line.strip() or line.startswith("#"):
@@ -276,7 +277,9 @@ def _text_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
         parts = [part for part in map(str.strip, line.split("\t")) if part] if "\t" in line else line.rsplit(None, 1)
         if len(parts) < 2:
             raise UserError(f"{path}, line {number}: {line!r} given; expected a path, a blank or tab, and a label")
-        yield number, parts[0], parts[1]
+        if not (first and all(part.lower() in names for part, names in zip(parts, _COLUMNS, strict=False))):
+            yield number, parts[0], parts[1]
+        first = False
 
 
 def _csv_rows(path: Path, text: str, root: Path) -> Iterator[tuple[int, str, str]]:

@@ -42,6 +42,8 @@ class Request:
         for option, path in (("--json", self.json), ("--csv", self.csv)):
             if path is not None and path != STDOUT and not path.parent.is_dir():
                 raise UserError(f"{option} {path}: there is no folder {path.parent}")
+            if path is not None and path.is_dir():
+                raise UserError(f"{option} {path}: this is a folder; name a file")
         if self.json == self.csv == STDOUT:
             raise UserError("--json - --csv -: only one of them can go to standard output")
 
@@ -59,8 +61,7 @@ def predict(request: Request) -> None:
         for writer in writers:
             next(writer)
         for outcome in _outcomes(request, model, single, below):
-            for writer in writers:
-                writer.send(outcome)
+            _send(outcome, writers)
             if outcome.prediction is None:
                 bad.append(outcome)
         for writer in writers:
@@ -68,6 +69,17 @@ def predict(request: Request) -> None:
     if bad:
         named = "".join(f"\n  {each.file}: {each.reason}" for each in bad)
         raise UserError(f"{len(bad)} of {len(single) + len(below)} images cannot be read or decoded:{named}")
+
+
+def _send(outcome: Outcome, writers: list[output.Writer]) -> None:
+    """Raises BrokenPipeError if standard output has no reader any more, as with `| head`, and no file is written."""
+    for writer in [*writers]:
+        try:
+            writer.send(outcome)
+        except BrokenPipeError:
+            writers.remove(writer)
+            if not writers:
+                raise
 
 
 def _device(given: str | None) -> torch.device:

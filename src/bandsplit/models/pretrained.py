@@ -34,6 +34,9 @@ from bandsplit.spectral.view import View
 IMAGENET_STD = schema.Data.model_fields["std"].default
 """What pixels are divided by for a file of weights that does not say it."""
 
+FOR_ALL = -1
+"""In place of the number of a branch: one network for all branches to begin with."""
+
 
 @dataclass(frozen=True)
 class Channels:
@@ -207,7 +210,7 @@ def of_timm(model: schema.Model, size: int) -> Trained:
 
 
 def of_file(path: Path, model: schema.Model, size: int) -> dict[int, Trained]:
-    """The weights in a file, by branch: of a network on pixels, or of an exported ensemble.
+    """The weights in a file, by branch or FOR_ALL: of a network on pixels, or of an exported ensemble.
 
     A .safetensors file, or what torch.save has written: a state dict, also as "state_dict" or "model" of a dict, and
     with the prefix "module." of DDP.  `size`: side of the inputs in pixels.
@@ -218,7 +221,7 @@ def of_file(path: Path, model: schema.Model, size: int) -> dict[int, Trained]:
             return _of_export(path, state, metadata["bandsplit"])
     else:
         state = _of_torch(path)
-    return {0: Trained(str(path), state, _on_pixels(model, size), Channels.pixels())}
+    return {FOR_ALL: Trained(str(path), state, _on_pixels(model, size), Channels.pixels())}
 
 
 def _on_pixels(model: schema.Model, size: int) -> nn.Conv2d:
@@ -255,7 +258,10 @@ def _of_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def _of_export(path: Path, state: Mapping[str, Tensor], text: str) -> dict[int, Trained]:
-    """The branches of an exported ensemble, by their number in the run: tensors are named branches.{i}.{key}."""
+    """The branches of an exported ensemble, by their number in the run: tensors are named branches.{i}.{key}.
+
+    A single one is FOR_ALL.
+    """
     try:
         about = json.loads(text)
         found = {}
@@ -271,4 +277,4 @@ def _of_export(path: Path, state: Mapping[str, Tensor], text: str) -> dict[int, 
             found[branch["number"]] = Trained(str(path), own, first, channels, about["classes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model.init_from: {path}: its description cannot be understood: {error}") from None
-    return found
+    return found if len(found) > 1 else {FOR_ALL: next(iter(found.values()))}

@@ -202,7 +202,7 @@ def _about(found: Predictions, run: Run) -> str:
     facts = [f"step {', '.join(map(str, steps))}{of}", f"{found.fusion} fusion"]
     if found.crops != "center":
         facts.append(f"{found.crops} crops")
-    others = sorted({Path(branch.run).name for branch in found.branches} - {run.folder.resolve().name})
+    others = sorted({Path(branch.run).resolve().name for branch in found.branches} - {run.folder.resolve().name})
     if others:
         facts.append(f"branches of {', '.join(others)}")
     return ", ".join(facts)

@@ -29,10 +29,15 @@ class Branches:
     """What branches.json says of all branches of a run together."""
 
     parameters: int
-    macs: dict[int, int]
-    """Multiply-accumulates of a forward pass over one image, by the side of the training image in pixels."""
+    macs_of_each: list[dict[int, int]]
+    """By branch: multiply-accumulates of a forward pass over one image, by the side of the training image in pixels."""
     energy: list[float]
     """Mean square of each band over the first training batch; NaN where no branch reads it."""
+
+    @property
+    def macs(self) -> dict[int, int]:
+        """The same of all branches together."""
+        return {size: sum(each[size] for each in self.macs_of_each) for size in self.macs_of_each[0]}
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,7 +99,7 @@ def read_run(folder: Path) -> Run:
     )
     if train.empty and validation.empty:
         raise UserError(f"{folder / 'metrics.jsonl'}: no training or validation events yet; try again in a minute")
-    add_macs(train, validation, branches)
+    add_macs(train, validation, branches, settings)
     last = events[-1]
     return Run(
         folder,
@@ -119,25 +124,39 @@ def read_branches(path: Path) -> tuple[Branches | None, list[str]]:
     try:
         table = json.loads(path.read_text(encoding="utf-8"))
         each = table["branches"]
-        macs = {int(size): sum(branch["macs"][size] for branch in each) for size in each[0]["macs"]}
+        if not each:
+            raise ValueError
+        macs = [{int(size): int(count) for size, count in branch["macs"].items()} for branch in each]
         energy = [math.nan if value is None else float(value) for value in table["band_energy"]]
         return Branches(sum(branch["parameters"] for branch in each), macs, energy), []
-    except (ValueError, KeyError, TypeError, IndexError):
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError):
         return None, [f"{path}: damaged; figures and columns of costs and energies are left out"]
 
 
-def add_macs(train: pd.DataFrame, validation: pd.DataFrame, branches: Branches | None) -> None:
+def add_macs(
+    train: pd.DataFrame, validation: pd.DataFrame, branches: Branches | None, settings: Mapping[str, str]
+) -> None:
     """Adds a column `macs`: multiply-accumulates of training up to a line; NaN where unknown.
 
-    3 times the images times the forward pass of all branches at the size of these images: a backward pass takes two
-    products of the size of a forward pass, one for gradients of the weights and one for those of the inputs.
+    3 times the images times the forward pass, at the size of these images, of the branches that trained: a backward
+    pass takes two products of the size of a forward pass, one for gradients of the weights and one for those of the
+    inputs.
     """
     for frame in (train, validation):
         frame["macs"] = math.nan
     if branches is None or not {"images", "image_size"} <= set(train.columns):
         return
+    numbers = json.loads(settings["split.only"]) if "split.only" in settings else range(len(branches.macs_of_each))
+    starts = json.loads(settings.get("train.start_epochs", "[]"))
+    ends = [each for each in validation.get("stopped_after", []) if isinstance(each, list)]
+    stopped = ends[-1] if ends else [None] * len(numbers)
     images = train["images"].astype(float)
-    train["macs"] = (3 * images.diff().fillna(images) * train["image_size"].map(branches.macs)).cumsum()
+    new, macs = images.diff().fillna(images), pd.Series(0.0, train.index)
+    for number, of_size, end in zip(numbers, branches.macs_of_each, stopped, strict=True):
+        trains = train["epoch"] > (starts[number] if starts else 0)
+        trains &= train["step"] <= (math.inf if end is None else end)
+        macs += new.where(trains, 0.0) * train["image_size"].map(of_size)
+    train["macs"] = (3 * macs).cumsum()
     if "images" in validation:
         validation["macs"] = np.interp(validation["images"].astype(float), images, train["macs"])
 

@@ -11,11 +11,12 @@ import torch
 from loguru import logger
 
 from bandsplit.config import loading
-from bandsplit.config.schema import Model, RunConfig
+from bandsplit.config.schema import Data, Model, RunConfig
+from bandsplit.data.store.manifest import read_manifest
 from bandsplit.errors import UserError
 from bandsplit.models import networks, pretrained
 from bandsplit.models.ensemble import Ensemble
-from bandsplit.models.pretrained import Channels, Initial, Trained
+from bandsplit.models.pretrained import FOR_ALL, Channels, Initial, Trained
 from bandsplit.paths import expanded
 from bandsplit.runs import checkpoint
 from bandsplit.runs.directory import RunDirectory
@@ -37,10 +38,10 @@ def initial_weights(config: RunConfig, own: range, classes: Sequence[str]) -> di
         if model.init_from is None:
             continue
         choices = trained(model, size)
-        if len(choices) > 1 and number not in choices:
+        one = choices.get(number, choices.get(FOR_ALL))
+        if one is None:
             allowed = f"one with branch {number}, or with one branch for all"
             raise UserError(f"model.init_from: {model.init_from!r} has branches {list(choices)}; allowed: {allowed}")
-        one = choices[number] if len(choices) > 1 else next(iter(choices.values()))
         found[number] = pretrained.adapted(branch, one, Channels.of(view, config.split.groups[i]), classes)
     return found
 
@@ -57,7 +58,9 @@ def begin(initial: Mapping[int, Initial], numbers: Sequence[int], ensemble: Ense
 def tell_what_has_seen_held_out(config: RunConfig, digest: str) -> None:
     """Warns of runs that weights or targets come from, and that were trained on images which this run holds out.
 
-    `digest`: of the training images; "" if it is not known. A run whose directory is gone is not known.
+    Of packed images, those count that they were packed from. A run whose directory is gone is not known.
+
+    `digest`: of the training images; "" if it is not known.
     """
     if config.data.holdout is None or not digest:
         return
@@ -74,12 +77,20 @@ def tell_what_has_seen_held_out(config: RunConfig, digest: str) -> None:
             began = loading.load(directory.config)
             run = checkpoint.read_run(checkpoint.find(directory.checkpoints, which))
             alike = (began.seed, began.data.holdout) == (config.seed, config.data.holdout)
-            if run["data"].get("train") == digest and not alike:
+            theirs = _with_packed(run["data"].get("train", ""), began.data)
+            if not alike and theirs & _with_packed(digest, config.data):
                 logger.warning(
                     "{}: this run was trained on the same images with another seed or data.holdout, so on images that "
                     "are held out here: fusion and cascades fitted on them are too sure of themselves",
                     where,
                 )
+
+
+def _with_packed(digest: str, data: Data) -> set[str]:
+    """The digest of training images, and of those that they were packed from."""
+    with suppress(UserError):
+        return {digest, read_manifest(expanded(data.root, "data.root")).parts["train"].source_digest}
+    return {digest}
 
 
 def described(initial: Mapping[int, Initial]) -> list[str]:
@@ -95,15 +106,15 @@ def described(initial: Mapping[int, Initial]) -> list[str]:
 
 
 def _trained(model: Model, size: int) -> dict[int, Trained]:
-    """Trained networks by the number of the branch that they are for; a single one is for all.
+    """Trained networks by the number of the branch that they are for; that of a run with one branch is FOR_ALL.
 
     `size`: side of the inputs in pixels.
     """
     assert model.init_from is not None
     if model.init_from == "torchvision":
-        return {0: pretrained.of_torchvision(model, size)}
+        return {FOR_ALL: pretrained.of_torchvision(model, size)}
     if model.init_from == "timm":
-        return {0: pretrained.of_timm(model, size)}
+        return {FOR_ALL: pretrained.of_timm(model, size)}
     path = expanded(model.init_from, "model.init_from")
     if not path.exists():
         allowed = "'torchvision', 'timm', a file of weights or a run directory"
@@ -112,11 +123,12 @@ def _trained(model: Model, size: int) -> dict[int, Trained]:
         return pretrained.of_file(path, model, size)
     try:
         restored = Restored.of(path, "best")
+        alone = len(loading.load(RunDirectory(path).config).split.numbers) == 1
     except UserError as error:
         raise UserError(f"model.init_from: {error}") from error
     split, view = restored.config.split, View.of(restored.config)
     return {
-        number: Trained(
+        FOR_ALL if alone else number: Trained(
             f"{restored.config.name}, step {restored.step}, {path}",
             branch.state_dict(),
             networks.first_convolution(branch)[1],

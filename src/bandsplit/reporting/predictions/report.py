@@ -60,11 +60,11 @@ def _folder(file: Path, files: Sequence[Path], output: Path | None) -> Path:
     namesakes = [other for other in files if other.stem == file.stem]
     if len(namesakes) == 1:
         return output / file.stem
-    parents = {other.absolute().parent.parts for other in namesakes}
+    parents = {other.absolute().parent.parts[1:] for other in namesakes}  # without the root
     depth = next(
         n for n in range(1, 1 + max(map(len, parents))) if len({each[-n:] for each in parents}) == len(parents)
     )
-    return output / "-".join([*file.absolute().parent.parts[-depth:], file.stem])
+    return output / "-".join([*file.absolute().parent.parts[1:][-depth:], file.stem])
 
 
 def write(results: Results, folder: Path, images: Path | None) -> None:
