@@ -70,6 +70,14 @@ def reading_from(path: Path, advice: str = "") -> Iterator[None]:
         raise told from error
 
 
+def require_file(option: str, path: Path) -> None:
+    """Raises UserError if a file of this name, which the option gives, cannot be written."""
+    if not path.parent.is_dir():
+        raise UserError(f"{option} {path}: there is no folder {path.parent}")
+    if path.is_dir():
+        raise UserError(f"{option} {path}: this is a folder; name a file")
+
+
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
     """Turns an OSError (disk full, read-only, gone) into a UserError that names `path`."""

@@ -843,6 +843,9 @@ def test_flat_with_numbers(run_here: Run, flat: Path, tmp_path: Path) -> None:
     names.write_text("\n".join(reversed([f"class {number:02d}" for number in range(12)])))
     assert prepare_flat(run_here, flat, listing, tmp_path / "named", "--classes", names).returncode == 0
     assert (tmp_path / "named/class 11/image 0.JPEG").is_file()
+    zeros = "\n".join(f"image {number}.JPEG {number:03d}" for number in range(12))
+    assert prepare_flat(run_here, flat, zeros, tmp_path / "zeros", "--classes", names).returncode == 0
+    assert (tmp_path / "zeros/class 11/image 0.JPEG").is_file()
     names.write_text("one\ntwo")
     done = prepare_flat(run_here, flat, listing, tmp_path / "few", "--classes", names)
     refused(done, f"the labels 10, 11, 2, 3, 4, … are not in {names}; expected 0 to 1")

@@ -8,8 +8,7 @@ from typing import Any
 
 from bandsplit.cli import options
 from bandsplit.config import loading
-from bandsplit.errors import UserError
-from bandsplit.paths import writing_to
+from bandsplit.paths import require_file, writing_to
 
 ABOUT = """
 Decodes every image that is new or has changed since the last scan, and prints a summary: images per class, formats,
@@ -31,8 +30,8 @@ def add(commands: Any) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        raise UserError(f"--output {arguments.output}: there is no folder {arguments.output.parent}")
+    if arguments.output is not None:
+        require_file("--output", arguments.output)
     data = loading.load(arguments.config or options.DEMO, arguments.set, arguments.data).data
     from bandsplit.data import images, summary
 

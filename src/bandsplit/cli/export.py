@@ -8,6 +8,7 @@ from pathlib import Path
 
 from bandsplit.cli import options
 from bandsplit.errors import UserError
+from bandsplit.paths import require_file
 
 EXAMPLES = """
 bandsplit export runs/demo-seed0 --output demo.safetensors
@@ -35,8 +36,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
     given = parser.parse_args(arguments)
     trained = given.model.resolve()
     path = given.output or Path((trained.stem if trained.is_file() else trained.name) + SUFFIXES[given.format])
-    if not path.parent.is_dir():
-        raise UserError(f"--output {path}: there is no folder {path.parent}")
+    require_file("--output", path)
     if given.format == "torch" and path.suffix != SUFFIXES["torch"]:
         raise UserError(f"--output {path}: torch.export reads files that end in .pt2")
     if path.resolve() == trained:

@@ -55,8 +55,9 @@ def find(runs: Joined, method: str | None, loss: float | None = None) -> Fitted 
 
 def _find(runs: Joined, method: str | None, loss: float | None) -> Fitted | None:
     needed = method or runs.config.fusion.method
-    own = path_of(runs)
-    path = own if own.exists() else own.with_name(FILE)  # of joined runs too in earlier versions
+    path = path_of(runs)
+    earlier = path.with_name(FILE)  # of joined runs too in earlier versions
+    path = earlier if earlier.exists() and not path.exists() else path
     fitted = Fitted.read(path)
     wrong = _missing(fitted, runs, needed, loss)
     if wrong is None:

@@ -25,6 +25,7 @@ from bandsplit.evaluation.predictions import Recorder, Save
 from bandsplit.evaluation.report import Results
 from bandsplit.evaluation.speed import measure
 from bandsplit.models.fusion import MEAN
+from bandsplit.paths import require_file
 from bandsplit.runs.directory import RunDirectory
 from bandsplit.runs.fitted import Fitted
 from bandsplit.runs.logs import logged
@@ -56,10 +57,8 @@ class Request:
     def check(self) -> None:
         """Raises UserError for what can be known before anything is read."""
         for option, path in (("--output", self.output), ("--save", self.save.path if self.save else None)):
-            if path is not None and not path.parent.is_dir():
-                raise UserError(f"{option} {path}: there is no folder {path.parent}")
-            if path is not None and path.is_dir():
-                raise UserError(f"{option} {path}: this is a folder; name a file")
+            if path is not None:
+                require_file(option, path)
         if self.corrupt is not None:
             kinds_of(self.corrupt)
         if self.data is not None and self.fit_fusion:

@@ -18,6 +18,7 @@ from bandsplit.inference.classifier import Classifier
 from bandsplit.inference.files import Outcome
 from bandsplit.inference.loading import load
 from bandsplit.inference.output import STDOUT
+from bandsplit.paths import require_file
 from bandsplit.progress import followed
 
 
@@ -40,10 +41,8 @@ class Request:
     def check(self) -> None:
         """Raises UserError for what can be known before the model is read."""
         for option, path in (("--json", self.json), ("--csv", self.csv)):
-            if path is not None and path != STDOUT and not path.parent.is_dir():
-                raise UserError(f"{option} {path}: there is no folder {path.parent}")
-            if path is not None and path.is_dir():
-                raise UserError(f"{option} {path}: this is a folder; name a file")
+            if path is not None and path != STDOUT:
+                require_file(option, path)
         if self.json == self.csv == STDOUT:
             raise UserError("--json - --csv -: only one of them can go to standard output")
 

@@ -141,12 +141,13 @@ def run_curves(group: Group, x: str, panel: Panel) -> list[pd.DataFrame]:
 
 
 def apart(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> list[Group]:
-    """Groups with data for a panel, but without a curve: their runs have neither a range of x nor steps in common."""
-    return [
-        group
-        for group in groups
-        if any(group_curve(group, x, panel).empty and run_curves(group, x, panel) for panel in panels)
-    ]
+    """Groups with data, but without a curve: their runs have neither a range of x nor steps in common."""
+    found = []
+    for group in groups:
+        with_data = [panel for panel in panels if run_curves(group, x, panel)]
+        if with_data and all(group_curve(group, x, panel).empty for panel in with_data):
+            found.append(group)
+    return found
 
 
 def running_mean(series: pd.Series) -> pd.Series:

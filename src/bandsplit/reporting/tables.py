@@ -22,8 +22,9 @@ RESULTS_CAPTION = (
 
 COSTS_CAPTION = (
     f"{TWO_SIGMA}Params (parameters) and MACs (multiply-accumulates of convolutions and matrix products in a forward "
-    "pass over one image of full size) are of all branches. Train MACs: 3 × images × MACs, without validation and "
-    "teacher. Images/s and data wait: medians over the lines of metrics.jsonl. Memory: the peak of rank 0."
+    "pass over one image of full size) are of all branches. Train MACs: 3 × images × MACs of the branches that train, "
+    "without validation and teacher. Images/s and data wait: medians over the lines of metrics.jsonl. Memory: the peak "
+    "of rank 0."
 )
 
 LATEX = str.maketrans({"±": r"$\pm$", "—": "---", "×": r"$\times$", "−": "$-$"})

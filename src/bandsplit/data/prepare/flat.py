@@ -139,11 +139,12 @@ def _folders(labels: set[str], classes: Path | None, listing: Path) -> dict[str,
             names = classes.read_text(encoding="utf-8-sig").split("\n")
         names = [name.strip() for name in names if name.strip()]
         known = {str(number): name for number, name in enumerate(names)} if numbers else {name: name for name in names}
-        odd = sorted(labels - known.keys())
+        keys = {label: str(int(label)) if numbers else label for label in labels}
+        odd = sorted(label for label, key in keys.items() if key not in known)
         if odd:
             allowed = f"0 to {len(names) - 1}" if numbers else "a name in it"
             raise UserError(f"{listing}: the labels {some(odd)} are not in {classes}; expected {allowed}")
-        folders = {label: known[label] for label in labels}
+        folders = {label: known[key] for label, key in keys.items()}
     else:
         width = max(len(label) for label in labels)
         folders = {label: label.zfill(width) if numbers else label for label in labels}
