@@ -82,6 +82,41 @@ FAMILIES = {
 PIXELS = ("low", "coarse2_identity", "coarse2_random", "coarse2_random_unit", "each_identity", "rgb64_x4")
 """Arms of the other families that read pixels, means of pixels, or bands of a matrix without frequencies."""
 
+PAIRS = (
+    ("coarse2_unit", "rgb128_growing"),
+    ("coarse2_unit_growing", "rgb128_growing"),
+    ("coarse2_unit", "rgb80"),
+    ("coarse2_unit", "rgb64 lr 0.1"),
+    ("coarse2_unit", "low"),
+    ("coarse2_unit", "coarse2"),
+    ("coarse2_unit", "coarse2_random_unit"),
+    ("coarse2_random_unit", "coarse2_random"),
+    ("coarse2", "coarse2_identity"),
+    ("coarse2", "coarse2_random"),
+    ("coarse2", "rgb80"),
+    ("coarse2_deep", "coarse2"),
+    ("coarse2_half", "coarse2"),
+    ("coarse2_unit_deep", "coarse2_unit"),
+    ("low", "rgb80"),
+    ("low", "rgb64 lr 0.1"),
+    ("low_wide (learned)", "low"),
+    ("stagewise (mean)", "low"),
+    ("each_dct2d (mean)", "rgb128"),
+    ("each_dct2d (mean)", "rgb80"),
+    ("each_dct2d (mean)", "low"),
+    ("each_dct2d (mean)", "coarse2_unit"),
+    ("each_dct2d (mean)", "each_dct1d (mean)"),
+    ("each_dct2d (mean)", "each_identity (mean)"),
+    ("each_distilled (mean)", "each_dct2d (mean)"),
+    ("coarse2_distilled", "coarse2"),
+    ("coarse2_x2 (mean)", "coarse2"),
+    ("coarse2_x4 (mean)", "coarse2"),
+    ("rgb64_x4 (mean)", "rgb64 lr 0.1"),
+    ("rgb64 lr 0.1", "rgb64"),
+    ("rgb128 lr 0.1", "rgb128"),
+)
+"""What is compared beside the baseline and the best network on RGB, by labels of the tables."""
+
 FIRST = "first branch"
 """In place of a fusion: what the first branch of several says alone."""
 
@@ -126,7 +161,7 @@ def _sizes(arm: str, epochs: int) -> list[int]:
 @cache
 def macs_of(arm: str, fusion: str = "", variant: str = "") -> int:
     """Multiply-accumulates of a prediction: a forward pass over one validation image, or FIRST's part of it."""
-    config = config_of(arm, VARIANTS[arm][variant] if variant else [])
+    config = config_of(arm, VARIANTS.get(arm, {}).get(variant, []))
     size = config.data.val_image_size or config.data.image_size
     config = config.with_values({"data": {"image_size": size}, "augment": {"progressive": None}}).with_classes(CLASSES)
     each = [cost.macs[size] for cost in costs_of(config)]

@@ -23,7 +23,7 @@ class Curve:
     arm: str
     label: str
     variant: str
-    """A further evaluation of the same runs, such as "at 104"; else empty."""
+    """Another learning rate, or a further evaluation of the same runs, such as "at 104"; else empty."""
     seconds: list[float]
     """By budget: of training, mean over the runs."""
     cpu_seconds: list[float]
@@ -105,6 +105,6 @@ def at_cpu_time(curve: Curve, seconds: float) -> Correct | None:
 def best_control(curves: Sequence[Curve], budget: float) -> Curve | None:
     """The most accurate of the networks on RGB at a budget; none where the baseline was not trained."""
     controls = [curve for curve in curves if curve.arm in FAMILIES[RGB] and budget in curve.budgets]
-    if not any(curve.arm == BASELINE for curve in controls):
+    if not any(curve.label == BASELINE for curve in controls):
         return None
     return max(controls, key=lambda curve: curve.top1(budget))

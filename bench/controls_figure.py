@@ -33,7 +33,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
     Below, for the largest budget at which most arms were trained: top-1 by multiplications of a prediction, and by
     memory of training. Of two fusions the better is shown.
     """
-    base = next(curve for curve in curves if curve.arm == BASELINE)
+    base = next(curve for curve in curves if curve.label == BASELINE)
     counts = {budget: sum(budget in curve.budgets for curve in curves) for budget in base.budgets}
     most = max(budget for budget, count in counts.items() if 2 * count > max(counts.values()))
     budgets = [budget for budget, count in counts.items() if 4 * count > counts[most]]

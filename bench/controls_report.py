@@ -10,7 +10,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from controls_arms import BASELINE, CASCADES, FAMILIES, RGB, Times, macs_of, memory_of, parameters_of
+from controls_arms import BASELINE, CASCADES, FAMILIES, PAIRS, RGB, Times, macs_of, memory_of, parameters_of
 from controls_curves import Correct, Curve, at_cpu_time, best_control, difference, time_ratio, time_to
 from controls_figure import draw
 from controls_results import chosen, collected, read
@@ -28,14 +28,14 @@ def report(work: Path) -> None:
     """Writes figure, tables and results into WORK/report. Raises UserError if the baseline has no results."""
     results = collected(work)
     curves = read(results) if len(results) else []
-    if not any(curve.arm == BASELINE for curve in curves):
+    if not any(curve.label == BASELINE for curve in curves):
         raise UserError(f"{work / 'results'}: no results of {BASELINE}, with which all are compared")
     folder = work / "report"
     folder.mkdir(exist_ok=True)
     results.to_parquet(folder / "controls.parquet", compression="zstd", index=False)
     frame = table(curves)
     frame.to_csv(folder / "controls.csv", index=False)
-    text = markdown(frame) + by_cpu_time(curves) + not_continued(curves) + cascades(chosen(results))
+    text = markdown(frame) + pairs(curves) + by_cpu_time(curves) + not_continued(curves) + cascades(chosen(results))
     text += costs(results.attrs.get("times", {}), results.attrs.get("cpu_times", {}))
     (folder / "controls.md").write_text(text, encoding="utf-8")
     with mpl.rc_context(STYLE):
@@ -52,7 +52,7 @@ def table(curves: Sequence[Curve]) -> pd.DataFrame:
     the same budget, `control_above` against the best network on RGB, which is chosen by the same images and so looks a
     little better than it is. A time that is `time_first`, that of the smallest budget of the arm, is an upper bound.
     """
-    base = next(curve for curve in curves if curve.arm == BASELINE)
+    base = next(curve for curve in curves if curve.label == BASELINE)
     controls = {budget: best_control(curves, budget) for budget in {b for curve in curves for b in curve.budgets}}
     rows = []
     for curve in curves:
@@ -113,13 +113,35 @@ def markdown(frame: pd.DataFrame) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def pairs(curves: Sequence[Curve]) -> str:
+    """Table of PAIRS: the first above the second, at each budget of at least one pair."""
+    by_label = {curve.label: curve for curve in curves}
+    known = [(by_label[a], by_label[b]) for a, b in PAIRS if a in by_label and b in by_label]
+    budgets = sorted({budget for a, b in known for budget in set(a.budgets) & set(b.budgets)})
+    lines = [
+        "",
+        f"| | above | {' | '.join(f'at {b:g} (95 %)' for b in budgets)} |",
+        f"|---|---|{'--:|' * len(budgets)}",
+    ]
+    for a, b in known:
+        cells = []
+        for budget in budgets:
+            if budget in a.budgets and budget in b.budgets:
+                mean, (low, high) = difference(a.at(budget), b.at(budget))
+                cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
+            else:
+                cells.append("")
+        lines.append(f"| {a.label} | {b.label} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n" if known else ""
+
+
 def by_cpu_time(curves: Sequence[Curve]) -> str:
     """Table of what counts the CPU time of decoding too: accuracies at the largest CPU time of the baseline.
 
     Budgets are of wall-clock time, in which images are prepared on another core. Accuracies are linear in the logarithm
     of time between budgets.
     """
-    base = next(curve for curve in curves if curve.arm == BASELINE)
+    base = next(curve for curve in curves if curve.label == BASELINE)
     at, target = base.cpu_seconds[-1], base.top1(base.budgets[-1])
     found = [(curve, correct) for curve in curves if (correct := at_cpu_time(curve, at)) is not None]
     if len(found) < 2:
@@ -155,7 +177,7 @@ def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)
     titles = [f"above at {budget:g} (95 %)" for budget in budgets]
     lines = ["", f"| not continued | since | {' | '.join(titles)} |", f"|---|---|{'--:|' * len(budgets)}"]
     for curve in both:
-        if curve.arm == BASELINE:
+        if curve.label == BASELINE:
             continue
         for other in (each for each in both if each.arm != curve.arm and each.macs <= curve.macs):
             if any(other.top1(budget) <= curve.top1(budget) for budget in budgets):
@@ -178,7 +200,7 @@ def cascades(frame: pd.DataFrame) -> str:
         "| cascade | budget | images | top-1 | above the second (95 %) | second asked | multiplications (second: 1) |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
-    frame = frame[frame["variant"] == ""]
+    frame = frame[(frame["variant"] == "") & ~frame["other_rate"]]
     keys = ["fold", "budget", "seed"]
     for (one, one_fusion), (two, two_fusion) in CASCADES:
         firsts = frame[(frame["arm"] == one) & (frame["fusion"] == one_fusion)]

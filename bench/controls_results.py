@@ -76,19 +76,26 @@ def require_images(work: Path, digest: str) -> None:
 
 
 def chosen(frame: pd.DataFrame) -> pd.DataFrame:
-    """The runs with the learning rate of their arm, of arms and budgets with all folds and seeds of the baseline.
+    """The runs of arms and budgets with all folds and seeds of the baseline; without what has only begun.
 
-    So without those that only served as teachers, and without what has only begun.
+    A column `other_rate` is true for runs with another learning rate than that of their arm, which were trained to see
+    what the choice costs. Those that only served as teachers are left out.
     """
     tried = frame[(frame["fold"] == "lr") & (frame["budget"] == 0.5) & (frame["variant"] == "")]
     tried = tried[tried["fusion"] == "mean"]
     best = tried.sort_values(["top1", "lr"], ascending=[False, True]).groupby("arm")["lr"].first()
     rate = frame["arm"].map(best)
-    rows = frame[(frame["fold"] != "lr") & (rate.isna() | (rate == frame["lr"]))]
-    groups = rows.groupby(["arm", "budget"])
+    other = rate.notna() & (rate != frame["lr"])
+    teaches = frame["arm"].isin(TEACHERS.values()) & (frame["lr"] == TEACHER_LR)
+    left_out = (frame["fold"] == "lr") | (other & (teaches | (frame["variant"] != "")))
+    rows = frame.assign(other_rate=other)[~left_out]
+    groups = rows.groupby(["arm", "budget", "lr"])
     folds = {key: set(zip(group["fold"], group["seed"], strict=True)) for key, group in groups}
-    keys = zip(rows["arm"], rows["budget"], strict=True)
-    return rows[[folds[arm, budget] == folds.get((BASELINE, budget)) for arm, budget in keys]]
+    of_baseline = {
+        budget: folds[arm, budget, lr] for arm, budget, lr in folds if arm == BASELINE and lr == best.get(arm, lr)
+    }
+    keys = zip(rows["arm"], rows["budget"], rows["lr"], strict=True)
+    return rows[[folds[key] == of_baseline.get(key[1]) for key in keys]]
 
 
 def read(frame: pd.DataFrame) -> list[Curve]:
@@ -99,10 +106,11 @@ def read(frame: pd.DataFrame) -> list[Curve]:
         if run.fusion not in ("mean", "learned"):
             continue
         several = len(run.branch_top1) > 1
-        label = " ".join(filter(None, [run.arm, run.variant, f"({run.fusion})" if several else ""]))
+        variant = " ".join(filter(None, [run.variant, f"lr {run.lr:g}" if run.other_rate else ""]))
+        label = " ".join(filter(None, [run.arm, variant, f"({run.fusion})" if several else ""]))
         correct = np.full(images, np.nan)
         correct[run.image] = run.correct
-        budgets = found.setdefault((run.arm, label, run.variant), {})
+        budgets = found.setdefault((run.arm, label, variant), {})
         budgets.setdefault(run.budget, []).append((run.seconds, cpu_seconds_of(run, frame), correct))
     return [curve_of(*names, budgets) for names, budgets in found.items()]
 

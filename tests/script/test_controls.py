@@ -215,13 +215,18 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
         (tmp_path / f"results/{run['arm']}-lr-{lr}.json").write_text(json.dumps(run))
     for run in chosen:  # a teacher, which has another learning rate, and a budget that has only begun
         run["evaluations"][""]["fusions"]["mean"]["correct"] = [False] * 200
-        (tmp_path / f"results/{run['arm']}-teacher.json").write_text(json.dumps(run | {"lr": 0.05}))
+        if run["arm"] == "rgb128":
+            (tmp_path / f"results/{run['arm']}-teacher.json").write_text(json.dumps(run | {"lr": 0.05}))
         if run["arm"] != "rgb128":
             (tmp_path / f"results/{run['arm']}-4.0-0.json").write_text(json.dumps(run | {"budget": 4.0}))
+    for number in (0, 1):
+        run = json.loads((tmp_path / f"results/rgb64-1.0-{number}.json").read_text())
+        (tmp_path / f"results/rgb64-other-{number}.json").write_text(json.dumps(run | {"lr": 0.05}))
     frame = controls_report.table(controls_results.read(controls_results.collected(tmp_path))).set_index(
         ["arm", "budget"]
     )
-    assert sorted(frame.index) == sorted(right)
+    assert sorted(frame.index) == sorted([*right, ("rgb64 lr 0.05", 1.0)])
+    assert frame.loc[("rgb64 lr 0.05", 1.0), "top1"] == frame.loc[("rgb64", 1.0), "top1"]
     for key, parts in right.items():
         assert frame.loc[key, "top1"] == pytest.approx(sum(map(len, parts)) / 4)
         assert frame.loc[key, "images"] == 400
@@ -234,6 +239,7 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
     controls_report.report(tmp_path)
     assert (tmp_path / "report/controls.pdf").stat().st_size > 5000
     text = (tmp_path / "report/controls.md").read_text()
+    assert "| coarse2 | rgb80 |" not in text, "which was not trained"
     left_out = text.partition("| not continued |")[2].partition("\n\n")[0].splitlines()[2:]
     (line,) = left_out  # rgb64 is worse and costs less, rgb128 is the baseline
     assert line.startswith("| rgb128_deep | coarse2 | +")
