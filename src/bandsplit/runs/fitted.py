@@ -112,6 +112,8 @@ class Fitted:
                 raise ValueError("weights and branches differ in number")
             if fitted.cascade is not None:
                 fitted.cascade.check(len(fitted.branches))
+                if "learned" not in fitted.fusions:
+                    raise ValueError("a cascade without learned fusion, whose weights it needs")
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{path}: cannot be understood: {error}; write it anew with --fit-fusion") from error
         return fitted
