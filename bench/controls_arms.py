@@ -100,6 +100,7 @@ PAIRS = (
     ("low", "rgb80"),
     ("low", "rgb64 lr 0.1"),
     ("low_wide (learned)", "low"),
+    ("low_wide (learned)", "rgb80"),
     ("stagewise (mean)", "low"),
     ("each_dct2d (mean)", "rgb128"),
     ("each_dct2d (mean)", "rgb80"),
