@@ -103,6 +103,7 @@ PAIRS = (
     ("low_wide (learned)", "rgb80"),
     ("stagewise (mean)", "low"),
     ("each_dct2d (mean)", "rgb128"),
+    ("each_dct2d (mean)", "rgb64_x4 (mean)"),
     ("each_dct2d (mean)", "rgb80"),
     ("each_dct2d (mean)", "low"),
     ("each_dct2d (mean)", "coarse2_unit"),
