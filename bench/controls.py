@@ -176,9 +176,9 @@ def prepare(roots: Sequence[Path], work: Path, folds: Sequence[int]) -> None:
     Numbers and folds follow from the classes, the order of the roots, and names and sizes of the files, wherever these
     are. Raises UserError if earlier results are those of other images.
     """
-    path, texts = work / "images.csv", ("class", "path", "name")
+    path = work / "images.csv"
     if path.exists():
-        kinds = dict.fromkeys(texts, str)
+        kinds = {"class": str, "path": str, "name": str}
         frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, encoding_errors="surrogateescape")
     elif roots:
         frame = listed(roots)
@@ -188,9 +188,8 @@ def prepare(roots: Sequence[Path], work: Path, folds: Sequence[int]) -> None:
         raise UserError(f"--images: not given, and {work} holds no images yet")
     for fold in folds:
         link(frame, frame["fold"] == fold, work / "folds" / str(fold))
-    if not (work / "folds/lr").exists():
-        inner = frame[frame["fold"] != 0]
-        link(inner, inner["inner"] == 0, work / "folds/lr")
+    inner = frame[frame["fold"] != 0]
+    link(inner, inner["inner"] == 0, work / "folds/lr")
 
 
 def listed(roots: Sequence[Path]) -> pd.DataFrame:

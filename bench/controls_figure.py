@@ -37,10 +37,8 @@ def draw(curves: Sequence[Curve]) -> Figure:
     counts = {budget: sum(budget in curve.budgets for curve in curves) for budget in base.budgets}
     most = max(budget for budget, count in counts.items() if 2 * count > max(counts.values()))
     budgets = [budget for budget, count in counts.items() if 4 * count > counts[most]]
-    shown = [curve for curve in curves if most in curve.budgets and not curve.variant]
-    shown.sort(key=lambda curve: curve.top1(most))
-    shown = list({curve.arm: curve for curve in shown}.values())
-    shown.sort(key=lambda curve: curve.top1(most))
+    rising = sorted((c for c in curves if most in c.budgets and not c.variant), key=lambda curve: curve.top1(most))
+    shown = sorted({curve.arm: curve for curve in rising}.values(), key=lambda curve: curve.top1(most))
     panels = {_minutes(base, budget): {c: c.at(budget) for c in shown if budget in c.budgets} for budget in budgets}
     at = base.cpu_seconds[-1]
     by_cpu = {curve: correct for curve in shown if (correct := at_cpu_time(curve, at)) is not None}

@@ -79,6 +79,11 @@ def table(curves: Sequence[Curve]) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def points(mean: float, interval: tuple[float, float]) -> str:
+    """A difference and its interval, in a cell of a table."""
+    return "{:+.2f} ({:+.2f} to {:+.2f})".format(mean, *interval)
+
+
 def markdown(frame: pd.DataFrame) -> str:
     """The table by budget, best first."""
     parts = []
@@ -95,7 +100,7 @@ def markdown(frame: pd.DataFrame) -> str:
         ]
         for row in rows.itertuples():
             above, above_control = (
-                "" if np.isnan(mean) else f"{mean:+.2f} ({low:+.2f} to {high:+.2f})"
+                "" if np.isnan(mean) else points(mean, (low, high))
                 for mean, low, high in (
                     (row.top1_above, row.low, row.high),
                     (row.control_above, row.control_low, row.control_high),
@@ -127,8 +132,7 @@ def pairs(curves: Sequence[Curve]) -> str:
         cells = []
         for budget in budgets:
             if budget in a.budgets and budget in b.budgets:
-                mean, (low, high) = difference(a.at(budget), b.at(budget))
-                cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
+                cells.append(points(*difference(a.at(budget), b.at(budget))))
             else:
                 cells.append("")
         lines.append(f"| {a.label} | {b.label} | {' | '.join(cells)} |")
@@ -160,8 +164,7 @@ def by_cpu_time(curves: Sequence[Curve]) -> str:
         cells = [curve.label, " / ".join(f"{each / 60:.1f}" for each in curve.cpu_seconds)]
         cells.append(f"{100 * np.nanmean(correct):.2f}")
         for other in (base.correct[-1], best):
-            mean, (low, high) = difference(correct, other)
-            cells.append(f"{mean:+.2f} ({low:+.2f} to {high:+.2f})")
+            cells.append(points(*difference(correct, other)))
         lines.append(f"| {' | '.join([*cells, ratio])} |")
     return "\n".join(lines) + "\n"
 
@@ -184,7 +187,7 @@ def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)
                 continue  # no need of the bootstrap
             found = [difference(other.at(budget), curve.at(budget)) for budget in budgets]
             if all(low > 0 for _, (low, _) in found):
-                cells = [f"{mean:+.2f} ({low:+.2f} to {high:+.2f})" for mean, (low, high) in found]
+                cells = [points(*each) for each in found]
                 lines.append(f"| {curve.label} | {other.label} | {' | '.join(cells)} |")
                 break
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""

@@ -175,6 +175,11 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
     assert len(done) == 8
 
 
+def test_pairs_are_of_arms() -> None:
+    labels = {label for pair in controls_arms.PAIRS for label in pair}
+    assert {label.split()[0] for label in labels} <= set(ARMS)
+
+
 def test_what_a_prediction_costs() -> None:
     macs, first = controls_arms.macs_of, controls_arms.FIRST
     assert macs("each_dct2d") == 4 * macs("each_dct2d", first)
@@ -185,7 +190,7 @@ def test_what_a_prediction_costs() -> None:
     assert student.weights == alone.weights + 4 * controls_arms.parameters_of("coarse2_x4")
 
 
-def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
+def test_results_are_compared_image_by_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rng = np.random.default_rng(0)
     fold = np.arange(1000) % 5
     (tmp_path / "times.json").write_text('{"rgb128": {"128": 0.5}}')
@@ -236,9 +241,12 @@ def test_results_are_compared_image_by_image(tmp_path: Path) -> None:
     assert above.high - above.low == pytest.approx(2 * 1.96 * 100 * (0.24 + 0.21) ** 0.5 / 20, rel=0.15)
     assert frame.loc[("rgb128", 2.0)].time_ratio == pytest.approx(1)
     assert 0.45 < frame.loc[("coarse2", 2.0)].time_ratio < 0.65
+    monkeypatch.setattr(controls_report, "PAIRS", (("coarse2", "rgb64 lr 0.05"), ("coarse2", "rgb80")))
     controls_report.report(tmp_path)
     assert (tmp_path / "report/controls.pdf").stat().st_size > 5000
     text = (tmp_path / "report/controls.md").read_text()
+    apart = frame.loc[("coarse2", 1.0), "top1"] - frame.loc[("rgb64 lr 0.05", 1.0), "top1"]
+    assert f"| coarse2 | rgb64 lr 0.05 | {apart:+.2f} (" in text
     assert "| coarse2 | rgb80 |" not in text, "which was not trained"
     left_out = text.partition("| not continued |")[2].partition("\n\n")[0].splitlines()[2:]
     (line,) = left_out  # rgb64 is worse and costs less, rgb128 is the baseline
