@@ -163,7 +163,7 @@ def _sizes(arm: str, epochs: int) -> list[int]:
 @cache
 def macs_of(arm: str, fusion: str = "", variant: str = "") -> int:
     """Multiply-accumulates of a prediction: a forward pass over one validation image, or FIRST's part of it."""
-    config = config_of(arm, VARIANTS.get(arm, {}).get(variant, []))
+    config = config_of(arm, VARIANTS[arm][variant] if variant else [])
     size = config.data.val_image_size or config.data.image_size
     config = config.with_values({"data": {"image_size": size}, "augment": {"progressive": None}}).with_classes(CLASSES)
     each = [cost.macs[size] for cost in costs_of(config)]

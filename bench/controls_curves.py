@@ -23,7 +23,9 @@ class Curve:
     arm: str
     label: str
     variant: str
-    """Another learning rate, or a further evaluation of the same runs, such as "at 104"; else empty."""
+    """A further evaluation of the same runs, such as "at 104"; else empty."""
+    other_rate: bool
+    """Whether its learning rate is another than that of the arm."""
     seconds: list[float]
     """By budget: of training, mean over the runs."""
     cpu_seconds: list[float]
@@ -39,6 +41,11 @@ class Curve:
     def top1(self, budget: float) -> float:
         """In percent."""
         return 100 * float(np.nanmean(self.at(budget)))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether this is the arm as the protocol has it, though perhaps with one of two fusions."""
+        return not (self.variant or self.other_rate)
 
     @property
     def family(self) -> str:

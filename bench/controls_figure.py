@@ -37,7 +37,7 @@ def draw(curves: Sequence[Curve]) -> Figure:
     counts = {budget: sum(budget in curve.budgets for curve in curves) for budget in base.budgets}
     most = max(budget for budget, count in counts.items() if 2 * count > max(counts.values()))
     budgets = [budget for budget, count in counts.items() if 4 * count > counts[most]]
-    rising = sorted((c for c in curves if most in c.budgets and not c.variant), key=lambda curve: curve.top1(most))
+    rising = sorted((c for c in curves if most in c.budgets and c.is_plain), key=lambda curve: curve.top1(most))
     shown = sorted({curve.arm: curve for curve in rising}.values(), key=lambda curve: curve.top1(most))
     panels = {_minutes(base, budget): {c: c.at(budget) for c in shown if budget in c.budgets} for budget in budgets}
     at = base.cpu_seconds[-1]

@@ -175,7 +175,7 @@ def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)
     The better one takes no more multiplications for a prediction, and the intervals of its advantage do not contain 0.
     The baseline, with which all are compared, is never left out.
     """
-    both = [curve for curve in curves if set(budgets) <= set(curve.budgets) and not curve.variant]
+    both = [curve for curve in curves if set(budgets) <= set(curve.budgets) and curve.is_plain]
     both.sort(key=lambda curve: -curve.top1(budgets[-1]))
     titles = [f"above at {budget:g} (95 %)" for budget in budgets]
     lines = ["", f"| not continued | since | {' | '.join(titles)} |", f"|---|---|{'--:|' * len(budgets)}"]

@@ -101,16 +101,16 @@ def chosen(frame: pd.DataFrame) -> pd.DataFrame:
 def read(frame: pd.DataFrame) -> list[Curve]:
     """The curves of all arms, from what `collected` returns."""
     images = 1 + max(max(numbers) for numbers in frame["image"])
-    found: dict[tuple[str, str, str], dict[float, list[tuple[float, float, Correct]]]] = {}
+    found: dict[tuple[str, str, str, bool], dict[float, list[tuple[float, float, Correct]]]] = {}
     for run in chosen(frame).itertuples():
         if run.fusion not in ("mean", "learned"):
             continue
         several = len(run.branch_top1) > 1
-        variant = " ".join(filter(None, [run.variant, f"lr {run.lr:g}" if run.other_rate else ""]))
-        label = " ".join(filter(None, [run.arm, variant, f"({run.fusion})" if several else ""]))
+        rate, fusion = f"lr {run.lr:g}" * run.other_rate, f"({run.fusion})" * several
+        label = " ".join(filter(None, [run.arm, run.variant, rate, fusion]))
         correct = np.full(images, np.nan)
         correct[run.image] = run.correct
-        budgets = found.setdefault((run.arm, label, variant), {})
+        budgets = found.setdefault((run.arm, label, run.variant, run.other_rate), {})
         budgets.setdefault(run.budget, []).append((run.seconds, cpu_seconds_of(run, frame), correct))
     return [curve_of(*names, budgets) for names, budgets in found.items()]
 
@@ -128,7 +128,9 @@ def cpu_seconds_of(run: Any, frame: pd.DataFrame) -> float:
     return own + next((cpu_seconds_of(teacher, frame) for teacher in teachers.itertuples()), math.nan)
 
 
-def curve_of(arm: str, label: str, variant: str, budgets: dict[float, list[tuple[float, float, Correct]]]) -> Curve:
+def curve_of(
+    arm: str, label: str, variant: str, other_rate: bool, budgets: dict[float, list[tuple[float, float, Correct]]]
+) -> Curve:
     order = sorted(budgets)
     correct = []
     for budget in order:
@@ -136,4 +138,5 @@ def curve_of(arm: str, label: str, variant: str, budgets: dict[float, list[tuple
         count = (~np.isnan(stack)).sum(0)
         correct.append(np.where(count > 0, np.nansum(stack, 0) / np.maximum(count, 1), np.nan))
     seconds, cpu_seconds = ([float(np.mean([run[n] for run in budgets[budget]])) for budget in order] for n in (0, 1))
-    return Curve(arm, label, variant, seconds, cpu_seconds, order, correct, [len(budgets[b]) for b in order])
+    runs = [len(budgets[budget]) for budget in order]
+    return Curve(arm, label, variant, other_rate, seconds, cpu_seconds, order, correct, runs)
