@@ -95,20 +95,21 @@ def accumulating(config: RunConfig, batch_size: int, precision: Precision, limit
 
 
 def measure(config: RunConfig, ranks: Ranks, precision: Precision) -> Memory:
-    """Memory of the second step on random images."""
+    """Memory of the second step on random images, with bands as the run's loader hands them over."""
     at_once, size = config.rank_batch_size(1), config.data.image_size // config.split.block
     ensemble, learners = learners_of(config, at_once, precision, Mesh(ranks, len(config.split.groups)))
     parts, device = config.grad_accum_steps, ranks.device
     labels = [torch.randint(0, config.classes, (at_once,), device=device)] * parts
     shapes = [(at_once, 3 * len(group), size, size) for group in config.split.groups]
-    inputs = [torch.randn(shape, device=device).to(memory_format=torch.channels_last) for shape in shapes]
+    dtype = torch.float16 if precision.half_bands else torch.float32
+    inputs = [torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last) for shape in shapes]
     for learner, x in zip(learners, inputs, strict=True):
         learner.step([x[:2]], [labels[0][:2]], lr=0.01)
     watched = StepMemory(ensemble, learners, reduced=False)
     with watched:
         for learner, x in zip(learners, inputs, strict=True):
             learner.step([x] * parts, labels, lr=0.01)
-    return watched.memory(memory.bytes_of_bands(inputs, parts, config))
+    return watched.memory(memory.bytes_of_bands(inputs, parts, config, device, 1))
 
 
 def row(name: str, config: RunConfig, found: Memory, measured: Memory | None) -> dict[str, Any]:

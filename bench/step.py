@@ -203,7 +203,8 @@ def plain(
     side, count, device = config.data.image_size, config.train.batch_size, precision.device
     batches: Iterator[Any]
     if synthetic:
-        batches = repeat((torch.randn(count, 3, side, side), torch.randint(config.classes, (count,))))
+        images = torch.randn(count, 3, side, side, device=device)
+        batches = repeat((images, torch.randint(config.classes, (count,), device=device)))
     else:
         batches = image_folder(config)
     waited: list[float] = []

@@ -104,6 +104,24 @@ def test_few_differences_are_told_and_the_run_keeps_its_list(
         assert told in str(raised.value)
 
 
+@pytest.mark.parametrize("mended", [True, False])
+def test_what_was_left_out_may_be_mended_or_removed(
+    config: RunConfig, tmp_path: Path, mended: bool, log: list[str]
+) -> None:
+    bad, good = train(config)[30:32]
+    bad.write_bytes(b"no image")
+    before = began(config, tmp_path / "run")
+    log.clear()
+    if mended:
+        shutil.copy(good, bad)
+    else:
+        bad.unlink()
+    after = pinned.as_began(tmp_path / "run/data", opened(config), config.data)
+    assert list(after["train"].paths) == list(before["train"].paths)
+    (told,) = log
+    assert told.startswith("train: images that the run began without have been removed or repaired")
+
+
 def test_many_differences_are_refused(config: RunConfig, tmp_path: Path) -> None:
     began(config, tmp_path / "run")
     for file in train(config)[::9]:

@@ -146,6 +146,18 @@ def test_the_host_does_not_wait(config_file: Path) -> None:
             torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_host_is_at_most_one_step_ahead(config_file: Path, graphs: bool) -> None:
+    take, _, config = prepared(config_file, [], graphs)
+    ends = []
+    for step in range(8):
+        torch.cuda._sleep(10**8)  # a device that is slower than the host
+        take(range(4), batch_of(config, step), step, lr=0.01)
+        ends.append(torch.cuda.Event())
+        ends[-1].record()
+        assert all(end.query() for end in ends[:-2])
+
+
 @pytest.mark.parametrize(
     "key", ["train.on_nonfinite=lower_lr", "train.activation_checkpointing=true", "optim.type=rmsprop"]
 )

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bandsplit.data.pipeline import Shard
-from bandsplit.data.store.reader import BandLoader
+from bandsplit.data.store.reader import BandLoader, ahead
 from tests.data.test_store import Packed, bands, from_store, packed, parts_of
 
 __all__ = ["packed"]  # the fixture
@@ -32,3 +32,9 @@ def test_batches_are_those_of_the_cpu(
             assert x.is_cuda
             assert x.is_contiguous(memory_format=torch.channels_last)
             torch.testing.assert_close(x.cpu(), y, rtol=1e-3 if half else 1e-5, atol=1e-3 if half else 1e-5)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_the_thread_that_reads_takes_no_memory_of_another_gpu() -> None:
+    """Its current device is the rank's own."""
+    assert [*ahead(lambda _: torch.cuda.current_device(), [0, 1], 1, gpu=1)] == [1, 1]

@@ -595,6 +595,13 @@ def test_without_a_home_the_cache_lies_among_temporary_files(tmp_path: Path, mon
         native.build(cuda=False)
 
 
+def test_the_gpu_kernel_has_machine_code_for_the_gpus_of_torch(tmp_path: Path) -> None:
+    """Also where nvcc is older than some of them, or newer."""
+    assert {f"sm_{n}" for n in native.CAPABILITIES} >= set(torch.cuda.get_arch_list())
+    nvcc = write_compiler(tmp_path / "nvcc", 'case "$*" in --list-gpu-code) echo sm_70; echo sm_75; echo sm_90;; esac')
+    assert native._machine_code(nvcc) == [f"-gencode=arch=compute_{n},code=sm_{n}" for n in (75, 90)]
+
+
 @pytest.mark.slow
 @compiles
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
@@ -615,6 +622,7 @@ def test_nvcc_of_the_python_packages_builds_the_gpu_kernel_alone(monkeypatch: py
     assert toolkit in native._toolkits_of_wheels()
     assert native._cuda_headers(nvcc) == toolkit.resolve() / "include"
 
+    monkeypatch.setattr(native, "CAPABILITIES", (90,))  # all of them take twice as long
     plugin = native.build(cuda=True)
     assert "cuda" in plugin.name
     check = python("-c", CHECK, str(plugin), env=environment(CUDA_VISIBLE_DEVICES=""))

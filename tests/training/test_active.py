@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from loguru import logger
 
 from bandsplit.config import loading
 from bandsplit.errors import UserError
@@ -50,6 +51,15 @@ def test_the_best_is_chosen_anew_with_every_branch_that_begins(config_file: Path
         progress.note_validation({"top1": top1, "loss": loss}, 0.0, active.count_begun(epoch))
         best.append((progress.best_step, progress.best_top1))
     assert best == [(10, 60), (20, 70), (20, 70), (40, 40)]
+
+
+def test_a_branch_alone_that_begins_late_is_told(config_file: Path) -> None:
+    told: list[str] = []
+    sink = logger.add(told.append, format="{message}")
+    active = ActiveBranches(loading.load(config_file, ["train.start_epochs=[0, 0, 0, 1]", "split.only=[3]"]))
+    logger.remove(sink)
+    assert told == ["no branch of this run trains before epoch 1 (train.start_epochs)\n"]
+    assert [(active.train(0, epoch), active.count_begun(epoch)) for epoch in (0, 1)] == [(False, 0), (True, 1)]
 
 
 @pytest.mark.parametrize(

@@ -9,22 +9,43 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from loguru import logger
 
 from bandsplit.cli import train
 from bandsplit.config import loading, schema
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
-from bandsplit.models import networks
+from bandsplit.errors import UserError
+from bandsplit.models import batch_norm, networks
 from bandsplit.models.precision import Precision
 from bandsplit.runs import checkpoint, directory
+from bandsplit.training import state
 from bandsplit.training.learner import Learner
 from tests.compare import assert_equal, assert_same_run, metrics, wait_for
 from tests.conftest import VAL_PER_CLASS, Done, Launch, Shared, on_ranks, run
 
 ALONE = Mesh(Ranks(0, 1, 0, 1, torch.device("cpu")), 1)
+
+
+def test_another_batch_of_batch_norm_is_told_when_a_run_resumes(config_file: Path, tmp_path: Path) -> None:
+    """On 2 of 8 ranks, each reading four streams one after the other."""
+    config, told = loading.load(config_file, ["model.bn_batch_size=128"]), []
+    sink = logger.add(told.append, format="{message}", level="WARNING")
+    run, streams = directory.RunDirectory(tmp_path), SimpleNamespace(count=8)
+    run.environment.write_text('[{"bn_batch_size": 256}]')
+    plan = SimpleNamespace(bn_batch_size=lambda _: 64, ranks=Ranks(0, 2, 0, 2, torch.device("cpu")))
+    assert state._bn_batch_size(plan, streams, run) == 64
+    logger.remove(sink)
+    assert told == ["batch norm over 64 images from now on; it was over 256\n"]
+    plan.bn_batch_size = lambda _: batch_norm.bn_batch_size(
+        config.with_values({"model": {"bn_batch_size": 128}}), 32, 2
+    )
+    with pytest.raises(UserError, match="128 given, .* 'all'; the run began on 8 ranks, and can resume on as many"):
+        state._bn_batch_size(plan, streams, run)
 
 
 def test_a_run_writes_everything_it_promises(finished: Callable[..., Path]) -> None:

@@ -57,12 +57,14 @@ def test_smoothing_has_no_bias_and_keeps_what_is_missing() -> None:
 @pytest.mark.slow
 def test_on_real_files(config_file: Path, tmp_path: Path, run_here: Callable[..., Done]) -> None:
     """Every branch has a curve, diverging ones stop early, and the suggestion can be pasted into a command."""
-    larger = ("--set", "train.batch_size=80", "--set", "model.stem=small")
+    larger = ("--set", "train.batch_size=80", "--set", "model.stem=small", "--set", "optim.base_batch=160")
     arguments = (config_file, *larger, "--from", "1e-4", "--to", "1e4", "--steps", "60", "--output", tmp_path / "out")
     done = run_here("find_lr.py", *arguments)
     assert done.returncode == 0, done.stderr
     table = json.loads((tmp_path / "out/lr_finder.json").read_text())
     assert f"all: --set optim.lr={table['suggested']:.2g}" in done.stdout
+    branches = [float(line.split()[-1]) for line in done.stdout.splitlines() if line.startswith("branch")]
+    assert branches == [float(f"{lr:.2g}") for lr in table["suggested_branch"]]
     assert 1e-4 < table["suggested"] < 10
     assert [len(row) for row in table["branch_loss"]] == [60] * 4
     assert all(row[0] is not None for row in table["branch_loss"])

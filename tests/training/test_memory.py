@@ -56,7 +56,8 @@ def of_a_step(config: RunConfig) -> tuple[Memory, int]:
     # only numbers are kept: torch frees the events with the profiler
     changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
     most = max(itertools.accumulate(size for _, size in sorted(changes, key=lambda change: change[0])))
-    return watched.memory(memory.bytes_of_bands([each[0] for each in inputs], parts, config)), most
+    bands = memory.bytes_of_bands([each[0] for each in inputs], parts, config, FP32.device, 1)
+    return watched.memory(bands), most
 
 
 @pytest.mark.parametrize("case", CASES)

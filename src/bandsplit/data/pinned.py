@@ -102,8 +102,14 @@ def _as_began(folder: Path, part: str, now: ImageFiles, data: Data) -> ImageFile
             f"with: {differ}. Restore them; a run resumes with its own list if at most data.max_bad = {allowed} images "
             "differ and at most a tenth are gone or changed"
         )
-    logger.warning(
-        f"{name}: {differ} since the run began. It resumes with its own list: new images are not used, and one that "
-        f"cannot be read is {'replaced by another image of its class' if part == 'train' else 'left out'}"
-    )
+    if missed or differ.new:
+        logger.warning(
+            f"{name}: {differ} since the run began. It resumes with its own list: new images are not used, and one "
+            f"that cannot be read is {'replaced by another image of its class' if part == 'train' else 'left out'}"
+        )
+    else:
+        logger.info(
+            f"{name}: images that the run began without have been removed or repaired, or the order is another. It "
+            "resumes with its own list"
+        )
     return ImageFiles.of(began, now.paths.folder)

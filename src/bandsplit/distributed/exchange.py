@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import torch
@@ -24,8 +25,7 @@ class Exchange:
 
     def __init__(self, mesh: Mesh) -> None:
         self._mesh = mesh
-        on_gpu = mesh.ranks.device.type == "cuda"
-        self._stream = torch.cuda.Stream(mesh.ranks.device) if on_gpu else None  # type: ignore[no-untyped-call]
+        self._stream = _side_stream(mesh.ranks.device) if mesh.ranks.device.type == "cuda" else None
 
     def on_side_stream(self) -> Any:
         """Context in which to prepare and send a batch while the device computes; does nothing on a CPU."""
@@ -54,7 +54,7 @@ class Exchange:
                 for output, target in zip(gathered, targets, strict=True)
             ),
         ]
-        return Transfer(works, [sent, *targets], received, gathered, [tuple(x.shape) for x in own], g, self._stream)
+        return Transfer(works, [sent, *targets], received, gathered, [tuple(x.shape) for x in own], g)
 
     def give_back(self, logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Returns logits and labels to the ranks that decoded the images.
@@ -73,6 +73,12 @@ class Exchange:
         return rearrange(received, "g k b c -> (g k) b c"), labels.chunk(g)[self._mesh.ranks.rank % g]
 
 
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """One for training and validation, since torch keeps freed memory for the stream that it was allocated on."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+
 @dataclass
 class Transfer:
     """A batch in transit."""
@@ -89,21 +95,18 @@ class Transfer:
     """(B, channels, h, w) for each branch of this rank: the part that one rank sends."""
     sources: int
     """Ranks in the replica, g."""
-    stream: torch.cuda.Stream | None
-    """Stream of the collectives; None on a CPU."""
 
     def wait(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Waits for the batch; on a GPU, makes the current stream wait.
+        """Waits for the batch; on a GPU, makes the current stream wait for the collectives, and for nothing else.
 
         Returns:
             inputs of this rank's branches, (g * B, channels, h, w) each in channels_last, and targets, (g * B, …) each.
         """
         for work in self.works:
             work.wait()
-        if self.stream is not None:
-            current = torch.cuda.current_stream()
-            current.wait_stream(self.stream)
-            for tensor in (self.received, *self.targets):
+        if self.received.is_cuda:  # made on the side stream, which must not reuse their memory too early
+            current = torch.cuda.current_stream(self.received.device)
+            for tensor in (*self.sent, self.received, *self.targets):
                 tensor.record_stream(current)
         inputs, start = [], 0
         by_source = self.received.view(self.sources, -1)

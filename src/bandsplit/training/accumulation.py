@@ -98,6 +98,7 @@ def _step_succeeds(config: RunConfig, mesh: Mesh, precision: Precision) -> bool:
     finally:
         if on_gpu:
             torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(device)  # metrics.jsonl has the peak of the run alone
             torch.cuda.set_per_process_memory_fraction(1.0, device)
 
 
@@ -123,7 +124,7 @@ def _try_step(config: RunConfig, mesh: Mesh, precision: Precision) -> None:
     ]
     buckets = sum(p.nbytes for p in ensemble.parameters()) if mesh.replicas > 1 else 0
     streams = capture.overlapping(config, device, mesh.replicas, len(inputs))
-    bands = memory.bytes_of_bands(inputs, steps, own, copied=streams > 1)
+    bands = memory.bytes_of_bands(inputs, steps, config, device, mesh.replicas)
     others = torch.empty(bands + buckets, dtype=torch.uint8, device=device)
     labels = torch.zeros(at_once, dtype=torch.int64, device=device)
     resting = 0

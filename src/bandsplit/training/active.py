@@ -31,6 +31,8 @@ class ActiveBranches:
         self._config, self._is_first, count = config, is_first, len(config.split.numbers)
         starts = config.train.start_epochs
         self._starts = [starts[number] if starts else 0 for number in config.split.numbers]
+        if is_first and min(self._starts) > 0:
+            logger.info(f"no branch of this run trains before epoch {min(self._starts)} (train.start_epochs)")
         self._lowest = [math.inf] * count
         """Held-out loss of each branch."""
         self._since = [0] * count

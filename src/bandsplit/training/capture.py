@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from bandsplit.config.schema import RunConfig
+from bandsplit.config.schema import Model, RunConfig
 from bandsplit.training import optimizers
 
 
@@ -24,5 +24,18 @@ def obstacle(config: RunConfig, device: torch.device, replicas: int) -> str | No
 
 
 def overlapping(config: RunConfig, device: torch.device, replicas: int, branches: int) -> int:
-    """How many of a rank's branches take a step at the same time."""
-    return 1 if obstacle(config, device, replicas) else min(config.train.branches_at_once, branches)
+    """How many of a rank's branches take a step at the same time, at most; 1 if any of the run draws random numbers.
+
+    Graphs share the seed of their random numbers on the device, which each sets when it begins.
+    """
+    draws = any(_draws(config.model_of(number)) for number in config.split.numbers)
+    return 1 if draws or obstacle(config, device, replicas) else min(config.train.branches_at_once, branches)
+
+
+def _draws(model: Model) -> bool:
+    """Whether a network has stochastic depth, or dropout as all of torchvision's but the ResNets.
+
+    Of timm's networks only their first steps tell.
+    """
+    has_dropout = model.source == "torchvision" and not model.arch.startswith("resnet") and model.dropout != 0
+    return has_dropout or model.drop_path > 0

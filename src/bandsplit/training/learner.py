@@ -95,6 +95,12 @@ class Learner:
             self.lr_factor /= 2
         return Outcome(loss, taken, failed)
 
+    def forget_step(self) -> None:
+        """Makes it ready for a step after one that has failed midway: without gradients, and with its loss scale."""
+        self.optimizer.zero_grad(set_to_none=True)
+        one = torch.ones((), device=next(self.network.parameters()).device)
+        self._scaler.update(self._scaler.scale(one))  # keeps the scale; forgets that gradients have been divided by it
+
     def _set(self, lr: float | Tensor, momentum: float | None) -> None:
         optimizers.set_lr(self.optimizer, lr)
         if momentum is not None:

@@ -107,7 +107,8 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False, own_only: bool
             for i, outcome in outcomes.items():
                 meter.note(i, outcome, step)
             if watched:
-                bands = memory.bytes_of_bands(parts[0].inputs, len(parts), config)
+                mesh = session.mesh
+                bands = memory.bytes_of_bands(parts[0].inputs, len(parts), config, ranks.device, mesh.replicas)
                 log_memory(watched.memory(bands), ranks.device, session.overlapping)
             progress.advance(config.train.batch_size, plan.steps_per_epoch)
             if console:
@@ -120,7 +121,8 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False, own_only: bool
             if logs:
                 events.emit("train", **meter.line(progress, watch), lr=lr, image_size=session.loader.size)
 
-            if ends_epoch and (round(progress.epoch) % config.validation.every == 0 or step == plan.total_steps):
+            due = round(progress.epoch) % config.validation.every == 0 or step == plan.total_steps
+            if ends_epoch and due and active.count_begun(epoch):
                 validated = Ensemble(learner.validated for learner in session.learners)
                 with watch.paused(), session.mesh.mean_buffers(validated):
                     began = time.perf_counter()

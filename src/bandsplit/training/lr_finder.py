@@ -29,7 +29,7 @@ DIVERGED = 4.0
 
 
 def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path) -> float:
-    """Trains one step at each of `steps` learning rates, log-spaced from `low` to `high`; every rank must call it.
+    """Trains one step at each of `steps` values of `optim.lr`, log-spaced between two; every rank must call it.
 
     Prints a suggestion for each branch and for the mean loss, plots the losses, and returns the suggestion for the
     mean loss. Branches that diverge stop. No validation, no checkpoints. Raises UserError if the loss never falls.
@@ -54,8 +54,7 @@ def find_lr(config: RunConfig, low: float, high: float, steps: int, output: Path
         replace_text(output / "lr_finder.json", json.dumps(table) + "\n")
         for number, lr in zip(config.split.numbers, every, strict=True):
             print(f"branch {number:>2}  {'none in this range' if lr is None else f'{lr:.2g}'}")
-        scaled = best / config.peak_lr * config.optim.lr  # peak_lr may be optim.lr scaled to the batch size
-        print(f"all: --set optim.lr={scaled:.2g}\nfigure and numbers: {output}")
+        print(f"all: --set optim.lr={best:.2g}\nfigure and numbers: {output}")
     return best
 
 
@@ -67,11 +66,12 @@ def _range_test(config: RunConfig, lrs: Floats, output: Path) -> Floats:
         mesh, branches = session.mesh, len(session.plan.parameters)
         losses = np.full((branches, len(lrs)), np.nan)
         alive = np.ones(branches, dtype=bool)
+        scaling = config.peak_lr / config.optim.lr  # to the batch size, with optim.base_batch
         for step, lr in enumerate(followed(lrs, "learning rates", len(lrs), "steps", ranks.is_first)):
             parts = session.feed.take(session.streams.parts, ahead=step + 1 < len(lrs))
             found = torch.zeros(branches, dtype=torch.float64, device=ranks.device)
             going_on = [i for i, k in enumerate(mesh.own) if alive[k]]
-            for i, outcome in session.step(going_on, parts, step, lr).items():
+            for i, outcome in session.step(going_on, parts, step, lr * scaling).items():
                 found[mesh.own[i]] = torch.where(outcome.failed, torch.inf, outcome.loss)
             together = (ranks.sum(found) / mesh.replicas).cpu().numpy()
             losses[alive, step] = together[alive]
@@ -130,7 +130,7 @@ def _draw(
         top = float(np.nanmax([curve[0] for curve in curves]))
         bottom = float(np.nanmin([np.nanmin(curve) for curve in curves]))
         margin = top - bottom
-        axes.set(xscale="log", xlabel="Learning rate", ylabel="Training loss (smoothed)")
+        axes.set(xscale="log", xlabel="Learning rate (optim.lr)", ylabel="Training loss (smoothed)")
         axes.set_ylim(bottom - 0.15 * margin, top + 0.6 * margin)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
         figure.savefig(output / "lr_finder.png")

@@ -138,11 +138,12 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum({_address(x): x.untyped_storage().nbytes() for x in tensors}.values())
 
 
-def bytes_of_bands(inputs: Iterable[Tensor], parts: int, config: RunConfig, copied: bool = False) -> int:
-    """Bytes of the batches of a step and of those that are prefetched.
+def bytes_of_bands(inputs: Iterable[Tensor], parts: int, config: RunConfig, device: torch.device, replicas: int) -> int:
+    """Bytes of the batches of a step, with their copy for CUDA graphs, and of those that are prefetched.
 
-    `inputs`: of all branches, of one of `parts` equal parts that a rank takes for a step; `copied`: for CUDA graphs.
+    `inputs`: of all branches, of one of `parts` equal parts that a rank takes for a step.
     """
+    copied = capture.obstacle(config, device, replicas) is None
     return round(_bytes(inputs) * parts * (1 + copied + config.data.prefetch / config.grad_accum_steps))
 
 
@@ -204,9 +205,8 @@ def of_branch(
         watched = StepMemory(branch, [learner], reduced)
         with watched:
             learner.step([x] * parts, [y] * parts, lr=0.1)
-        copied = capture.obstacle(config, precision.device, 1 + reduced) is None
-        bands = bytes_of_bands([x.half() if precision.half_bands else x], accumulated, config, copied)
-        memory = watched.memory(bands)
+        received = x.half() if precision.half_bands else x
+        memory = watched.memory(bytes_of_bands([received], accumulated, config, precision.device, 1 + reduced))
     return replace(memory, weights=(1 + (config.train.ema_decay is not None)) * memory.weights)
 
 

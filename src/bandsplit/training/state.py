@@ -74,7 +74,7 @@ def open_run(directory: RunDirectory, plan: Plan, stack: ExitStack) -> ResumePoi
         if point.finished:
             return point
     streams = plan.streams(point.run["streams"] if point else None)
-    bn_batch_size = plan.bn_batch_size(streams)
+    bn_batch_size = _bn_batch_size(plan, streams, directory)
     checkpoint.set_aside_unused(directory.checkpoints, path)
     metrics.forget_after(point.run["progress"]["step"] if point else 0)
     launch = environment(plan.ranks.world_size, device_name(plan.ranks))
@@ -84,6 +84,23 @@ def open_run(directory: RunDirectory, plan: Plan, stack: ExitStack) -> ResumePoi
         source.keep(directory.data, plan.files)
     directory.create(config, classes, launch, names if names != list(classes) else ())
     return point
+
+
+def _bn_batch_size(plan: Plan, streams: Streams, directory: RunDirectory) -> int:
+    """Images per batch norm statistic; warns where they were others in the last launch of the run.
+
+    Raises UserError if `model.bn_batch_size` is impossible on these ranks, or on those that a run resumes on.
+    """
+    try:
+        images = plan.bn_batch_size(streams)
+    except UserError as error:
+        if streams.count == plan.ranks.world_size:
+            raise
+        raise UserError(f"{error}; the run began on {streams.count} ranks, and can resume on as many") from None
+    before = directory.last_launch.get("bn_batch_size", images)
+    if images != before:
+        logger.warning("batch norm over {} images from now on; it was over {}", images, before)
+    return images
 
 
 def _require_same_teacher(run: checkpoint.State, plan: Plan, path: Path) -> None:

@@ -28,20 +28,38 @@ def steps_of(learners: Sequence[Learner], config: RunConfig, mesh: Mesh, seed: C
     """
     device = mesh.ranks.device
     if capture.obstacle(config, device, mesh.replicas) is not None:
-        return InTurn(learners, seed)
-    return Graphs(learners, seed, capture.overlapping(config, device, mesh.replicas, len(mesh.own)), device)
+        return InTurn(learners, seed, device)
+    return Graphs(learners, seed, device, capture.overlapping(config, device, mesh.replicas, len(mesh.own)))
 
 
 class InTurn:
-    """Steps of the branches of a rank, one after the other."""
+    """Steps of the branches of a rank, one after the other.
 
-    def __init__(self, learners: Sequence[Learner], seed: Callable[[int, int], None]) -> None:
-        self._learners, self._seed = learners, seed
+    On a GPU, a call returns when the step before is done. So the host is one step ahead, and no further: batches that
+    wait for their step take memory, and a host that is ahead would count time as waiting for data.
+    """
+
+    def __init__(self, learners: Sequence[Learner], seed: Callable[[int, int], None], device: torch.device) -> None:
+        self._learners, self._seed, self._device = learners, seed, device
+        self._end: torch.cuda.Event | None = None
+        """Of the last step, on a GPU."""
 
     def __call__(
         self, branches: Sequence[int], parts: Sequence[Batch], number: int, lr: float, momentum: float | None = None
     ) -> dict[int, Outcome]:
         """Step `number` of some of the rank's branches, on all parts of a batch."""
+        outcomes = self._take(branches, parts, number, lr, momentum)
+        if self._device.type == "cuda":
+            before = self._end
+            self._end = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # leaves CPUs to other threads
+            self._end.record(torch.cuda.current_stream(self._device))
+            if before is not None:
+                before.synchronize()
+        return outcomes
+
+    def _take(
+        self, branches: Sequence[int], parts: Sequence[Batch], number: int, lr: float, momentum: float | None
+    ) -> dict[int, Outcome]:
         labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
         outcomes = {}
         for i in branches:
@@ -55,55 +73,66 @@ class Graphs(InTurn):
     """Steps that are captured as a CUDA graph for each branch, and replayed on several streams.
 
     The first steps on inputs of new shapes, or of other branches, are taken in turn: cuDNN chooses its algorithms in
-    them, and code is compiled. Where capturing fails, all steps are. Memory is that of as many branches as there are
-    streams.
+    them, and code is compiled. A step whose capture fails is taken in turn too. Memory is that of as many branches as
+    there are streams.
     """
 
     WARM_UP = 2
     """Steps in turn before graphs are captured."""
+    ATTEMPTS = 3
+    """Captures that fail, of which another thread may be the cause, before all steps are taken in turn."""
 
     def __init__(
-        self, learners: Sequence[Learner], seed: Callable[[int, int], None], streams: int, device: torch.device
+        self, learners: Sequence[Learner], seed: Callable[[int, int], None], device: torch.device, streams: int
     ) -> None:
-        super().__init__(learners, seed)
-        self._device = device
+        super().__init__(learners, seed, device)
         self._streams = [torch.cuda.Stream(device) for _ in range(streams)]  # type: ignore[no-untyped-call]
         self._lr = torch.zeros((), device=device)
         self._key: object = None
-        self._taken, self._is_random, self._is_possible = 0, False, True
+        self._taken, self._failed, self._is_random = 0, 0, False
         self._parts: list[Batch] = []
         """The tensors that the graphs read."""
         self._graphs: list[_Graph] = []
 
-    def __call__(
-        self, branches: Sequence[int], parts: Sequence[Batch], number: int, lr: float, momentum: float | None = None
+    def _take(
+        self, branches: Sequence[int], parts: Sequence[Batch], number: int, lr: float, momentum: float | None
     ) -> dict[int, Outcome]:
         key = (tuple(branches), momentum, [(x.shape, x.dtype) for part in parts for x in _tensors(part, branches)])
         if key != self._key:
-            self._key, self._taken, self._is_random = key, 0, False
+            self._key, self._taken, self._failed, self._is_random = key, 0, 0, False
             self._graphs, self._parts = [], []  # frees their memory
-        if self._taken < self.WARM_UP or not self._is_possible:
+        if not branches:  # those of other ranks go on
+            return {}
+        if self._taken < self.WARM_UP:
             self._taken += 1
             generator = torch.cuda.default_generators[self._device.index or 0]
             outcomes: dict[int, Outcome] = {}
             for i in branches:
-                outcomes |= super().__call__([i], parts, number, lr, momentum)
+                outcomes |= super()._take([i], parts, number, lr, momentum)
                 self._is_random |= generator.get_offset() > 0  # each branch sets it to 0 when it seeds
             return outcomes
-        if not self._graphs:
-            self._parts = [part.copied() for part in parts]
-            try:
-                self._capture(branches, momentum)
-            except RuntimeError as error:
-                logger.warning("steps are not captured as CUDA graphs, and take longer: {}", str(error).splitlines()[0])
-                self._graphs, self._parts, self._is_possible = [], [], False
-                for i in branches:
-                    self._learners[i].optimizer.zero_grad(set_to_none=True)
-                return super().__call__(branches, parts, number, lr, momentum)
+        if not self._graphs and (self._failed == self.ATTEMPTS or not self._captured(branches, parts, momentum)):
+            return super()._take(branches, parts, number, lr, momentum)
         theirs, own = ([x for part in each for x in _tensors(part, branches)] for each in (parts, self._parts))
         for static, x in {id(static): (static, x) for static, x in zip(own, theirs, strict=True)}.values():
             static.copy_(x)
         return self._replay(number, lr)
+
+    def _captured(self, branches: Sequence[int], parts: Sequence[Batch], momentum: float | None) -> bool:
+        """Whether the graphs could be captured; frees what an attempt that fails has made."""
+        try:
+            self._parts = [part.copied() for part in parts]
+            self._capture(branches, momentum)
+            return True
+        except RuntimeError as error:
+            reason = str(error) or type(error).__name__  # the error itself would keep the tensors of the step
+        self._graphs, self._parts = [], []
+        for i in branches:
+            self._learners[i].forget_step()
+        self._failed += 1
+        if self._failed == self.ATTEMPTS:
+            logger.warning("steps are not captured as CUDA graphs, and take longer: {}", reason.splitlines()[0])
+        return False
 
     def _capture(self, branches: Sequence[int], momentum: float | None) -> None:
         """A graph for each branch. Those of a stream share memory, since they follow each other."""

@@ -195,6 +195,11 @@ def _side(config: RunConfig, size: int | None) -> int:
     if size is None:
         whole = data.resize_size // block * block
         centered = whole - (whole - data.val_size) % (2 * block)
+        if whole < data.image_size:
+            raise UserError(
+                f"data.image_size: {data.image_size} given; allowed for a band store: at most data.resize_size = "
+                f"{data.resize_size}, in whole blocks of {block}"
+            )
         return centered if centered >= data.image_size else whole
     if size % block or not data.image_size <= size <= data.resize_size:
         raise UserError(

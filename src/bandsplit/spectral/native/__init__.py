@@ -1,6 +1,6 @@
 """Builds, caches and loads the DALI operator `fn.spectral_split`.
 
-`load()` registers the operator with DALI. The first process compiles the plugin (about 10 s, or 30 s with the GPU
+`load()` registers the operator with DALI. The first process compiles the plugin (about 10 s, or 40 s with the GPU
 kernel) and later ones load it from the cache. `python -m bandsplit.spectral.native` prebuilds it, for example on a
 login node. The operator computes `bandsplit.spectral.transforms.split_images`; its sources are in this folder.
 
@@ -31,11 +31,10 @@ CUDA_SOURCE = "spectral_split.cu"
 SOURCES = ("spectral_split.h", "tiles.h", *CPU_SOURCES, CUDA_SOURCE)
 
 CXX_FLAGS = ["-std=c++20", "-O3", "-fPIC", "-march=native", "-ffp-contract=fast", "-w"]
-# Machine code for A100 (sm_80), A40 and RTX 30 (sm_86) and H100 (sm_90); PTX for newer GPUs.
-NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-w", "--threads", "4"] + [
-    f"-gencode=arch=compute_{arch},code={code}"
-    for arch, code in [(80, "sm_80"), (86, "sm_86"), (90, "sm_90"), (90, "compute_90")]
-]
+NVCC_FLAGS = ["-std=c++20", "-O3", "-Xcompiler", "-fPIC", "-w", "--threads", "4"]
+NVCC_FLAGS += ["-gencode=arch=compute_90,code=compute_90"]  # PTX, for GPUs that are newer than the machine code
+CAPABILITIES = (75, 80, 86, 90, 100, 120)
+"""Compute capabilities of the GPUs that get machine code, times ten: those of torch's packages."""
 
 
 class BuildError(RuntimeError):
@@ -143,12 +142,18 @@ def _compile(name: str, cxx: list[str], nvcc: str | None) -> Path:
             host = ["-ccbin", cxx[-1]]  # $CXX may be "ccache g++", but -ccbin takes one program
             dali_flags, link = sysconfig.get_compile_flags(), ["-Xlinker", "--no-undefined"]
             commands += [
-                [nvcc, *host, *NVCC_FLAGS, *dali_flags, "-c", str(HERE / CUDA_SOURCE), "-o", gpu],
+                [nvcc, *host, *NVCC_FLAGS, *_machine_code(nvcc), *dali_flags, "-c", str(HERE / CUDA_SOURCE), "-o", gpu],
                 [nvcc, *host, "-shared", *objects, gpu, "-o", linked, *libraries, *link],
             ]
         for command in followed(commands, "building the DALI operator", len(commands), "commands"):
             _run(command)
         return _into_cache(Path(linked), name)
+
+
+def _machine_code(nvcc: str) -> list[str]:
+    """Options for machine code of CAPABILITIES, without those that this nvcc does not know."""
+    known = _output([nvcc, "--list-gpu-code"]).split()
+    return [f"-gencode=arch=compute_{n},code=sm_{n}" for n in CAPABILITIES if f"sm_{n}" in known]
 
 
 def _run(command: list[str]) -> None:
@@ -179,7 +184,8 @@ def _stem(cuda: bool) -> str:
     import nvidia.dali
     from nvidia.dali import sysconfig
 
-    flags = [*CXX_FLAGS, *(NVCC_FLAGS if cuda else []), *sysconfig.get_compile_flags(), *sysconfig.get_link_flags()]
+    gpu = [*NVCC_FLAGS, *map(str, CAPABILITIES)] if cuda else []
+    flags = [*CXX_FLAGS, *gpu, *sysconfig.get_compile_flags(), *sysconfig.get_link_flags()]
     sources = [(HERE / name).read_text() for name in SOURCES]
     key = _hash([nvidia.dali.__version__, *flags, *sources, platform.machine(), _cpu_features()])
     return f"spectral_split-{'cuda' if cuda else 'cpu'}-{key}"
