@@ -38,6 +38,18 @@ def bandsplit(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
     return call
 
 
+@pytest.mark.parametrize(
+    ("own", "told"), [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, "")]
+)
+def test_threads_that_wait_sleep_soon_unless_the_user_says_otherwise(own: dict[str, str], told: str) -> None:
+    """OpenMP reads its variables when torch is imported."""
+    lines = "import os, sys; from bandsplit.cli import entry, train; assert 'torch' not in sys.modules; "
+    lines += "entry.run(lambda: print(os.environ.get('GOMP_SPINCOUNT', '')))"
+    env = {key: value for key, value in os.environ.items() if not key.startswith(("GOMP_", "OMP_"))}
+    done = subprocess.run([sys.executable, "-c", lines], env={**env, **own}, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{told}\n", "")
+
+
 def test_both_doors_lead_to_the_same(bandsplit: Run, run_here: Run, tmp_path: Path) -> None:
     for arguments in (
         ("resnet34_sub16", "--set", "seed=7", "--print-run-dir"),
