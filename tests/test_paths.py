@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from bandsplit.errors import UserError
-from bandsplit.paths import expanded, reading_from, writing_to
+from bandsplit.paths import expanded, reading_from, replace_bytes, writing_to
 
 
 def test_variables_and_homes_are_expanded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,3 +38,13 @@ def test_errors_of_the_file_system_name_the_file(tmp_path: Path) -> None:
         (tmp_path / "x").read_text()
     with pytest.raises(UserError, match=f"^{tmp_path}: cannot be written: .*No such file"), writing_to(tmp_path):
         (tmp_path / "x" / "y").write_text("")
+
+
+def test_a_file_may_have_a_name_of_any_length(tmp_path: Path) -> None:
+    """While it is written, too; and two have two names then."""
+    files = [tmp_path / (255 * letter) for letter in "ab"]
+    with replace_bytes(files[0]) as first, replace_bytes(files[1]) as second:
+        first.write(b"a")
+        second.write(b"b")
+    assert sorted(tmp_path.iterdir()) == files
+    assert [file.read_bytes() for file in files] == [b"a", b"b"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import tempfile
@@ -72,9 +73,13 @@ def reading_from(path: Path, advice: str = "") -> Iterator[None]:
 
 def require_file(option: str, path: Path) -> None:
     """Raises UserError if a file of this name, which the option gives, cannot be written."""
-    if not path.parent.is_dir():
+    try:
+        has_folder, is_folder = path.parent.is_dir(), path.is_dir()
+    except OSError as error:
+        raise UserError(f"{option} {path}: {error.strerror}") from error
+    if not has_folder:
         raise UserError(f"{option} {path}: there is no folder {path.parent}")
-    if path.is_dir():
+    if is_folder:
         raise UserError(f"{option} {path}: this is a folder; name a file")
 
 
@@ -89,20 +94,25 @@ def writing_to(path: Path) -> Iterator[None]:
         raise told from error
 
 
+def temporary(path: Path) -> Path:
+    """What a file is called until it is whole: beside it, hidden, and short, since its name may be of any length."""
+    return path.with_name(f".{hashlib.blake2b(os.fsencode(path.name), digest_size=8).hexdigest()}.tmp")
+
+
 @contextmanager
 def replace_bytes(path: Path, durable: bool = True) -> Iterator[IO[bytes]]:
     """A file to write to, which takes its name at the end. Raises UserError if it cannot be written.
 
     If it is not `durable`, a machine that loses power may leave it empty.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    unfinished = temporary(path)
     with writing_to(path):
-        with temporary.open("wb") as file:
+        with unfinished.open("wb") as file:
             yield file
             if durable:
                 file.flush()
                 os.fsync(file.fileno())
-        temporary.replace(path)
+        unfinished.replace(path)
         if durable:
             sync_folder(path.parent)
 

@@ -38,6 +38,7 @@ LISTS = {
     "csv": ("l.csv", "a/x 1.jpg,cat\nb.jpg,dog\n"),
     "tabs": ("l.txt", "a/x 1.jpg\tcat\n b.jpg\t\tdog \t0\t32\n"),
     "header of text": ("l.tsv", "# from Kaggle\nImage\tLabel\na/x 1.jpg\tcat\nb.jpg\tdog\n"),
+    "other header of text": ("l.txt", "image_id\tspecies\na/x 1.jpg\tcat\nb.jpg\tdog\n"),
     "header": ("l.CSV", 'split,label,path\ntrain,cat,"a/x 1.jpg"\nval, dog,b.jpg\n'),
 }
 
@@ -69,6 +70,44 @@ def test_a_header_is_known_by_its_words_or_since_it_names_no_file(tmp_path: Path
     assert (found.labels.tolist(), found.classes) == ([*range(11)], [*map(str, range(11))])
     (tmp_path / "l.csv").write_text("gone.jpg,1\nx,0\n")  # a name with such a suffix is an image that is not there
     assert listed(tmp_path / "l.csv", tmp_path).sizes.tolist() == [MISSING, 0]
+
+
+def test_an_image_whose_name_begins_like_a_comment(tmp_path: Path) -> None:
+    (tmp_path / "#1.jpg").touch()
+    (tmp_path / "l.txt").write_text("#1.jpg cat\n#2.jpg cat\n#\n3.jpg dog\n")
+    assert names(listed(tmp_path / "l.txt", tmp_path)) == ["#1.jpg", "3.jpg"]
+
+
+def test_links_to_what_holds_the_part_are_not_entered(tmp_path: Path) -> None:
+    """Also where the part is a link itself, so that its folder is in two others."""
+    real = tmp_path / "disk/train"
+    for name in ("cat/1.jpg", "dog/2.jpg", "../val/cat/3.jpg"):
+        (real / name).parent.mkdir(parents=True, exist_ok=True)
+        (real / name).touch()
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set/train").symlink_to(real)
+    for name, to in (("all", "../.."), ("set", tmp_path / "set"), ("self", "..")):
+        (real / "cat" / name).symlink_to(to)
+    (real / "everything").symlink_to("..")
+    found = walk(tmp_path / "set/train")
+    assert (names(found), found.classes) == (["cat/1.jpg", "dog/2.jpg"], ["cat", "dog"])
+    (told,) = found.passed_over
+    assert told.startswith("4 links to a folder above, such as ")
+
+
+def test_links_that_lead_nowhere_and_files_beside_the_classes_are_counted(tmp_path: Path) -> None:
+    (tmp_path / "cat").mkdir()
+    for name in ("cat/1.jpg", "2.jpg", "notes.txt"):
+        (tmp_path / name).touch()
+    for above in (tmp_path, tmp_path / "cat"):
+        (above / "dog").symlink_to("/disk2/dog")
+        (above / "me").symlink_to("me")
+        (above / "through").symlink_to(tmp_path / "2.jpg/x")
+    found = walk(tmp_path)
+    assert (names(found), found.classes) == (["cat/1.jpg"], ["cat"])
+    assert [told.partition(", ")[0] for told in found.passed_over] == [
+        "6 broken links or special files", "1 of another type", "1 outside of the class folders"
+    ]  # fmt: skip
 
 
 def test_a_label_may_have_blanks_where_a_tab_is_before_it(tmp_path: Path) -> None:

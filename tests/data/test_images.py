@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -9,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from loguru import logger
 
 from bandsplit.config import loading, schema
-from bandsplit.data import images, loader
+from bandsplit.data import check, images, index, loader
 from bandsplit.data.folders import walk
 from bandsplit.data.images import ImageFiles
 from bandsplit.distributed.ranks import Ranks
@@ -46,6 +48,12 @@ def test_numbers_of_classes_may_have_leading_zeros(labels: list[str]) -> None:
     assert np.asarray(named.renumbered(["010", *classes], "run", "here", numbers=True).labels).tolist() == [0, 1, 2]
     with pytest.raises(UserError, match="here: the classes are not those that run was trained on: .*new 0011"):
         ImageFiles(["a"], [0], ["0011"]).renumbered(classes, "run", "here", numbers=True)
+
+
+def test_images_without_any_label_are_refused() -> None:
+    """As in the list of a test set."""
+    with pytest.raises(UserError, match="here: none of the 2 images has a label"):
+        ImageFiles(["a", "b"], [0, 1], ["", ";"]).renumbered(["cat", "dog"], "run", "here")
 
 
 def test_files_and_labels_are_sorted_and_complete(image_root: Path) -> None:
@@ -142,6 +150,62 @@ def test_classes_have_to_agree(copy: Path) -> None:
         open_data(data(copy))
 
 
+def test_a_part_without_a_good_image_is_refused_and_a_class_without_one_is_named(copy: Path) -> None:
+    lines: list[str] = []
+    sink = logger.add(lines.append, format="{message}")
+    config = data(copy, check="headers")
+    folder = min((copy / "val").iterdir())
+    for file in folder.iterdir():
+        file.write_bytes(b"no image")
+    assert len(open_data(config)[1]) == 9 * VAL_PER_CLASS
+    logger.remove(sink)
+    assert f"val: no image is left of 1 of 10 classes: {folder.name}\n" in lines
+    for file in (copy / "val").rglob("*.jpg"):
+        file.write_bytes(b"no image")
+    with pytest.raises(UserError, match=rf"none of the {10 * VAL_PER_CLASS} images in val can be .*: not an image of"):
+        open_data(config)
+    for part, above in (("train", ""), ("val", "elsewhere/")):
+        names = [str(path.relative_to(copy)) for path in sorted((copy / part).rglob("*.jpg"))]
+        (copy / f"{part}.txt").write_text("".join(f"{above}{name} {Path(name).parent.name}\n" for name in names))
+    with pytest.raises(UserError, match=r"none of the 50 images in val.txt .*'elsewhere/val/.*: no such file"):
+        open_data(data(copy, check="headers", layout="list", train="train.txt", val="val.txt"))
+
+
+def test_an_index_beside_data_that_cannot_be_written_any_more_is_used(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also that of so many images that they are not looked at one by one."""
+    config = data(copy, check="headers")
+    for folder in (copy / "train", copy / "val"):
+        for each in (folder, *folder.iterdir()):
+            os.utime(each, (1_700_000_000, 1_700_000_000))
+    before = open_data(config)
+    monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    monkeypatch.setattr(check, "examine", None)
+    monkeypatch.setattr(index, "_MANY", 0)
+    assert [files.digest for files in open_data(config)] == [files.digest for files in before]
+    assert [found.digest for found in images.scan(config).values()] == [files.digest for files in before]
+    assert not (tmp_path / "cache").exists()
+    monkeypatch.setattr(index, "_MANY", 1000)
+    for _ in range(2):
+        assert [files.digest for files in open_data(config)] == [files.digest for files in before]
+        shutil.rmtree(copy / ".bandsplit", ignore_errors=True)  # the cache has it now
+
+
+def test_a_copy_of_an_index_says_nothing_of_the_images_beside_it(copy: Path) -> None:
+    """As on a node to whose disk a data set was copied, with its index, but not all of its images."""
+    config = data(copy, check="headers")
+    place = images._examined(config, ["val"])["val"]
+    files = images.read_part(config, "val", place)
+    assert files is not None
+    assert files.digest == place.opened().digest
+    Path(shutil.copy2(place.path, copy / "copied")).replace(place.path)
+    assert images.read_part(config, "val", place) is None
+    Path(files.paths[0]).unlink()
+    assert images._examined(config, ["val"])["val"].digest != place.digest
+
+
 def test_images_are_generated_once_where_the_config_says_how(tmp_path: Path) -> None:
     config = data(tmp_path / "made", generate={"seed": 3, "train_per_class": 2, "val_per_class": 1})
     with pytest.raises(UserError, match="no such folder"):
@@ -149,6 +213,9 @@ def test_images_are_generated_once_where_the_config_says_how(tmp_path: Path) -> 
     train, val = open_data(config)
     before = {file: Path(file).stat().st_mtime_ns for file in train.paths}
     assert (len(train), len(val)) == (20, 10)
+    lock = tmp_path / ".made.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()  # stands for a folder that cannot be written to any more
     assert {file: Path(file).stat().st_mtime_ns for file in open_data(config)[0].paths} == before
 
 

@@ -164,6 +164,9 @@ def test_an_index_lies_beside_the_data_or_in_the_cache(tmp_path: Path, monkeypat
     (tmp_path / "data").mkdir()
     assert index.place(tmp_path / "data", "train", 10) == tmp_path / "data/.bandsplit/train.arrow"
     assert index.place(tmp_path / "data", "a/b c", 10) == tmp_path / "data/.bandsplit/a_b_c.arrow"
+    odd = [index.place(tmp_path / "data", part, 10) for part in ("训练", "验证", "train+", "train=", "train_")]
+    assert len(set(odd)) == 5
+    assert odd[-1].name == "train_.arrow"
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "other").write_text("no folder: nothing can be written beside it")
     places = [index.place(tmp_path / "other", part, 10) for part in ("train", "val")]
@@ -189,7 +192,7 @@ def test_folders_of_a_large_set_that_have_not_changed_are_not_walked(
     digest = refresh(folder, "headers").digest
     known = index.unchanged(folder, folder.parent, "val", "decode")
     assert known is not None
-    assert known.digest == digest
+    assert (known[0], known[1].digest) == (index.place(folder.parent, "val"), digest)
     for change in (first.joinpath("00001.jpg").unlink, (folder / "new").mkdir, first.joinpath("deeper").mkdir):
         change()
         assert index.unchanged(folder, folder.parent, "val", "headers") is None

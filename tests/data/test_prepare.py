@@ -18,7 +18,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from string import Template
 
 import numpy as np
@@ -34,6 +34,7 @@ from bandsplit.config import loading, schema, shipped
 from bandsplit.data import class_names
 from bandsplit.data import folders as class_folders
 from bandsplit.data.prepare import checksums, destination, held_out, imagenet21k, synsets
+from bandsplit.data.prepare.flat import _Names
 from bandsplit.errors import UserError
 from tests.conftest import REPOSITORY, Done
 from tests.doc.test_readme import PAGES, README, commands
@@ -456,6 +457,16 @@ def test_two_processes_do_not_share_a_destination(run_here: Run, archives: Path,
     assert prepare_1k(run_here, archives, tmp_path / "to").returncode == 0
 
 
+def test_a_lock_that_cannot_be_opened_is_told(tmp_path: Path) -> None:
+    """As that of another user; a folder stands for it, since tests may run as root."""
+    (tmp_path / ".prepare/lock").mkdir(parents=True)
+    with (
+        pytest.raises(UserError, match=f"^{tmp_path}: cannot be written: .*lock"),
+        destination.opened(tmp_path, destination.Job("flat")),
+    ):
+        pass
+
+
 # --------------------------------------------------------------------------------------------------- space, checksums
 
 
@@ -851,10 +862,43 @@ def test_flat_with_numbers(run_here: Run, flat: Path, tmp_path: Path) -> None:
     refused(done, f"the labels 10, 11, 2, 3, 4, … are not in {names}; expected 0 to 1")
 
 
+def test_names_of_a_list_mean_the_image_with_the_same_end(tmp_path: Path) -> None:
+    """As paths from elsewhere, of `find`, and without folders; never an image in another folder."""
+    found = _Names(["train/cat/1.jpg", "train/dog/1.jpg", "train/dog/2.jpg", "3.jpg", "3.png", "a/4.jpg", "4.jpg"])
+    for given, image in {
+        "./train/cat/1.jpg": "train/cat/1.jpg",
+        "cat/1.jpg": "train/cat/1.jpg",
+        "cat/1": "train/cat/1.jpg",
+        "set/train/dog/1.jpg": "train/dog/1.jpg",
+        "2.jpg": "train/dog/2.jpg",
+        "set/3.png": "3.png",
+        "4.jpg": "4.jpg",
+        "1.jpg": None,
+        "3": None,
+        "cat/2.jpg": None,
+        "test/2.jpg": None,
+    }.items():
+        assert found.image(PurePosixPath(given)) == image, given
+
+
+def test_flat_takes_the_paths_that_find_prints(run_here: Run, flat: Path, tmp_path: Path) -> None:
+    """Of images whose names are the same in two folders."""
+    for number in range(12):
+        folder = flat / "ab"[number % 2]
+        folder.mkdir(exist_ok=True)
+        (flat / f"image {number}.JPEG").rename(folder / f"{number // 2}.JPEG")
+    listing = "".join(f"./a/{n}.JPEG,cat\n{flat}/b/{n}.JPEG,dog\n" for n in range(6))
+    done = prepare_flat(run_here, flat, listing, tmp_path / "to")
+    assert done.returncode == 0, done.stderr
+    assert tree(tmp_path / "to/cat/a") == tree(flat / "a")
+    assert tree(tmp_path / "to/dog/b") == tree(flat / "b")
+
+
 def test_flat_mistakes(run_here: Run, flat: Path, tmp_path: Path) -> None:
     to = tmp_path / "to"
     for listing, told in (
         ("image 0.JPEG a\nimage 99.JPEG a", "list: 1 images that are not there: image 99.JPEG"),
+        ("image 99.JPEG a\nimage 0.JPEG a", "list: 1 images that are not there: image 99.JPEG"),
         ("image0.JPEG", "line 1: 'image0.JPEG', expected a name and a label"),
         ("image 0.JPEG a\nimage 0.JPEG b", "line 2: 'image 0.JPEG' has the label 'b' and 'a'"),
         ("image 0.JPEG a\n../image 0.JPEG b", "'../image 0.JPEG' in it is refused: it points outside of the folder"),

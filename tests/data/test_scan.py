@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from PIL import Image
+from PIL import ExifTags, Image
 
 from tests.conftest import Done
 
@@ -23,6 +23,10 @@ def root(image_root: Path, tmp_path: Path) -> Path:
 def test_a_scan_summarizes_the_data(config_file: Path, root: Path, run_here: Callable[..., Done]) -> None:
     files = sorted((root / "train").rglob("*.jpg"))
     files[0].write_bytes(b"")
+    turned = Image.Exif()
+    turned[ExifTags.Base.Orientation] = 6
+    for file in files[1:3]:
+        Image.open(file).save(file, exif=turned)
     files[1].write_bytes(files[1].read_bytes()[:-200])
     shutil.copy(files[20], files[21])
     shutil.copy(files[50], root / "val" / files[50].parent.name / "leak.jpg")
@@ -34,10 +38,11 @@ def test_a_scan_summarizes_the_data(config_file: Path, root: Path, run_here: Cal
     assert done.returncode == 0, done.stderr
     for text in (
         f"train: 158 images, {sum(file.stat().st_size for file in files[2:]) / 2**20:.1f} MiB",
-        "passed over   1 of another type, such as 'disc_checkered/x.docx'",
+        "passed over   2 of another type, such as 'notes.txt'",
         "left out      2",
         "classes       10, with 14 to 16 images, median 16",
         "cmyk 1",
+        "EXIF          1 images ask to be rotated",
         "'disc_checkered/00000.jpg': empty file",
         "'disc_checkered/00001.jpg': truncated: no end marker",
         "val: 51 images",

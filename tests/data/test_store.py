@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -30,10 +31,12 @@ from bandsplit.data.pipeline import Shard
 from bandsplit.data.store import bands, memory, packing, quantization
 from bandsplit.data.store import manifest as stored
 from bandsplit.data.store.manifest import BandManifest, StoredImages
+from bandsplit.data.store.packing import Folder
 from bandsplit.data.store.reader import BandLoader, BandReader, BandValidationLoader
 from bandsplit.errors import UserError
 from bandsplit.evaluation.joined import Joined
 from bandsplit.evaluation.joined import _sigma as joined_sigma
+from bandsplit.paths import temporary
 from bandsplit.spectral import transforms
 from bandsplit.spectral.view import View
 from tests.conftest import DATA_TOML, REPOSITORY, TRAIN_PER_CLASS, TRAIN_TOML, VAL_PER_CLASS, Done, Launch, Shared, run
@@ -201,7 +204,7 @@ def test_an_interrupted_pack_continues(
         pack(loading.load(config_file), tmp_path / "store")
     with pytest.raises(UserError, match="an unfinished pack: run the same `pack` again"):
         stored.read_manifest(tmp_path / "store")
-    (tmp_path / "store/band_00/train/.shard_00002.npy.tmp").write_bytes(b"half")
+    temporary(tmp_path / "store/band_00/train/shard_00002.npy").write_bytes(b"half")
     begun.append("again")
     pack(loading.load(config_file), tmp_path / "store")
     assert begun == ["train_00000", "train_00001", "again", "train_00001", "train_00002", "val_00000"]
@@ -254,6 +257,7 @@ def test_a_finished_pack_is_left_alone_and_another_one_refused(
     assert files_of(tmp_path / "store") == before
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/thesis.tex").touch()
+    (tmp_path / "mine/.lock").touch()
     with pytest.raises(UserError, match="this folder holds other files"):
         pack(loading.load(config_file), tmp_path / "mine")
 
@@ -659,7 +663,24 @@ def test_a_size_that_does_not_fit_is_refused(config_file: Path, tmp_path: Path, 
         done = run_here("data.py", "pack", config_file, "--to", tmp_path / "store", "--size", size)
         assert done.returncode == 2
         assert f"--size: {size} given; allowed: a multiple of split.block = 2 from data.image_size = 32" in done.stderr
+    keys = ["data.image_size=48", "data.resize_size=40", "data.val_image_size=32"]
+    with pytest.raises(UserError, match="data.image_size: 48 given; allowed for a band store: at most .* = 40, in"):
+        pack(loading.load(config_file, keys), tmp_path / "store")
     assert not (tmp_path / "store").exists()
+
+
+def test_a_pack_whose_plan_could_not_be_written_begins_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    folder = Folder(tmp_path / "store")
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(UserError, match="No space left on device"), folder.begun({"a": 1}):
+            pass
+    assert any(folder.path.iterdir())
+    with folder.begun({"a": 1}) as complete:
+        assert not complete
 
 
 # Through the commands -------------------------------------------------------------------------------------------------

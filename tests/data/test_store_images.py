@@ -212,3 +212,10 @@ def test_names(config_file: Path, image_root: Path, tmp_path: Path) -> None:
     photo((50, 50)).save(folder / "x.png.jpg")
     with pytest.raises(UserError, match=r"x.png would become .*x.png.jpg, which is there already"):
         pack(config_file, root, tmp_path / "other")
+    (folder / "x.png.jpg").rename(folder / f"{'x' * 251}.jpg")
+    pack(config_file, root, tmp_path / "other")
+    assert (tmp_path / "other" / folder.relative_to(root) / f"{'x' * 251}.jpg").is_file()
+    (folder / "x.png").rename(folder / f"{'x' * 251}.png")
+    with pytest.raises(UserError, match=r"x.png would become .*x.png.jpg, a name of more than 255 bytes"):
+        pack(config_file, root, tmp_path / "third")
+    assert not (tmp_path / "third").exists()

@@ -27,19 +27,25 @@ def add(commands: Any) -> None:
     pack.add_argument(
         "--kind", choices=("bands", "images"), default="bands", help="what to pack (default: the bands of every image)"
     )
-    pack.add_argument("--dtype", choices=("uint8", "float16"), default="uint8", help="bands: type of a value (uint8)")
+    pack.add_argument(
+        "--dtype", choices=("uint8", "float16"), default="uint8", help="bands: data type of a value (default: uint8)"
+    )
     pack.add_argument(
         "--size",
         type=options.count,
-        help="bands: side in pixels of the square that is stored of a training image (data.resize_size, in "
-        "whole blocks around what is validated); images: longest shorter side (data.resize_size)",
+        help="bands: side in pixels of the square that is stored of a training image (default: the largest within "
+        "data.resize_size that is whole blocks); images: most pixels of the shorter side (default: data.resize_size)",
     )
-    pack.add_argument("--quality", type=_quality, default=90, help="images: JPEG quality, 1 to 100 (90)")
-    pack.add_argument("--workers", type=options.count, default=available_cpus(), help="processes (the CPUs allotted)")
+    pack.add_argument("--quality", type=_quality, default=90, help="images: JPEG quality, 1 to 100 (default: 90)")
+    pack.add_argument(
+        "--workers", type=options.count, default=available_cpus(), help="processes (default: as many as CPUs allotted)"
+    )
     pack.set_defaults(run=_pack)
     verify = commands.add_parser("verify", help="check packed data", **options.texts(_verify.__doc__, VERIFY_EXAMPLES))
     verify.add_argument("folder", type=Path, metavar="DIR", help="what `pack` has written")
-    verify.add_argument("--workers", type=options.count, default=available_cpus(), help="threads (the CPUs allotted)")
+    verify.add_argument(
+        "--workers", type=options.count, default=available_cpus(), help="threads (default: as many as CPUs allotted)"
+    )
     verify.set_defaults(run=_verify)
 
 

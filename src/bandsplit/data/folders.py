@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import multiprocessing
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -70,6 +71,13 @@ class Found:
     Empty for a list."""
 
 
+_ABOVE, _BROKEN, _OTHER = "links to a folder above", "broken links or special files", "of another type"
+"""Reasons to pass an entry over."""
+
+Identity = tuple[int, int]
+"""Device and inode of a folder."""
+
+
 # Folders --------------------------------------------------------------------------------------------------------------
 
 
@@ -91,19 +99,26 @@ def _walk(folder: Path) -> Found:
     others = _PassedOver()
     classes = []
     began, top = time.time_ns(), folder.stat().st_mtime_ns
+    above = frozenset(_identity(each.stat()) for each in (folder, *folder.parents, *folder.resolve().parents))
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_hidden(entry.name):
                 if entry.name != OWN_FOLDER:
                     others.add("hidden", entry.name)
-            elif entry.is_dir():
-                classes.append(entry.name)
-            elif entry.name.lower().endswith(SUFFIXES):
-                others.add("outside of the class folders", entry.name)
+            elif _is(entry.is_dir):
+                if _identity(entry.stat()) in above:
+                    others.add(_ABOVE, entry.name)
+                else:
+                    classes.append(entry.name)
+            elif _is(entry.is_file):
+                is_image = entry.name.lower().endswith(SUFFIXES)
+                others.add("outside of the class folders" if is_image else _OTHER, entry.name)
+            else:
+                others.add(_BROKEN, entry.name)
     if not classes:
         raise UserError(f"{folder}: no class folders in it; expected one folder per class")
     classes.sort()
-    walked = list(followed(_walk_classes(str(folder), classes), f"listing {folder}", len(classes), "classes"))
+    walked = list(followed(_walk_classes(str(folder), classes, above), f"listing {folder}", len(classes), "classes"))
     for name, one in zip(classes, walked, strict=True):
         if not len(one.names):
             raise UserError(f"{folder / name}: no images in this class folder; expected {expected}")
@@ -158,21 +173,21 @@ class _Class:
     others: _PassedOver
 
 
-def _walk_classes(folder: str, classes: Sequence[str]) -> Iterator[_Class]:
+def _walk_classes(folder: str, classes: Sequence[str], above: frozenset[Identity]) -> Iterator[_Class]:
     """In worker processes once many files were found, since looking at a file takes the interpreter 2 µs."""
     files, remaining = 0, list(reversed(classes))
     while remaining and files < _IN_THIS_PROCESS:
-        yield (one := _walk_class(folder, remaining.pop()))
+        yield (one := _walk_class(folder, above, remaining.pop()))
         files += len(one.names)
     if remaining:
         with ProcessPoolExecutor(available_cpus(), multiprocessing.get_context("spawn")) as pool:
-            yield from pool.map(partial(_walk_class, folder), reversed(remaining), chunksize=8)
+            yield from pool.map(partial(_walk_class, folder, above), reversed(remaining), chunksize=8)
 
 
-def _walk_class(folder: str, name: str) -> _Class:
+def _walk_class(folder: str, above: frozenset[Identity], name: str) -> _Class:
     others = _PassedOver()
     files = _Files([], [], [], {})
-    _collect(os.fsencode(folder), os.fsencode(name), frozenset(), files, others)
+    _collect(os.fsencode(folder), os.fsencode(name), above, files, others)
     order = sorted(range(len(files.names)), key=files.names.__getitem__)
     names = pa.array([files.names[i] for i in order], pa.large_binary())
     sizes, mtimes = (np.array(facts, dtype=np.int64)[order] for facts in (files.sizes, files.mtimes))
@@ -189,32 +204,45 @@ class _Files(NamedTuple):
     """Modification time of each folder that was walked."""
 
 
-def _collect(root: bytes, folder: bytes, above: frozenset[tuple[int, int]], files: _Files, others: _PassedOver) -> None:
+def _collect(root: bytes, folder: bytes, above: frozenset[Identity], files: _Files, others: _PassedOver) -> None:
     """Adds the images in a folder and in all folders below it."""
     here = os.stat(b"%b/%b" % (root, folder))  # noqa: PTH116  # a Path per entry would take longer than the walk
-    within = above | {(here.st_dev, here.st_ino)}
+    within = above | {_identity(here)}
     files.folders[os.fsdecode(folder)] = here.st_mtime_ns
     with os.scandir(b"%b/%b" % (root, folder)) as entries:
         for entry in entries:
             name = entry.name
             if name.startswith(b".") or name in _NO_DATA:
                 others.add("hidden", os.fsdecode(folder + b"/" + name))
-            elif entry.is_file():
+            elif _is(entry.is_file):
                 if name.lower().endswith(_SUFFIXES):
                     about = entry.stat()
                     files.names.append(folder + b"/" + name)
                     files.sizes.append(about.st_size)
                     files.mtimes.append(about.st_mtime_ns)
                 else:
-                    others.add("of another type", os.fsdecode(folder + b"/" + name))
-            elif entry.is_dir():
-                below = entry.stat()
-                if (below.st_dev, below.st_ino) in within:
-                    others.add("links to a folder above", os.fsdecode(folder + b"/" + name))
+                    others.add(_OTHER, os.fsdecode(folder + b"/" + name))
+            elif _is(entry.is_dir):
+                if _identity(entry.stat()) in within:
+                    others.add(_ABOVE, os.fsdecode(folder + b"/" + name))
                 else:
                     _collect(root, folder + b"/" + name, within, files, others)
             else:
-                others.add("broken links or special files", os.fsdecode(folder + b"/" + name))
+                others.add(_BROKEN, os.fsdecode(folder + b"/" + name))
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """What `is_file` or `is_dir` of an entry says; a link that leads in a circle or through a file is neither."""
+    try:
+        return kind()
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            return False
+        raise
+
+
+def _identity(about: os.stat_result) -> Identity:
+    return about.st_dev, about.st_ino
 
 
 def is_hidden(name: str) -> bool:
@@ -233,9 +261,10 @@ def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Foun
     """The images that a list names, in its order: CSV (`.csv`) or text with one path and label per line.
 
     Paths are absolute, or relative to `root`.  In text, a tab separates path and label, and further columns are not
-    read; in a line without one, the label is what follows the last blank.  Labels are class names or indices.  A
-    header names path and label as in `_PATH_COLUMNS` and `_LABEL_COLUMNS`; in CSV, where it may name further columns,
-    others are understood too.
+    read; in a line without one, the label is what follows the last blank.  A line that begins with # is a comment,
+    unless an image has that name.  Labels are class names or indices.  A header names path and label as in
+    `_PATH_COLUMNS` and `_LABEL_COLUMNS`, in CSV among further columns; others are understood too, if the second row
+    names a file.
 
     Args:
         classes: of the training images, so that labels of a validation list mean the same; None: what the list has.
@@ -247,7 +276,7 @@ def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Foun
         if not path.is_file():
             raise UserError(f"{path}: no such list; expected CSV or text with one path and label per line")
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    rows = list(_csv_rows(path, text, root) if path.suffix.lower() == ".csv" else _text_rows(path, text))
+    rows = list((_csv_rows if path.suffix.lower() == ".csv" else _text_rows)(path, text, root))
     if not rows:
         raise UserError(f"{path}: no images in this list")
     index = {name: i for i, name in enumerate(classes or _classes_of(label for _, _, label in rows))}
@@ -266,20 +295,24 @@ def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Foun
     )
 
 
-def _text_rows(path: Path, text: str) -> Iterator[tuple[int, str, str]]:
+def _text_rows(path: Path, text: str, root: Path) -> Sequence[tuple[int, str, str]]:
     """(line number, name, label) of each line that is neither empty, nor a comment, nor a header before all others."""
-    first = True
-    for number, line in enumerate(text.split("\n"), 1):
-        line = line.rstrip("\r")
-        if not line.strip() or line.startswith("#"):
-            continue
-        line = line.rstrip()
+    rows = []
+    for number, line in enumerate(map(str.rstrip, text.split("\n")), 1):
         parts = [part for part in map(str.strip, line.split("\t")) if part] if "\t" in line else line.rsplit(None, 1)
+        if not parts or (line.startswith("#") and not (len(parts) > 1 and _exists(root / parts[0]))):
+            continue
         if len(parts) < 2:
             raise UserError(f"{path}, line {number}: {line!r} given; expected a path, a blank or tab, and a label")
-        if not (first and all(part.lower() in names for part, names in zip(parts, _COLUMNS, strict=False))):
-            yield number, parts[0], parts[1]
-        first = False
+        rows.append((number, parts[0], parts[1]))
+    return rows[1:] if rows and _is_header(rows, root) else rows
+
+
+def _is_header(rows: Sequence[tuple[int, str, str]], root: Path) -> bool:
+    """Whether the first of these rows has the words of a header, or names no image where the second one does."""
+    (_, name, label), *others = rows[:2]
+    words = name.lower() in _PATH_COLUMNS and label.lower() in _LABEL_COLUMNS
+    return words or (not _is_image(name, root) and any(_exists(root / other) for _, other, _ in others))
 
 
 def _csv_rows(path: Path, text: str, root: Path) -> Iterator[tuple[int, str, str]]:
@@ -322,7 +355,7 @@ def _columns(path: Path, first: Sequence[tuple[int, list[str]]], root: Path) -> 
             f"{path}, line {line}: {len(row)} columns given; expected two, a path and a label, or a header that names "
             "the columns path and label"
         )
-    if row[0].lower().endswith(SUFFIXES) or _exists(root / row[0]):
+    if _is_image(row[0], root):
         return None
     if image is None and label is None and not (len(first) == 2 and _exists(root / first[1][1][0])):
         raise UserError(
@@ -341,6 +374,11 @@ def _classes_of(labels: Iterable[str]) -> list[str]:
     if all(name.isascii() and name.isdigit() and len(name) < 7 and name == str(int(name)) for name in names):
         return [str(i) for i in range(max(map(int, names)) + 1)]
     return sorted(names)
+
+
+def _is_image(name: str, root: Path) -> bool:
+    """Whether the first row of a list names an image, which may be missing, and is no header."""
+    return name.lower().endswith(SUFFIXES) or _exists(root / name)
 
 
 def _exists(path: Path) -> bool:

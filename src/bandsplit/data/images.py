@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from abc import abstractmethod
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast, overload
@@ -112,7 +113,7 @@ class ImageFiles:
         Args:
             numbers: whether labels that are no class names are numbers of classes, also with leading zeros.
 
-        Raises UserError if the images, found in `where`, have other classes.
+        Raises UserError if the images, found in `where`, have other classes, or none has one.
         """
         if list(classes) == self.classes:
             return self
@@ -135,6 +136,8 @@ class ImageFiles:
             return replace(self, labels=np.array(right, dtype=np.int32)[:, 0][labels], classes=list(classes))
         answers = np.array([np.isin(np.arange(len(classes)), each) for each in right])
         labeled = np.asarray(answers.any(axis=1), dtype=np.bool_)[labels]
+        if len(labels) and not labeled.any():
+            raise UserError(f"{where}: none of the {len(labels):,} images has a label")
         return replace(self.taken(np.flatnonzero(labeled)), classes=list(classes), answers=answers)
 
 
@@ -158,7 +161,7 @@ def open_here(data: Data) -> dict[str, ImageFiles]:
     Raises UserError as `find` does, and where too many images cannot be decoded.
     """
     places = _examined(data, ("train", "val"))
-    files = {part: cast(ImageFiles, read_part(data, part, place)) for part, place in places.items()}
+    files = {part: place.opened() for part, place in places.items()}
     for part, each in files.items():
         log_left_out(getattr(data, part), each)
     require_few_bad(data, files)
@@ -184,6 +187,14 @@ class Place:
     digest: str
     images: int
     """Images that are not left out."""
+    inode: int
+    """Of the index, by which a copy of it is known."""
+
+    def opened(self) -> ImageFiles:
+        """The images, for the process that has brought the index up to date."""
+        known = index.read(self.path)
+        assert known is not None, self.path
+        return ImageFiles.of(known, self.folder)
 
 
 def find(data: Data, parts: Sequence[str], generate: bool = True) -> dict[str, Found]:
@@ -207,20 +218,26 @@ def examine(data: Data, parts: Sequence[str]) -> Generator[None, None, dict[str,
     """
     root = _root(data, generate=True).absolute()
     found: dict[str, Found | Index] = {}
+    kept: dict[str, Path] = {}
     for part in parts:
         name = getattr(data, part)
         known = index.unchanged(root / name, root, name, data.check) if data.layout == "folders" else None
-        found[part] = known or _found(data, root, part, found["train"].classes if "train" in found else None)
+        if known:
+            kept[part], found[part] = known
+        else:
+            found[part] = _found(data, root, part, found["train"].classes if "train" in found else None)
     _require_classes(data, root, {part: each.classes for part, each in found.items()})
     places = {}
     for part, each in found.items():
         name = getattr(data, part)
-        path = index.place(root, name, len(each.names))
-        known = (
-            each if isinstance(each, Index) else (yield from index.refresh(each, path, data.check, f"checking {name}"))
-        )
+        if not isinstance(each, Index):
+            kept[part] = index.place(root, name, len(each.names))
+            others = index.places(root, name)
+            each = yield from index.refresh(each, kept[part], data.check, f"checking {name}", others)
         folder = root / name if data.layout == "folders" else root
-        places[part] = Place(path, folder, known.digest, int(known.good.sum()))
+        with reading_from(kept[part]):
+            inode = kept[part].stat().st_ino
+        places[part] = Place(kept[part], folder, each.digest, int(each.good.sum()), inode)
     return places
 
 
@@ -230,19 +247,22 @@ def _found(data: Data, root: Path, part: str, classes: Sequence[str] | None) -> 
 
 
 def read_part(data: Data, part: str, place: Place) -> ImageFiles | None:
-    """The images of an index that rank 0 has brought up to date; None if this rank does not have the same index.
+    """The images of an index that rank 0 has brought up to date; None if this rank does not have the same file.
 
-    That is the case on a node with its own copy of the data. Raises UserError if `data.root` does not exist here.
+    That is the case on a node with its own copy of the data, of which a copy of the index says nothing. Raises
+    UserError if `data.root` does not exist here.
     """
     root = _root(data, generate=False).absolute()
-    if place.folder != (root / getattr(data, part) if data.layout == "folders" else root):
-        return None
-    known = index.read(place.path)
-    return ImageFiles.of(known, place.folder) if known and known.digest == place.digest else None
+    folder = root / getattr(data, part) if data.layout == "folders" else root
+    with suppress(OSError):
+        if place.folder == folder and place.path.stat().st_ino == place.inode:
+            known = index.read(place.path)
+            return ImageFiles.of(known, folder) if known and known.digest == place.digest else None
+    return None
 
 
 def log_left_out(part: str, files: ImageFiles) -> None:
-    """Logs which files of a part of the data set are not used."""
+    """Logs which files of a part of the data set are not used, and which classes lose all of their images."""
     if files.index is None:
         return
     if files.index.passed_over:
@@ -251,6 +271,12 @@ def log_left_out(part: str, files: ImageFiles) -> None:
     if bad:
         named = "; ".join(f"{name!r} ({reason})" for name, reason in bad[:10]) + "; …" * (len(bad) > 10)
         logger.warning("{}: left out {} of {:,} images: {}", part, len(bad), len(files.index), named)
+        lost = np.setdiff1d(files.index.column("label"), files.labels)
+        if len(lost):
+            classes = ", ".join(files.classes[label] for label in lost[:10]) + ", …" * (len(lost) > 10)
+            logger.warning(
+                "{}: no image is left of {} of {:,} classes: {}", part, len(lost), len(files.classes), classes
+            )
 
 
 def log_wrong_on_gpu(part: str, files: ImageFiles) -> None:
@@ -265,7 +291,17 @@ def log_wrong_on_gpu(part: str, files: ImageFiles) -> None:
 
 
 def require_few_bad(data: Data, parts: Mapping[str, ImageFiles]) -> None:
-    """Raises UserError if more than `data.max_bad` images are left out, or any if `data.on_bad` is "error"."""
+    """Raises UserError if more than `data.max_bad` images are left out, or any if `data.on_bad` is "error".
+
+    Also if a part has none left.
+    """
+    for part, files in parts.items():
+        if files.index and not len(files):
+            name, reason = files.index.bad()[0]
+            raise UserError(
+                f"data.root: {data.root}: none of the {len(files.index):,} images in {getattr(data, part)} can be read "
+                f"or decoded, such as {name!r}: {reason}"
+            )
     bad = [
         (f"{getattr(data, part)}/{name}" if data.layout == "folders" else name, reason)
         for part, files in parts.items()
@@ -316,6 +352,8 @@ def _generate_once(data: Data, root: Path) -> None:
     """Generates the images in the first process that gets here; the others wait."""
     assert data.generate is not None
     with writing_to(root):
+        if root.exists():  # before anything is written beside it
+            return
         root.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(root.with_name(f".{root.name}.lock")):
             if not root.exists():

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -185,20 +185,35 @@ def place(root: Path, part: str, images: int = 0) -> Path:
     return elsewhere
 
 
+def places(root: Path, part: str) -> Iterator[Path]:
+    """Where the index of a part may be found, beside the data first."""
+    yield _beside(root, part)
+    with suppress(OSError):
+        yield _in_cache(root, part)
+
+
 def _beside(root: Path, part: str) -> Path:
-    return root / OWN_FOLDER / f"{re.sub(r'[^A-Za-z0-9_.-]+', '_', part)}.arrow"
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", part)
+    if name != re.sub(r"[/\s]+", "_", part):
+        name += f"-{_hashed(part)}"
+    return root / OWN_FOLDER / f"{name}.arrow"
 
 
 def _in_cache(root: Path, part: str) -> Path:
     """Raises OSError if there is no cache folder."""
-    known_as = hashlib.blake2b(os.fsencode(root.absolute()), digest_size=8).hexdigest()
-    return paths.cache_folder() / "index" / f"{root.name}-{known_as}" / _beside(root, part).name
+    return paths.cache_folder() / "index" / f"{root.name}-{_hashed(root.absolute())}" / _beside(root, part).name
+
+
+def _hashed(name: str | Path) -> str:
+    return hashlib.blake2b(os.fsencode(name), digest_size=8).hexdigest()
 
 
 # Refreshing -----------------------------------------------------------------------------------------------------------
 
 
-def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None, None, Index]:
+def refresh(
+    found: Found, path: Path, level: str, title: str, others: Iterable[Path] = ()
+) -> Generator[None, None, Index]:
     """Brings the index of the files that were found up to date: examines what is new, changed or was examined less.
 
     The index is written to `path`, also from time to time during the scan, so that an interrupted scan continues.
@@ -206,6 +221,7 @@ def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None,
     Args:
         level: one of `LEVELS`.
         title: what the progress bar says.
+        others: where the index was kept if it is not at `path`, which may depend on the user and the free space.
 
     Returns:
         A generator that yields after every file, so that the caller can keep other ranks waiting. Its return value is
@@ -217,7 +233,7 @@ def refresh(found: Found, path: Path, level: str, title: str) -> Generator[None,
         known, wanted = read(path), LEVELS.index(level)
         if known is not None and _is_current(known, found, wanted):
             return known
-        facts = _Facts(found, known)
+        facts = _Facts(found, known or next(filter(None, (read(other) for other in others if other != path)), None))
         unwritten = time.monotonic()
         try:
             for _ in facts.examine(wanted, title):
@@ -245,18 +261,21 @@ def _acquired(lock: FileLock, path: Path) -> Generator[None, None, None]:
         yield
 
 
-def unchanged(folder: Path, root: Path, part: str, level: str) -> Index | None:
-    """The index of more than `_MANY` images if no folder has changed since; otherwise None.
+def unchanged(folder: Path, root: Path, part: str, level: str) -> tuple[Path, Index] | None:
+    """The index of more than `_MANY` images, and its file, if no folder has changed since; otherwise None.
 
     It takes minutes to look at that many files if their directory entries are not in the cache.
     """
-    known = read(_beside(root, part))
-    if known is None:
-        with suppress(OSError):
-            known = read(_in_cache(root, part))
-    if known is None or len(known) <= _MANY or (known.column("checked") < LEVELS.index(level)).any():
-        return None
-    return known if folders.are_unchanged(folder, known.folders) else None
+    for path in places(root, part):
+        known = read(path)
+        if (
+            known is not None
+            and len(known) > _MANY
+            and (known.column("checked") >= LEVELS.index(level)).all()
+            and folders.are_unchanged(folder, known.folders)
+        ):
+            return path, known
+    return None
 
 
 def _is_current(known: Index, found: Found, wanted: int) -> bool:

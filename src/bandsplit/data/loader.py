@@ -83,7 +83,7 @@ def open_data(
     opened = ranks.each(lambda: {part: images.read_part(data, part, place) for part, place in firsts.items()})
     if ranks.largest([None in opened.values()])[0]:
         own = ranks.finish(images.examine(data, parts) if None in opened.values() else None, signal)
-        opened |= {part: images.read_part(data, part, place) for part, place in (own or {}).items()}
+        opened |= {part: place.opened() for part, place in (own or {}).items()}
     files = {part: cast(ImageFiles, each) for part, each in opened.items()}
     ranks.each(partial(_require_same, config, files, firsts))
     if ranks.is_first:

@@ -45,7 +45,7 @@ def _part(part: str, index: Index, data: Data) -> Iterator[str]:
     for name in ("format", "color"):
         texts = pd.Series(index.texts(name)[good]).replace("", "unknown").value_counts()
         yield f"  {name:<13} {', '.join(f'{text} {count:,}' for text, count in texts.items())}"
-    turned = int((index.column("orientation") > 1).sum())
+    turned = int((index.column("orientation")[good] > 1).sum())
     if turned:
         yield f"  EXIF          {turned:,} images ask to be rotated or mirrored; they are used as they are stored"
     yield from _sizes(index)

@@ -168,13 +168,13 @@ def opened(root: Path, job: Job, beside: Collection[Path] = ()) -> Iterator[Dest
     with reading_from(root):
         _require_own(root, job, {path.absolute() for path in beside})
     new = not root.exists()
+    lock = FileLock(state / "lock")
     with writing_to(root):
         state.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(state / "lock")
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise UserError(f"{root}: another process is preparing a data set in this folder") from None
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"{root}: another process is preparing a data set in this folder") from None
     try:
         if destination.result is None and _read(state / "job.json") is None:
             _write(state / "job.json", {"prepared": job.what, "options": job.options})

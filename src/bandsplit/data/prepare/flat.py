@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 from bandsplit.data.prepare import links, summary
@@ -29,14 +29,14 @@ def prepare(source: Path, listing: Path, to: Path, classes: Path | None, link: L
     Args:
         listing: a line an image: name and label, in CSV (with or without a header), separated by tabs, or by blanks,
             where the label is the last word.  Further columns of CSV and tabs are not read.  The name may lack its
-            folder and its suffix.
+            suffix, and have fewer or more folders than the image has in `source`.
         classes: a file with the name of each class a line, for labels that are their numbers from 0.
     """
     source = source.absolute()
     if to.absolute().is_relative_to(source):
         raise UserError(f"--to: {to} is in {source}, the folder that is not to be changed; choose a folder elsewhere")
     images = _images(source)
-    labels = _labels(listing, _by_any_name(images))
+    labels = _labels(listing, source, _Names(images))
     folders = _folders(set(labels.values()), classes, listing)
     by_class: dict[str, list[str]] = {}
     for name, label in sorted(labels.items()):
@@ -79,35 +79,60 @@ def _images(source: Path) -> list[str]:
     return names
 
 
-def _by_any_name(images: list[str]) -> dict[str, str]:
-    """Each image under its name, and without its folder and suffix where that leaves no doubt."""
-    found: dict[str, set[str]] = {}
-    for name in images:
-        path = PurePosixPath(name)
-        for short in {path.name, str(path.with_suffix("")), path.stem}:
-            found.setdefault(short, set()).add(name)
-    return {short: min(names) for short, names in found.items() if len(names) == 1} | {name: name for name in images}
+class _Names:
+    """Finds images by their names in a list."""
+
+    def __init__(self, images: Sequence[str]) -> None:
+        """`images`: paths relative to their folder."""
+        paths = [(path, str(path)) for path in map(PurePosixPath, images)]
+        self._whole = _unique((str(path.with_suffix("")), image) for path, image in paths) | {x: x for x in images}
+        self._ends = _unique(
+            (end, image) for path, image in paths for each in (path, path.with_suffix("")) for end in _ends(each)
+        )
+
+    def image(self, given: PurePosixPath) -> str | None:
+        """The only image whose path, with or without its suffix, is `given`, or ends with it, or is an end of it."""
+        name = str(given)
+        for known, key in ((self._whole, name), (self._ends, name), *((self._whole, end) for end in _ends(given))):
+            if key in known:
+                return known[key]
+        return None
 
 
-def _labels(listing: Path, images: dict[str, str]) -> dict[str, str]:
+def _unique(named: Iterable[tuple[str, str]]) -> dict[str, str | None]:
+    """Name -> image; None for a name of several images."""
+    found: dict[str, str | None] = {}
+    for name, image in named:
+        found[name] = image if found.get(name, image) == image else None
+    return found
+
+
+def _ends(path: PurePosixPath) -> list[str]:
+    """The path without its first folder, first two folders, and so on, to its name."""
+    return [str(PurePosixPath(*path.parts[first:])) for first in range(1, len(path.parts))]
+
+
+def _labels(listing: Path, source: Path, images: _Names) -> dict[str, str]:
     """The label of each image that is listed.
 
     Raises UserError for a line without a label, an image that is not there, and one with two labels.
     """
     labels: dict[str, str] = {}
     missing: list[str] = []
-    for number, row in _rows(listing):
+    for line, (number, row) in enumerate(_rows(listing)):
         if len(row) < 2 or not row[1]:
             raise UserError(f"{listing}, line {number}: {' '.join(row)!r}, expected a name and a label")
         given, label = row[:2]
-        require_safe(given, str(listing))
+        path = PurePosixPath(given)
+        path = path.relative_to(source) if path.is_relative_to(source) else path
+        require_safe(str(path), str(listing))
         boxes = BOXES.fullmatch(label)
         label = boxes[1] if boxes else label
-        name = images.get(given) or images.get(PurePosixPath(given).name)
+        name = images.image(path)
         if name is not None:
             if labels.setdefault(name, label) != label:
                 raise UserError(f"{listing}, line {number}: {given!r} has the label {label!r} and {labels[name]!r}")
-        elif number > 1:  # else a header
+        elif line or is_image(given):  # else a header
             missing.append(given)
     if missing or not labels:
         raise UserError(f"{listing}: {len(missing):,} images that are not there: {some(missing) or 'none is listed'}")

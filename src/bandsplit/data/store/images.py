@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -25,6 +26,9 @@ from bandsplit.data.store import packing
 from bandsplit.data.store.manifest import ImageManifest, ImagePart
 from bandsplit.data.store.packing import Chunk, Folder, Record, Source
 from bandsplit.errors import UserError
+
+NAME_MAX = 255
+"""Bytes of a name, of most file systems."""
 
 _FILTERS = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
 
@@ -126,6 +130,9 @@ def _require_class_folders(part: str, files: ImageFiles, names: Sequence[str]) -
     if taken := renamed.intersection(names):
         name = min(taken).removesuffix(".jpg")
         raise UserError(f"{name} would become {name}.jpg, which is there already; rename one of them")
+    if long := [name for name in renamed if len(os.fsencode(PurePosixPath(name).name)) > NAME_MAX]:
+        name = min(long).removesuffix(".jpg")
+        raise UserError(f"{name} would become {name}.jpg, a name of more than {NAME_MAX} bytes; rename it")
 
 
 def _pack_chunk(encoding: Encoding, to: Path, chunk: Chunk) -> Record:

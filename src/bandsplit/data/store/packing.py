@@ -31,7 +31,7 @@ from filelock import FileLock, Timeout
 from bandsplit.data.images import ImageFiles, Paths
 from bandsplit.data.store.manifest import CHECKSUMS, MANIFEST, PLAN, LeftOut, Manifest
 from bandsplit.errors import UserError
-from bandsplit.paths import reading_from, replace_bytes, writing_to
+from bandsplit.paths import reading_from, replace_bytes, temporary, writing_to
 from bandsplit.progress import Progress
 
 WORK = ".packing"
@@ -121,10 +121,12 @@ class Folder:
             there = self.path.exists()
             if there and not self.path.is_dir():
                 raise UserError(f"--to {self.path}: this is a file, not a folder")
-            if there and not (self.path / PLAN).exists() and any(self.path.iterdir()):
+            plan_file, lock_file = self.path / PLAN, self.path / ".lock"
+            own = {lock_file, temporary(plan_file)}  # of a pack that ended before its plan was written
+            if there and not plan_file.exists() and not own.issuperset(self.path.iterdir()):
                 raise UserError(f"--to {self.path}: this folder holds other files; name a new or an empty one")
             self.path.mkdir(exist_ok=True)
-            lock = FileLock(self.path / ".lock", blocking=False)
+            lock = FileLock(lock_file, blocking=False)
             try:
                 lock.acquire()
             except Timeout:
@@ -251,7 +253,7 @@ class ArrayFile:
     """
 
     def __init__(self, path: Path, rows: int, shape: Sequence[int], dtype: npt.DTypeLike) -> None:
-        self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
+        self._path, self._temporary = path, temporary(path)
         self._shape, self._dtype, self._planned, self._rows = tuple(shape), np.dtype(dtype), rows, 0
         self._hash = hashlib.sha256()
         with writing_to(path):

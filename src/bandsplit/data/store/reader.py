@@ -10,6 +10,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from itertools import count, islice
 from typing import Any, TypeVar
 
@@ -202,9 +203,13 @@ class Ahead:
         return self.inputs, self.labels
 
 
-def ahead(prepare: Callable[[J], R], jobs: Iterable[J], depth: int) -> Iterator[R]:
-    """Results in the order of the jobs; a thread prepares `depth` of them ahead."""
-    pool, waiting = ThreadPoolExecutor(1), iter(jobs)
+def ahead(prepare: Callable[[J], R], jobs: Iterable[J], depth: int, gpu: int | None = None) -> Iterator[R]:
+    """Results in the order of the jobs; a thread prepares `depth` of them ahead.
+
+    `gpu`: the current device of the thread; otherwise the first GPU is, and the thread takes memory there.
+    """
+    pool = ThreadPoolExecutor(1) if gpu is None else ThreadPoolExecutor(1, "", torch.cuda.set_device, (gpu,))
+    waiting = iter(jobs)
     try:
         under_way: deque[Future[R]] = deque(pool.submit(prepare, job) for job in islice(waiting, depth))
         while under_way:
@@ -238,7 +243,7 @@ class BandLoader:
         self._margin = images.about.side // config.split.block - self._side
         self._orders = [TrainingOrder(len(images), s.batch_size, config.seed, s.rank, s.world_size) for s in shards]
         self._batches = [state["batches"] for state in states] if states else [0] * len(shards)
-        self._ahead = ahead(self._prepare, self._jobs(), config.data.prefetch)
+        self._ahead = ahead(self._prepare, self._jobs(), config.data.prefetch, shards[0].device_id)
         self._turns = self._jobs()
 
     def _jobs(self) -> Iterator[tuple[int, int]]:
@@ -296,7 +301,8 @@ class BandValidationLoader:
         require_view(images, view.split, view.mean, view.std, hflip)
         self._reader = BandReader(images, [view], shard, hflip, config.data.in_memory)
         self._order = ValidationOrder(len(images), shard.batch_size, shard.rank, shard.world_size, len(crops))
-        self._side, self._depth = config.data.val_size // config.split.block, config.data.prefetch
+        self._side = config.data.val_size // config.split.block
+        self._ahead = partial(ahead, self._prepare, depth=config.data.prefetch, gpu=shard.device_id)
         margin = images.about.side // config.split.block - self._side
         assert margin >= 0, "opened without `require_side`"
         assert margin % 2 == 0, "opened without `require_side`"
@@ -309,7 +315,7 @@ class BandValidationLoader:
         return self._order.batches
 
     def __iter__(self) -> Iterator[Batch]:
-        for n, read in enumerate(ahead(self._prepare, range(self._order.batches), self._depth)):
+        for n, read in enumerate(self._ahead(range(self._order.batches))):
             inputs, labels = read.taken()
             labels[self._order.own(n) :] = PADDING
             yield Batch(inputs, labels)
