@@ -21,6 +21,16 @@ def calibration_error(bins: Sequence[Sequence[float]]) -> float:
     return 100 * sum(abs(correct - confidence) for _, correct, confidence in bins) / images
 
 
+def gain_interval(weights: Sequence[float], better: float, worse: float, images: int) -> tuple[float, float]:
+    """95 % interval in percent of the top-1 of a fusion above that of the mean.
+
+    0 to 0 for equal weights, which predict what the mean does; see `paired_interval` for the others.
+    """
+    if len({*weights}) == 1 and weights[0] > 0 and better == worse == 0:
+        return 0.0, 0.0
+    return paired_interval(better, worse, images)
+
+
 def paired_interval(better: float, worse: float, images: int) -> tuple[float, float]:
     """95 % interval in percent of the difference of two accuracies on the same images.
 

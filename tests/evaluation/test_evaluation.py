@@ -18,6 +18,7 @@ from bandsplit.data.crops import CENTER, FLIP, TEN, Crop
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
+from bandsplit.evaluation import collector
 from bandsplit.evaluation.detailed import evaluate_in_detail
 from bandsplit.evaluation.evaluate import evaluate
 from bandsplit.evaluation.joined import Joined
@@ -46,6 +47,21 @@ def test_counts_are_the_naive_ones(classes: int) -> None:
     logits = torch.randn(3, 50, classes, generator=generator)
     labels = torch.randint(0, classes, (50,), generator=generator)
     assert count_correct(logits, labels).tolist() == [naive_counts(branch, labels) for branch in logits]
+
+
+@pytest.mark.parametrize(("kind", "classes"), [(torch.bfloat16, 1000), (torch.int8, 7)])
+def test_of_equal_logits_the_first_class_is_predicted_by_all_that_count(kind: torch.dtype, classes: int) -> None:
+    """With ties at the top as autocast leaves them, and with more than five of them."""
+    logits = torch.randn(4000, classes, generator=torch.Generator().manual_seed(classes)).to(kind).float()
+    first = torch.tensor([row.index(max(row)) for row in logits.tolist()])
+    ties = (logits == logits.amax(-1, keepdim=True)).sum(-1)
+    assert (ties > 1).sum() > 20
+    assert count_correct(logits, first).tolist() == [4000, 4000]
+    assert int(calibration(logits, first)[:, 1].sum()) == 4000
+    five = torch.from_numpy(collector.top(logits[None], first)["classes"][:, 0].numpy()).long()
+    assert torch.equal(five[:, 0], first)
+    assert torch.equal(logits.gather(-1, five), logits.topk(5).values)
+    assert all(len({*row}) == 5 for row in five.tolist())
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 20, 64])

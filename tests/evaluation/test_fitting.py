@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 import scipy.special
 import scipy.stats
@@ -183,6 +184,12 @@ def test_joined_runs_are_fitted_together(parts: list[Path], tmp_path: Path, run_
         done = run_here("evaluate.py", *runs, "--checkpoint", "last", "--fit-fusion", "--fusion", "learned")
         assert done.returncode == 0, done.stderr
         assert "ensemble (learned)" in done.stdout
+    options = ("--fit-fusion", "--corrupt", "jpeg", "--output", tmp_path / "two.json")
+    done = run_here("evaluate.py", two, "--checkpoint", "last", *options)
+    assert done.returncode == 0, done.stderr
+    table = done.stdout.split("largest weight first:\n")[1].splitlines()[1:3]
+    assert {line.split()[1].lstrip("+") for line in table} == {"2", "3"}, "numbers in the whole ensemble"
+    assert {*pd.read_csv(tmp_path / "two_corruption.csv")["branch"]} == {"ensemble", "2", "3"}
     for runs in ((one,), (one, two)):
         done = run_here("evaluate.py", *runs, "--checkpoint", "last", "--fusion", "learned")
         assert done.returncode == 0, done.stderr
@@ -199,6 +206,20 @@ def test_joined_runs_are_fitted_together(parts: list[Path], tmp_path: Path, run_
     done = run_here("evaluate.py", one, "--checkpoint", "last", "--fusion", "learned")
     assert done.returncode == 2
     assert "fusion.json: it was fitted for other branches" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("sets", "told"),
+    [
+        ((), []),
+        (("data.holdout=4", "train.early_stop_patience=2"), ["train.early_stop_patience: held-out images"]),
+        (("model.init_from='torchvision'",), ["model.init_from: 'torchvision': such weights were trained on ImageNet"]),
+    ],
+)
+def test_what_has_seen_held_out_images_is_told(config_file: Path, sets: tuple[str, ...], told: list[str]) -> None:
+    configs = [loading.load(config_file), loading.load(config_file, sets), loading.load(config_file, sets)]
+    found = fitting.what_knows_held_out(configs)
+    assert [text[: len(begin)] for text, begin in zip(found, told, strict=True)] == told
 
 
 def test_a_sample_is_fitted_where_not_all_logits_fit(

@@ -62,6 +62,29 @@ def test_time_and_steps_to_reach_an_accuracy(tmp_path: Path) -> None:
     assert list(numbers.loc[("step", 30), ["a", "a_two_sd", "b", "ratio"]]) == [200, 0, 200, 1]
 
 
+@pytest.mark.parametrize("right", [570, 999])
+def test_a_level_is_reached_by_the_run_that_defines_it(tmp_path: Path, right: int) -> None:
+    """Accuracies of 1,000 images as the evaluation has them, with a first one so close that ticks are fine."""
+    top1 = [100 * count / 1000 for count in (right - 6, right, right + 1)]
+    each = side("A", write_run(tmp_path / "a", finished(top1)))
+    other = side("B", write_run(tmp_path / "b", finished([top1[0], *top1[:2]]), name="other"))
+    found = compare.levels([*each.runs, *other.runs])
+    assert found[-1] == pytest.approx(top1[1], abs=1e-9)
+    assert found == [round(level, 2) for level in found]
+    for a, b in (compare.efforts(each, other)["step"].values[level] for level in found):
+        assert (a, b) == ([200], [300])
+
+
+def test_sides_of_one_group_in_progress_have_their_own_epochs(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / str(n), curve([50] * n), seed=n) for n in (1, 3)]
+    groups = groups_of(*folders)
+    a, b = (compare.side(name, [folder], groups) for name, folder in zip("AB", folders, strict=True))
+    epochs = [f"net (in progress, epoch {n} of 90)" for n in (1, 3)]
+    assert [each.group.label for each in (a, b)] == epochs
+    told = compare.difference_notes(a, b)[0]
+    assert told.startswith("Top-1 at the last validation (of A at epoch 1, of B at epoch 3): A 50.00, B 50.00;")
+
+
 def test_the_interval_over_seeds_is_welchs() -> None:
     a, b = [70.0, 71.0, 73.0], [60.0, 64.0]
     difference, interval = compare.difference_over_seeds(a, b)
@@ -136,6 +159,8 @@ def test_saved_predictions_are_paired_by_name(tmp_path: Path) -> None:
     replace(made, classes=made.classes[::-1]).write(folders[1] / "predictions.npz")
     assert "A and of B have different labels for the same images" in compare.difference_notes(a, b)[1]
     assert "have different labels for the same images" in str(compare.saved([*a.runs, *b.runs]))
+    replace(made, folder="/data/v2/val").write(folders[1] / "predictions.npz")
+    assert "Saved predictions of the same 100 images of /data/v2/val (A: " in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], ~right)
     assert "A 60.00, B 40.00; A − B = +20.00 points" in compare.difference_notes(a, b)[1]
     save_predictions(folders[1], right, first=1)

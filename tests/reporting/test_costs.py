@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from bandsplit.reporting import figures, frequency, report, runs
+from bandsplit.reporting import compare, figures, frequency, report, runs
 from tests.reporting.test_report import Event, end, finished, groups_of, train, validation, write_run
 
 MACS = ({"64": 100, "32": 30}, {"64": 10, "32": 3})
@@ -56,6 +56,20 @@ def test_branches_that_do_not_train_cost_nothing(tmp_path: Path) -> None:
     assert list(runs.read_run(folder).train["macs"]) == [30 * sum(each[:n]) for n in range(1, 7)]
 
 
+def test_compute_that_a_run_of_both_sides_does_not_know_is_not_compared_in_the_figure(tmp_path: Path) -> None:
+    folders = [
+        write_run(tmp_path / f"{name}{seed}", growing(), name=name, seed=seed) for name in "ab" for seed in (0, 1)
+    ]
+    for folder in folders[::2]:
+        with_branches(folder)
+    groups = groups_of(*folders)
+    sides = compare.side("A", folders[:2], groups), compare.side("B", folders[2:], groups)
+    assert [*compare.efforts(*sides)] == ["seconds", "step", "macs"]
+    figure = compare.compare_figure(*sides)
+    figure.draw_without_rendering()
+    assert [axes.get_xlabel() for axes in figure.axes] == ["Training time (s)", "Step"]
+
+
 def test_compute_units() -> None:
     assert figures.axis_unit("macs", 3.1e17) == (1e15, "Training compute (PMACs)")
     assert figures.axis_unit("macs", 5.0) == (1e9, "Training compute (GMACs)")
@@ -83,7 +97,10 @@ def test_each_band_stands_at_its_row_and_column(tmp_path: Path) -> None:
         (folders[-1] / "config.toml").write_text(
             config.replace('branches = "each"', 'branches = "each"\nonly = [3, 1]')
         )
+    folders.append(write_run(tmp_path / "unknown", [train(1, 1)], seed=2))  # neither validated nor with branches.json
+    (folders[-1] / "config.toml").write_text((folders[0] / "config.toml").read_text().replace("seed = 0", "seed = 2"))
     (group,) = groups_of(*folders)
+    assert frequency.left_out([group]) == [f"{folders[-1]}, without {what}" for what in ("top-1", "energies")]
     np.testing.assert_array_equal(frequency.accuracy_grid(group), [[np.nan, 20.5], [np.nan, 30.5]])
     energy = frequency.energy_grid(group)
     assert energy is not None

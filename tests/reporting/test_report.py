@@ -86,7 +86,7 @@ def test_runs_that_differ_only_in_the_seed_are_one_group(tmp_path: Path) -> None
     (group,) = groups_of(*folders)
     assert len(group.runs) == 3
     assert group.label == "net"
-    assert group.legend == "net, mean ± 2 SD, n = 3"
+    assert group.legend([3]) == "net, mean ± 2 SD, n = 3"
 
 
 def test_keys_without_effect_on_results_do_not_split_a_group(tmp_path: Path) -> None:
@@ -94,6 +94,17 @@ def test_keys_without_effect_on_results_do_not_split_a_group(tmp_path: Path) -> 
     (group,) = groups_of(*folders)
     assert (group.label, len(group.runs)) == ("net", 2)
     assert group.remarks == ["net: one group of runs that differ in data.threads"]
+
+
+def test_what_a_run_measures_with_its_seed_does_not_split_a_group(tmp_path: Path) -> None:
+    folders = [write_run(tmp_path / str(seed), finished([50]), seed=seed) for seed in (0, 1)]
+    for seed, folder in enumerate(folders):
+        measured = f'branches = "each"\nscale = 0.5\nsigma = [4.0, 1.{seed}, 1.2, 0.5]'
+        config = (folder / "config.toml").read_text()
+        (folder / "config.toml").write_text(config.replace('branches = "each"', measured))
+    (group,) = groups_of(*folders)
+    assert (group.label, len(group.runs)) == ("net", 2)
+    assert group.remarks == ["net: one group of runs that differ in split.sigma"]
 
 
 def test_configurations_of_one_name_are_told_apart_by_the_keys_that_differ(tmp_path: Path) -> None:
@@ -121,8 +132,9 @@ def test_mean_and_two_sigma_on_irregular_times_equal_a_plain_numpy_computation(t
         seconds = np.cumsum(rng.uniform(50, 150, size=12))
         top1 = np.cumsum(rng.uniform(0, 5, size=12))
         runs.append((seconds, top1))
-        events = [validation(100 * k, s, a) for k, (s, a) in enumerate(zip(seconds, top1, strict=True), start=1)]
-        folders.append(write_run(tmp_path / str(seed), [*events, end(1200, seconds[-1])], seed=seed))
+        points = enumerate(zip(seconds, top1, strict=True), start=1)
+        events = [validation(100 * k + seed, s, a) for k, (s, a) in points]
+        folders.append(write_run(tmp_path / str(seed), [*events, end(1200 + seed, seconds[-1])], seed=seed))
     (group,) = groups_of(*folders)
     result = figures.group_curve(group, "seconds", figures.ACCURACY[0])
 
@@ -159,18 +171,63 @@ def test_runs_without_a_common_time_are_averaged_point_by_point_where_their_step
     same, other = groups_of(*folders)
     found = figures.group_curve(same, "seconds", figures.ACCURACY[0])
     assert found.reset_index().to_numpy().tolist() == [[102.0, 52.0, pytest.approx(4 * 2**0.5)]]
-    assert figures.apart([same, other], "seconds", figures.ACCURACY) == [other]
+    words = f"{other.label}, whose runs cover no common part of the x axis"
+    assert figures.left_out([same, other], "seconds", figures.ACCURACY) == [words]
     figure = figures.curves_figure([same, other], "seconds", figures.ACCURACY)
     assert figure is not None
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == [same.legend]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [same.legend([2])]
     assert figures.branches_figure([other]) is None
     report.report(folders[2:], tmp_path / "out")
     told = capsys.readouterr().out
-    words = f"left out: {other.label}, whose runs cover no common part of the x axis"
     assert [line for line in told.splitlines() if line.startswith("accuracy")] == [
-        f"accuracy_time: {words}",
-        f"accuracy_step: {words}",
+        f"accuracy_time: left out: {words}",
+        f"accuracy_step: left out: {words}",
         "accuracy_macs: left out, these runs have no data for it",
+    ]
+
+
+def test_seeds_on_hosts_of_different_speed_keep_their_accuracies(tmp_path: Path) -> None:
+    """Every point of the time curve is the mean at a step, the last one that of the table."""
+    top1 = [20, 50, 70, 80]
+    paces = enumerate([1.0, 1.3])
+    (group,) = groups_of(*(write_run(tmp_path / str(n), finished(top1, pace), seed=n) for n, pace in paces))
+    found = figures.group_curve(group, "seconds", figures.ACCURACY[0])
+    assert found["mean"].tolist() == top1
+    assert found["two_sigma"].tolist() == [0, 0, 0, 0]
+    assert found.index.tolist() == pytest.approx([115, 230, 345, 460])
+
+
+def test_a_run_that_lacks_values_is_named_and_the_others_of_its_group_are_drawn(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One is not validated yet; of another, no line says how long it waited for data."""
+    early, slow = [train(100, 90.0), train(200, 180.0)], curve([10, 20])
+    for event in slow:
+        event.pop("data_wait", None)
+    of = {"early": early, "slow": slow, "net0": curve([30, 40]), "net1": curve([50, 60])}
+    folders = {name: write_run(tmp_path / name, events, seed=n) for n, (name, events) in enumerate(of.items())}
+    (group,) = groups_of(*folders.values())
+    mean = figures.group_curve(group, "step", figures.ACCURACY[0])["mean"]
+    assert mean.tolist() == [30, 40]
+    figure = figures.curves_figure([group], "step", figures.LOSS)
+    assert figure is not None
+    label = figure.legends[0].get_texts()[0].get_text()
+    assert label == "net (in progress, epoch 2 of 90), mean ± 2 SD, n = 3-4 of 4"
+    branches = figures.branches_figure([group])
+    assert branches is not None
+    panel = branches.axes[0]
+    assert panel.get_title() == "net\n(in progress, epoch 2 of 90), n = 3"
+    assert np.asarray(panel.lines[0].get_ydata()).tolist() == [40, 40]
+
+    report.report([*folders.values()], tmp_path / "out")
+    lines = [line for line in capsys.readouterr().out.splitlines() if "without values" in line]
+    named = f"left out: {folders['early']}, without values"
+    assert lines == [
+        f"accuracy_time: {named}",
+        f"accuracy_step: {named}",
+        f"loss: {named} of Validation loss (ensemble)",
+        f"throughput: left out: {folders['slow']}, without values of Waiting for data (% of time)",
+        f"branches: {named}",
     ]
 
 
@@ -393,6 +450,8 @@ def test_of_many_folders_those_that_cannot_be_drawn_are_left_out_by_name(
         "left out: plots: not a run directory, config.toml is missing",
         "left out: waiting/metrics.jsonl: no training or validation events yet; try again in a minute",
         "damaged/metrics.jsonl: left out 1 damaged line: 1",
+        "loss: left out: damaged, without values of Training loss (mean of branches)",
+        "throughput: left out: damaged, without values",
     ]
     rows = (tmp_path / "out/table.md").read_text().splitlines()[2:4]
     assert [row.split()[1] for row in rows] == ["damaged", "net"]

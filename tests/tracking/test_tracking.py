@@ -92,11 +92,16 @@ def told_of(text: str, run_dir: Path) -> read_back.Values:
 
 @pytest.mark.slow
 def test_wandb_gets_each_value_once(run_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first follower ends between the training line of a step and its validation: the next one gives both."""
     monkeypatch.setenv("WANDB_MODE", "offline")
     whole = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
-    (run_dir / "metrics.jsonl").write_text("".join(whole[:5]))
+    lines_of_13 = [json.loads(line)["event"] for line in whole if '"step": 13,' in line]
+    assert lines_of_13 == ["train", "validation"]
+    (run_dir / "metrics.jsonl").write_text("".join(whole[:4]))
     follower.follow(run_dir, "wandb", live=False)
-    before = told(run_dir)
+    noted = json.loads((run_dir / "wandb/sent.json").read_text())
+    assert (noted["event"], noted["step"]) == ("train", 12)
+    before = {(name, step): value for (name, step), value in told(run_dir).items() if step <= 12}
     (run_dir / "metrics.jsonl").write_text("".join(whole))
     train_again(run_dir, step=6)
     time.sleep(1.1)  # wandb 0.31 loses the second of two offline runs of one name and second

@@ -17,7 +17,9 @@ torchrun --nproc-per-node 8 -m bandsplit evaluate runs/resnet34_sub16-seed0
 
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = options.parser(prog, __doc__, EXAMPLES)
-    parser.add_argument("run", type=Path, nargs="+", help="run directory; several runs form one ensemble")
+    parser.add_argument(
+        "run", type=Path, nargs="+", metavar="RUN", help="run directory; several runs form one ensemble"
+    )
     parser.add_argument("--checkpoint", default="best", help="best, last or a step number (default: best)")
     parser.add_argument(
         "--data",
@@ -42,8 +44,8 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "--cascade",
         type=options.percent,
         metavar="POINTS",
-        help="evaluate branch by branch, until an image is certain enough to lose at most so many points of top-1; "
-        "fitted with --fit-fusion",
+        help="evaluate one branch after another and stop once the prediction is confident enough; POINTS is the "
+        "largest loss of top-1 in percentage points; fitted with --fit-fusion",
     )
     crops = parser.add_mutually_exclusive_group()
     crops.add_argument(

@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "run",
         nargs="*",
         type=Path,
+        metavar="RUN",
         help="run directory; runs that differ only in their seed are averaged; or a file of `evaluate --save`",
     )
     parser.add_argument(
@@ -44,7 +45,7 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         type=options.seconds,
         const=5.0,
         metavar="SECONDS",
-        help="print a table every 5 seconds, or so many, until no run is in progress; no figures",
+        help="print a table every SECONDS (default: 5) until no run is in progress; no figures",
     )
     given = parser.parse_args(arguments)
     if not given.run and not given.compare:

@@ -35,7 +35,7 @@ class Cascaded:
     gain: float
     """Top-1 above that."""
     gain_interval: tuple[float, float]
-    """95 % interval of `gain`; see `paired_interval`."""
+    """95 % interval of `gain`, see `paired_interval`; 0 to 0 with one stage, which is learned fusion."""
     left: list[int]
     """Images that leave at each stage."""
     correct: list[int]
@@ -204,7 +204,7 @@ def _result(total: dict[str, Any], macs: Sequence[int], cascade: Cascade) -> Cas
         100 * sum(correct) / images,
         100 * total["full_correct"] / images,
         100 * (better - worse) / images,
-        paired_interval(better, worse, images),
+        paired_interval(better, worse, images) if len(left) > 1 else (0.0, 0.0),
         left,
         correct,
         float(np.arange(1, len(left) + 1) @ left) / images,

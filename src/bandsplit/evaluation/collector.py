@@ -12,6 +12,7 @@ from torch import Tensor
 from bandsplit import seeds
 from bandsplit.data.source import Images
 from bandsplit.distributed.ranks import Ranks
+from bandsplit.evaluation.measures import likeliest
 from bandsplit.runs.predictions import TOP
 
 LIMIT = 2**33
@@ -77,7 +78,7 @@ def half(logits: Tensor) -> Tensor:
 
 def top(fused: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Fused logits (fusions, B, classes) and labels (B,) -> columns of `Fused`: classes, confidences and losses."""
-    best = fused.topk(min(TOP, fused.shape[-1]), dim=-1).indices
+    best = likeliest(fused, TOP)
     log_probabilities = fused.double().log_softmax(-1)
     of_label = log_probabilities[:, torch.arange(len(labels)), labels.clamp(min=0)]
     return {

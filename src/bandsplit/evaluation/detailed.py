@@ -29,7 +29,7 @@ from bandsplit.evaluation.predictions import Recorder
 from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.fusion import MEAN
 from bandsplit.models.precision import Precision
-from bandsplit.statistics import calibration_error, paired_interval
+from bandsplit.statistics import calibration_error, gain_interval
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Fused:
     gain: float
     """Top-1 above that of the mean."""
     gain_interval: tuple[float, float]
-    """95 % interval of `gain`; see `paired_interval`."""
+    """95 % interval of `gain`; see `gain_interval` of `statistics`."""
     order: list[int]
     """Branches by weight, largest first, without those of weight 0."""
     cumulative_top1: list[float]
@@ -130,7 +130,7 @@ def evaluate_in_detail(
     return Evaluation(
         counted,
         images - counted,
-        {name: _fused(total, name, orders[name], counted) for name in fusions},
+        {name: _fused(total, name, w, orders[name], counted) for name, w in fusions.items()},
         *_percent(total["branches"], counted),
         None if truth.among is None else _restricted(total["among"], [*fusions], int(truth.among.sum()), counted),
     )
@@ -171,7 +171,7 @@ def _of_fusions(fused: Mapping[str, Tensor], labels: Tensor, answers: Tensor | N
     return sums
 
 
-def _fused(total: Mapping[str, Any], name: str, order: list[int], images: int) -> Fused:
+def _fused(total: Mapping[str, Any], name: str, weights: Sequence[float], order: list[int], images: int) -> Fused:
     top1, top5 = (100 * count / images for count in total[f"{name} correct"])
     better, worse = total[f"{name} alone"]
     return Fused(
@@ -180,7 +180,7 @@ def _fused(total: Mapping[str, Any], name: str, order: list[int], images: int) -
         top5,
         calibration_error(total[f"{name} bins"]),
         100 * (better - worse) / images,
-        paired_interval(better, worse, images),
+        gain_interval(weights, better, worse, images),
         order,
         *_percent(total[f"{name} so far"], images),
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor, TimeoutError
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ from loguru import logger
 from numpy.typing import NDArray
 
 from bandsplit.commands import command
+from bandsplit.config.schema import RunConfig
 from bandsplit.errors import UserError
 from bandsplit.evaluation import collector
 from bandsplit.evaluation.collector import Collector, Gathered
@@ -121,6 +122,9 @@ def held_out_logits(runs: Joined, loss: float | None = None) -> HeldOutLogits:
     if not _has_holdout(runs):
         raise UserError(f"--fit-fusion: {runs.first.run_dir}: {_NO_HOLDOUT}")
     files, config = runs.held_out_files(), runs.config
+    if runs.ranks.is_first:
+        for warning in what_knows_held_out([run.config for run in runs.runs]):
+            logger.warning(warning)
     count = collector.fitting(len(files), len(runs.branches), len(runs.first.classes))
     if loss is not None:
         cascade.most_lost(count, loss)
@@ -130,6 +134,24 @@ def held_out_logits(runs: Joined, loss: float | None = None) -> HeldOutLogits:
         kept.add(loader.rows(number), labels, logits=collector.half(logits))
     report_left_out(runs.ranks.largest([len(loader.left_out)])[0], loader, config, runs.ranks, "held-out")
     return HeldOutLogits(kept.gathered(files, runs.ranks), len(files))
+
+
+def what_knows_held_out(configs: Sequence[RunConfig]) -> list[str]:
+    """Warnings about the configs of runs in which held-out images had a part, or may have had one."""
+    warnings = []
+    if any(config.train.early_stop_patience is not None for config in configs):
+        warnings.append(
+            "train.early_stop_patience: held-out images, on which fusion and cascades are fitted, also decided when "
+            "branches stopped: expect a slightly lower accuracy on other images than on these"
+        )
+    begun = {config.model_of(number).init_from for config in configs for number in config.split.numbers}
+    if public := begun & {"torchvision", "timm"}:
+        warnings.append(
+            f"model.init_from: {', '.join(sorted(map(repr, public)))}: such weights were trained on ImageNet, and on "
+            "the held-out images too if these are from there: fusion and cascades fitted on them are then too sure of "
+            "themselves"
+        )
+    return warnings
 
 
 def fit(runs: Joined, held_out: HeldOutLogits, loss: float | None = None) -> Fitted:

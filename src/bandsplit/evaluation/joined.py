@@ -79,6 +79,12 @@ class Joined:
     def branches(self) -> list[Branch]:
         return [Branch(str(run.run_dir), run.step, bands) for run in self.runs for bands in run.config.split.groups]
 
+    @property
+    def branch_numbers(self) -> list[int]:
+        """Of the branches in the full ensemble; their places here where one comes twice, as in joined seeds."""
+        numbers = [number for run in self.runs for number in run.config.split.numbers]
+        return numbers if len({*numbers}) == len(numbers) else [*range(len(numbers))]
+
     def validation_files(self) -> Images:
         """The validation images, with labels that are indices into the classes of the runs; every rank calls it."""
         config, first = self.config, self.first

@@ -69,9 +69,20 @@ def are_right(predicted: Tensor, labels: Tensor, answers: Tensor | None = None) 
     return right.expand(*predicted.shape[:-1], -1).gather(-1, predicted)
 
 
+def likeliest(logits: Tensor, count: int) -> Tensor:
+    """Logits (..., classes) -> the `count` classes (..., count) with the largest, or all classes, largest first.
+
+    The first is that of `argmax`, here and wherever a class is predicted: of equal logits, as bfloat16 often has them,
+    the class that comes first. `topk` takes any of them.
+    """
+    best = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
+    first = logits.argmax(-1, keepdim=True)
+    return torch.cat([first, torch.where(best == first, best[..., :1], best)[..., 1:]], dim=-1)
+
+
 def are_correct(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:
     """Logits (..., B, classes) and labels (B,) -> (..., B, 2), bool: correct within the top 1 and the top 5."""
-    top = are_right(logits.topk(min(5, logits.shape[-1]), dim=-1).indices, labels, answers)
+    top = are_right(likeliest(logits, 5), labels, answers)
     return torch.stack([top[..., 0], top.any(-1)], dim=-1)
 
 
@@ -90,9 +101,9 @@ def calibration(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -
 
     The confidence is the largest probability of the softmax. Bin i holds those in (i / BINS, (i + 1) / BINS].
     """
-    confidence, predicted = logits.double().softmax(-1).max(-1)
+    confidence = logits.double().softmax(-1).amax(-1)
     inner = torch.linspace(0, 1, BINS + 1, dtype=torch.float64, device=logits.device)[1:-1]
     counted = one_hot(torch.bucketize(confidence, inner), BINS) * (labels >= 0)[:, None]
-    right = are_right(predicted[:, None], labels, answers)[:, 0]
+    right = are_right(logits.argmax(-1, keepdim=True), labels, answers)[:, 0]
     each = torch.stack([torch.ones_like(confidence), right.double(), confidence], dim=-1)
     return counted.double().T @ each

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -60,7 +61,7 @@ def show(results: Results, runs: Joined, output: Path | None) -> None:
         top1, top5 = mean.cumulative_top1[k], mean.cumulative_top5[k]
         print(row + f"   mean up to here  top-1 {top1:6.2f} %  top-5 {top5:6.2f} %" * several)
     if fitted is not None:
-        _show_fusions(evaluation, fitted)
+        _show_fusions(evaluation, fitted, runs.branch_numbers)
         _show_dropped(runs, fitted)
         if results.cascaded is not None and fitted.cascade is not None:
             _show_cascade(results.cascaded, fitted.cascade, fitted.held_out.images, runs)
@@ -72,7 +73,7 @@ def show(results: Results, runs: Joined, output: Path | None) -> None:
         replace_text(output, json.dumps(_as_dict(results, runs), indent=2) + "\n")
 
 
-def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
+def _show_fusions(evaluation: Evaluation, fitted: Fitted, numbers: Sequence[int]) -> None:
     held_out = fitted.held_out
     sampled = f" of {held_out.of:,}" * (held_out.images < held_out.of)
     print(f"\nfusion, fitted on {held_out.images:,}{sampled} held-out images:")
@@ -83,25 +84,29 @@ def _show_fusions(evaluation: Evaluation, fitted: Fitted) -> None:
         weights = fitted.fusions[name].weights
         shown = " ".join(f"{weight:.3f}" for weight in weights[:8]) + " …" * (len(weights) > 8)
         print(f"{_row(name, each.top1, each.top5)}  {each.ece:>6.2f}  {_loss(each):>6}   {gain:>27}   {shown}")
-    _show_branches_by_weight(evaluation, fitted)
+    _show_branches_by_weight(evaluation, fitted, numbers)
 
 
-def _show_branches_by_weight(evaluation: Evaluation, fitted: Fitted) -> None:
-    """Accuracy by number of branches, for the fusions that weight them differently."""
+def _show_branches_by_weight(evaluation: Evaluation, fitted: Fitted, numbers: Sequence[int]) -> None:
+    """Accuracy by number of branches, for the fusions that weight them differently. `numbers`: of the branches."""
     several = {name: each for name, each in evaluation.fused.items() if len({*fitted.fusions[name].weights}) > 1}
     if several:
         names = "".join(f"{name:>26}" for name in several)
         print(f"\ntop-1 of the first branches, largest weight first:\n{'branches':>24}{names}")
-    for n in range(max((len(each.order) for each in several.values()), default=0)):
-        cells = [
-            f"{'+' if n else ''}{each.order[n]}  {each.cumulative_top1[n]:6.2f} %" if n < len(each.order) else ""
-            for each in several.values()
+    columns = [
+        [
+            f"{'+' if n else ''}{numbers[k]}  {top1:6.2f} %"
+            for n, (k, top1) in enumerate(zip(each.order, each.cumulative_top1, strict=True))
         ]
+        for each in several.values()
+    ]
+    for n, cells in enumerate(itertools.zip_longest(*columns, fillvalue="")):
         print(f"{n + 1:>24}" + "".join(f"{cell:>26}" for cell in cells))
 
 
-def _corruption(corrupted: Sequence[Corrupted]) -> dict[str, Any]:
+def _corruption(corrupted: Sequence[Corrupted], runs: Joined) -> dict[str, Any]:
     return {
+        "branches": runs.branch_numbers,
         "mean_top1": np.mean([row.top1 for row in corrupted]).item(),
         "branch_mean_top1": np.mean([row.branch_top1 for row in corrupted], axis=0).tolist(),
         "results": [asdict(row) for row in corrupted],
@@ -212,7 +217,7 @@ def _as_dict(results: Results, runs: Joined) -> dict[str, Any]:
     if results.speed is not None:
         table["speed"] = asdict(results.speed)
     if results.corrupted is not None:
-        table["corruption"] = _corruption(results.corrupted)
+        table["corruption"] = _corruption(results.corrupted, runs)
     return table
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from bandsplit.errors import UserError
 from bandsplit.reporting.figures import WIDTH, add_legend, axis_unit, line_style
-from bandsplit.reporting.runs import Group, Run
+from bandsplit.reporting.runs import Group, Run, span
 from bandsplit.reporting.tables import MISSING, Table, mean_two_sigma
 from bandsplit.runs.predictions import Predictions
 
@@ -67,24 +67,27 @@ def side(name: str, folders: Sequence[Path], groups: Sequence[Group]) -> Side:
     for run in runs:
         if run.validation.empty:
             raise UserError(f"--compare {run.folder}: no validation yet")
-    return Side(name, Group(group.name, group.notes, group.color, group.marker, runs))
+    return Side(name, replace(group, runs=runs))
 
 
 # Reaching an accuracy -------------------------------------------------------------------------------------------------
 
+ROUNDING = 1e-6
+"""Of an accuracy in percent as a float: less than one image counts."""
+
 
 def reached(run: Run, x: str, top1: float) -> float | None:
     """`seconds`, `step` or `macs` at the first validation with at least this top-1; None if there is none, or no x."""
-    at = run.validation[run.validation["top1"] >= top1][x]
+    at = run.validation[run.validation["top1"] >= top1 - ROUNDING][x]
     return None if at.empty or math.isnan(at.iloc[0]) else float(at.iloc[0])
 
 
 def levels(runs: Sequence[Run]) -> list[float]:
     """Round accuracies above the first validation of some run, and the highest that all runs reach (0.01 steps)."""
     lowest = min(run.validation["top1"].iloc[0] for run in runs)
-    highest = math.floor(100 * min(run.validation["top1"].max() for run in runs)) / 100
+    highest = math.floor(100 * min(run.validation["top1"].max() for run in runs) + ROUNDING) / 100
     ticks = MaxNLocator(nbins=7, steps=[1, 2, 5, 10]).tick_values(lowest, max(highest, lowest + 1e-9))
-    return [*(float(tick) for tick in ticks if lowest < tick < highest), highest]
+    return [*(tick for tick in np.round(ticks, 6).tolist() if lowest < tick < highest), highest]
 
 
 @dataclass(frozen=True)
@@ -94,6 +97,11 @@ class Effort:
     label: str
     """With the unit."""
     values: dict[float, tuple[list[float | None], list[float | None]]]
+
+    @property
+    def has_means(self) -> bool:
+        """Whether all runs of a side reach some accuracy, so that there is something to draw."""
+        return any(None not in values for sides in self.values.values() for values in sides)
 
     def ratio(self, top1: float) -> float:
         """Mean of A over mean of B; NaN where a run does not reach it."""
@@ -163,13 +171,15 @@ class Saved:
     labels: pd.Series
     """Names of the classes, in the same way."""
     crops: str
+    folders: list[str]
+    """Of the images, where it is known."""
     about: str
     """Steps, fusion and crops, and what is unusual in them."""
 
 
 def saved(runs: Sequence[Run]) -> Saved | str:
     """What the runs have saved, or why it cannot be compared."""
-    columns, labels, crops, about = [], [], set(), []
+    columns, labels, crops, places, about = [], [], set(), [], []
     for run in runs:
         path = run.folder / PREDICTIONS
         if not path.is_file():
@@ -184,6 +194,7 @@ def saved(runs: Sequence[Run]) -> Saved | str:
         columns.append(pd.Series((predicted == found.labels).astype(float), index=found.names))
         labels.append(pd.Series(np.array(found.classes)[found.labels], index=found.names))
         crops.add(found.crops)
+        places += [found.folder] if found.folder else []
         about.append(_about(found, run))
     folders = ", ".join(str(run.folder) for run in runs)
     if any(set(column.index) != set(columns[0].index) for column in columns):
@@ -193,7 +204,7 @@ def saved(runs: Sequence[Run]) -> Saved | str:
     if any((each != labels[0].reindex(each.index)).any() for each in labels):
         return f"{PREDICTIONS} of {folders} have different labels for the same images"
     of_images = pd.concat(columns, axis=1).mean(axis=1)
-    return Saved(of_images, labels[0], crops.pop(), "; ".join(dict.fromkeys(about)))
+    return Saved(of_images, labels[0], crops.pop(), places, "; ".join(dict.fromkeys(about)))
 
 
 def _about(found: Predictions, run: Run) -> str:
@@ -213,7 +224,9 @@ def difference_notes(a: Side, b: Side) -> list[str]:
     last = [[float(run.validation["top1"].iloc[-1]) for run in side.runs] for side in (a, b)]
     difference, interval = difference_over_seeds(*last)
     how = f"Welch's t over {len(last[0])} and {len(last[1])} runs"
-    notes = [f"Top-1 at the last validation: A {mean_two_sigma(last[0])}, B {mean_two_sigma(last[1])}; A − B = "]
+    of_a, of_b = ([round(float(run.validation["epoch"].iloc[-1]), 2) for run in each.runs] for each in (a, b))
+    where = f" (of A at epoch {span(of_a)}, of B at epoch {span(of_b)})" * (len({*of_a, *of_b}) > 1)
+    notes = [f"Top-1 at the last validation{where}: A {mean_two_sigma(last[0])}, B {mean_two_sigma(last[1])}; A − B = "]
     if any(len({run.seed for run in each.runs}) < len(each.runs) for each in (a, b)):
         notes[0] += f"{_points(difference)}. No interval over seeds: several runs of a side have the same seed."
     elif interval:
@@ -237,11 +250,13 @@ def _predictions_note(a: Saved | str, b: Saved | str) -> str:
         return f"{none}{PREDICTIONS} of A and of B have different labels for the same images."
     pair = 100 * a.correct.to_numpy(), 100 * b.correct.reindex(a.correct.index).to_numpy()
     discordant = int((pair[0] != pair[1]).sum())
+    folders = dict.fromkeys(a.folders + b.folders)
+    of = f" of {' and '.join(folders)}" * bool(folders)
     few = f"; A and B differ on {discordant} images, too few for a reliable interval" * (discordant < FEW)
     return (
-        f"Saved predictions of the same {len(pair[0]):,} images (A: {a.about}; B: {b.about}): A {pair[0].mean():.2f}, "
-        f"B {pair[1].mean():.2f}; A − B = {_points(*difference_over_images(*pair))} (paired bootstrap over images, "
-        f"{RESAMPLES:,} resamples{few})."
+        f"Saved predictions of the same {len(pair[0]):,} images{of} (A: {a.about}; B: {b.about}): "
+        f"A {pair[0].mean():.2f}, B {pair[1].mean():.2f}; A − B = {_points(*difference_over_images(*pair))} "
+        f"(paired bootstrap over images, {RESAMPLES:,} resamples{few})."
     )
 
 
@@ -283,14 +298,19 @@ def compare_table(a: Side, b: Side) -> Table:
 
 
 def compare_figure(a: Side, b: Side) -> Figure:
-    """What A and B need to reach each accuracy, side by side, with the ratio A / B of each at the right edge."""
-    by_x = efforts(a, b)
+    """What A and B need to reach each accuracy, side by side, with the ratio A / B of each at the right edge.
+
+    Without a quantity that some runs of both sides do not know, such as `macs`.
+    """
+    shown = [effort for effort in efforts(a, b).values() if effort.has_means]
     figure = Figure(layout="constrained")
-    panels = figure.subplots(1, len(by_x), sharey=True, squeeze=False)[0]
-    for axes, effort in zip(panels, by_x.values(), strict=True):
+    panels = figure.subplots(1, len(shown), sharey=True, squeeze=False)[0]
+    for axes, effort in zip(panels, shown, strict=True):
         draw_effort(axes, effort, a, b)
     panels[0].set_ylabel("Top-1 to reach (%)")
-    lines = [Line2D([], [], label=f"{side.name}: {side.group.legend}", **_marks(side)) for side in (a, b)]
+    lines = [
+        Line2D([], [], label=f"{side.name}: {side.group.legend([len(side.runs)])}", **_marks(side)) for side in (a, b)
+    ]
     rows = add_legend(figure, lines)
     figure.set_size_inches(WIDTH, 1.4 + 0.22 * len(levels([*a.runs, *b.runs])) + 0.2 * rows)
     return figure

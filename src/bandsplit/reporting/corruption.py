@@ -43,7 +43,7 @@ def accuracies(table: dict[str, Any]) -> pd.DataFrame:
 
     Strength 0 is the plain evaluation, once for each kind.
     """
-    results = table["corruption"]["results"]
+    results, numbers = (table["corruption"][key] for key in ("results", "branches"))
     plain = [{**table, "kind": kind, "strength": 0, "value": None} for kind in {row["kind"]: None for row in results}]
     rows = [
         {
@@ -57,7 +57,7 @@ def accuracies(table: dict[str, Any]) -> pd.DataFrame:
         for row in [*plain, *results]
         for branch, top1, top5 in [
             (ENSEMBLE, row["top1"], row["top5"]),
-            *((k, *pair) for k, pair in enumerate(zip(row["branch_top1"], row["branch_top5"], strict=True))),
+            *zip(numbers, row["branch_top1"], row["branch_top5"], strict=True),
         ]
     ]
     return pd.DataFrame(rows)

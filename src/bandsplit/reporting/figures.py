@@ -111,43 +111,53 @@ FIGURES = {
 
 
 def group_curve(group: Group, x: str, panel: Panel) -> pd.DataFrame:
-    """The mean curve of one column over a group's runs; empty if any run has no values yet.
+    """The mean curve of one column over those of a group's runs that have values; empty if none has.
 
-    Runs without a common range of x, as with one validation each at different times, are averaged point by point, over
-    x too, if the steps of their points are equal; otherwise the curve is empty.
+    Runs with points at the same steps, such as seeds, are averaged point by point, over x too: hosts may differ in
+    speed. The others are averaged by `mean_curve`, and the curve is empty where they have no range of x in common.
     """
-    curves = run_curves(group, x, panel)
+    curves = [*run_curves(group, x, panel).values()]
     if not curves:
         return pd.DataFrame()
-    mean = mean_curve([curve["value"] for curve in curves])
-    if mean.empty and len({tuple(curve["step"]) for curve in curves}) == 1:
-        return _mean_of(np.mean([curve.index for curve in curves], axis=0), [curve["value"] for curve in curves])
-    return mean
+    values = [curve["value"] for curve in curves]
+    if len({tuple(curve["step"]) for curve in curves}) == 1:
+        return _mean_of(np.mean([curve.index for curve in curves], axis=0), values)
+    return mean_curve(values)
 
 
-def run_curves(group: Group, x: str, panel: Panel) -> list[pd.DataFrame]:
-    """Columns `step` and `value` of each run of a group, indexed by x; none if any run has no values yet."""
-    curves = []
+def run_curves(group: Group, x: str, panel: Panel) -> dict[Run, pd.DataFrame]:
+    """Columns `step` and `value` of those runs of a group that have values, indexed by x."""
+    curves = {}
     for run in group.runs:
         frame = getattr(run, panel.event).reindex(columns=list(dict.fromkeys(["step", x, panel.column])))
         frame = frame.dropna(subset=[x]).set_index(x, drop=False)
         column = frame[panel.column].astype(float) * panel.scale
         curve = column.where(np.isfinite(column))
-        if curve.isna().all():
-            return []
-        value = running_mean(curve) if panel.running_mean else curve
-        curves.append(pd.DataFrame({"step": frame["step"], "value": value}))
+        if not curve.isna().all():
+            value = running_mean(curve) if panel.running_mean else curve
+            curves[run] = pd.DataFrame({"step": frame["step"], "value": value})
     return curves
 
 
-def apart(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> list[Group]:
-    """Groups with data, but without a curve: their runs have neither a range of x nor steps in common."""
-    found = []
+def left_out(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> list[str]:
+    """What a figure lacks: runs without values, and groups whose runs have neither steps nor a range of x in common."""
+    with_values = {panel: {run for group in groups for run in run_curves(group, x, panel)} for panel in panels}
+    shown = [panel for panel, runs in with_values.items() if runs]
+    told: dict[tuple[Run, ...], list[str]] = {}
+    for panel in shown:
+        without = tuple(run for group in groups for run in group.runs if run not in with_values[panel])
+        told.setdefault(without, []).append(panel.label)
+    sentences = [
+        f"{', '.join(str(run.folder) for run in without)}, without values"
+        + f" of {' and '.join(labels)}" * (len(labels) < len(shown))
+        for without, labels in told.items()
+        if without
+    ]
     for group in groups:
-        with_data = [panel for panel in panels if run_curves(group, x, panel)]
+        with_data = [panel for panel in shown if run_curves(group, x, panel)]
         if with_data and all(group_curve(group, x, panel).empty for panel in with_data):
-            found.append(group)
-    return found
+            sentences.append(f"{group.label}, whose runs cover no common part of the x axis")
+    return sentences
 
 
 def running_mean(series: pd.Series) -> pd.Series:
@@ -210,7 +220,10 @@ def curves_figure(groups: Sequence[Group], x: str, panels: Sequence[Panel]) -> F
         low, high = axes.get_ylim()
         axes.set_ylim(max(low, panel.limits[0]), min(high, panel.limits[1]))
     drawn = [group for n, group in enumerate(groups) if any(len(column[n]) for column in curves.values())]
-    rows = add_legend(figure, [Line2D([], [], label=group.legend, **line_style(group)) for group in drawn])
+    numbers = [{len(run_curves(group, x, panel)) for panel in curves} - {0} for group in drawn]
+    labels = [group.legend(n) for group, n in zip(drawn, numbers, strict=True)]
+    lines = [Line2D([], [], label=label, **line_style(group)) for group, label in zip(drawn, labels, strict=True)]
+    rows = add_legend(figure, lines)
     figure.set_size_inches(WIDTH, HEIGHT + 0.2 * rows)
     return figure
 
@@ -230,9 +243,17 @@ def branch_frame(run: Run) -> pd.DataFrame:
     return pd.DataFrame(run.validation["branch_top1"].tolist(), index=run.validation["step"])
 
 
+def has_several_branches(run: Run) -> bool:
+    return len(branch_frame(run).columns) > 1
+
+
+def of_several_branches(groups: Sequence[Group]) -> list[Group]:
+    return [group for group in groups if any(map(has_several_branches, group.runs))]
+
+
 def branches_figure(groups: Sequence[Group]) -> Figure | None:
     """One panel per group with several branches: top-1 of each branch in color, of the ensemble in black."""
-    groups = [group for group in groups if all(branch_frame(run).shape[1] > 1 for run in group.runs)]
+    groups = [group.having(has_several_branches) for group in of_several_branches(groups)]
     groups = [group for group in groups if len(group_curve(group, "step", ACCURACY[0]))]
     if not groups:
         return None

@@ -1,8 +1,8 @@
 """Figures and tables of run directories. Reads no checkpoints.
 
-Runs whose resolved configurations are equal except for `seed` and keys without effect on results form one group: a mean
-with a band of ± 2 standard deviations. Units: `seconds` is training time without validation, `top1` and `top5` are
-percent, `data_wait` is a fraction, `macs` are multiply-accumulates of training.
+Runs whose resolved configurations are equal except for `seed`, `split.sigma` and keys without effect on results form
+one group: a mean with a band of ± 2 standard deviations. Units: `seconds` is training time without validation, `top1`
+and `top5` are percent, `data_wait` is a fraction, `macs` are multiply-accumulates of training.
 """
 
 from __future__ import annotations
@@ -15,9 +15,17 @@ from matplotlib.figure import Figure
 
 from bandsplit.errors import UserError
 from bandsplit.progress import followed
+from bandsplit.reporting import frequency
 from bandsplit.reporting.compare import Side, compare_figure, compare_table, side
-from bandsplit.reporting.figures import FIGURES, STYLE, apart, branches_figure, curves_figure
-from bandsplit.reporting.frequency import frequency_figure
+from bandsplit.reporting.figures import (
+    ACCURACY,
+    FIGURES,
+    STYLE,
+    branches_figure,
+    curves_figure,
+    left_out,
+    of_several_branches,
+)
 from bandsplit.reporting.runs import Group, group_runs, read_run, read_runs
 from bandsplit.reporting.tables import Table, costs_table, results_table
 
@@ -38,26 +46,26 @@ def report(folders: Sequence[Path], output: Path | None = None, compared: Compar
     folders = [*folders, *to_compare]
     for folder in to_compare:
         read_run(folder)
-    runs, left_out = read_runs(folders)
+    runs, problems = read_runs(folders)
     if not runs:
-        raise UserError("\n".join(left_out if len(left_out) == 1 else ["none of these can be drawn:", *left_out]))
+        raise UserError("\n".join(problems if len(problems) == 1 else ["none of these can be drawn:", *problems]))
     groups = group_runs(runs)
     remarks = [*(told for run in runs for told in run.remarks), *(told for group in groups for told in group.remarks)]
-    for remark in [*(f"left out: {problem}" for problem in left_out), *remarks]:
+    for remark in [*(f"left out: {problem}" for problem in problems), *remarks]:
         print(remark)
     sides = [side(name, each, groups) for name, each in zip("AB", compared or (), strict=False)]
     output = output or (folders[0] / "plots" if len(folders) == 1 else Path("plots"))
     tables = make_tables(groups, sides)
-    without = {name: apart(groups, x, panels) for name, (x, panels) in FIGURES.items()}
+    told = without(groups)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with mpl.rc_context(STYLE):
             drawn = draw(groups, sides)
             for name, figure in followed(drawn.items(), "writing figures", len(drawn), "figures"):
-                for group in without.get(name, []):
-                    print(f"{name}: left out: {group.label}, whose runs cover no common part of the x axis")
+                for what in told.get(name, []):
+                    print(f"{name}: left out: {what}")
                 if figure is None:
-                    if not without.get(name):
+                    if not told.get(name):
                         print(f"{name}: left out, these runs have no data for it")
                     continue
                 figure.draw_without_rendering()
@@ -77,7 +85,15 @@ def draw(groups: Sequence[Group], sides: Sequence[Side] = ()) -> dict[str, Figur
     """All figures by name; None if the runs have no data for a figure. `sides`: none, or A and B."""
     curves = {name: curves_figure(groups, x, panels) for name, (x, panels) in FIGURES.items()}
     compared = {"compare": compare_figure(*sides)} if sides else {}
-    return {**curves, "branches": branches_figure(groups), "frequency": frequency_figure(groups), **compared}
+    maps = frequency.frequency_figure(groups)
+    return {**curves, "branches": branches_figure(groups), "frequency": maps, **compared}
+
+
+def without(groups: Sequence[Group]) -> dict[str, list[str]]:
+    """By name of a figure, what it leaves out of runs that it could show."""
+    curves = {name: left_out(groups, x, panels) for name, (x, panels) in FIGURES.items()}
+    branches = left_out(of_several_branches(groups), "step", ACCURACY[:1])
+    return {**curves, "branches": branches, "frequency": frequency.left_out(groups)}
 
 
 def make_tables(groups: Sequence[Group], sides: Sequence[Side] = ()) -> dict[str, Table]:

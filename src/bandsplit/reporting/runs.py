@@ -7,8 +7,8 @@ import math
 import os
 import textwrap
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -42,8 +42,8 @@ class Branches:
 
 @dataclass(frozen=True, eq=False)
 class Run:
-    """One run directory. `settings` is its configuration as {"train.epochs": "90", ...}, without the seed and keys
-    without effect on results, which are in `other`."""
+    """One run directory. `settings` is its configuration as {"train.epochs": "90", ...}, without the seed. Those
+    without effect on results, and `split.sigma`, which is measured, are in `other`."""
 
     folder: Path
     settings: dict[str, str]
@@ -166,18 +166,25 @@ class Group:
     """Runs of one configuration, all finished or all in progress: one line of a plot, one row of the table."""
 
     name: str
-    notes: list[str]
+    differing: list[str]
+    """`key=value` for each key in which another configuration of this name differs."""
     color: tuple[float, float, float]
     marker: str
     runs: list[Run]
 
     @property
     def label(self) -> str:
-        return f"{self.name} ({', '.join(self.notes)})" if self.notes else self.name
+        notes = self.differing + progress(self.runs)
+        return f"{self.name} ({', '.join(notes)})" if notes else self.name
 
-    @property
-    def legend(self) -> str:
-        return f"{self.label}, mean ± 2 SD, n = {len(self.runs)}" if len(self.runs) > 1 else self.label
+    def legend(self, drawn: Iterable[int]) -> str:
+        """The label, and how many of the runs are drawn, in each panel if that differs."""
+        n, of = span(drawn), str(len(self.runs))
+        return f"{self.label}, mean ± 2 SD, n = {n if n == of else f'{n} of {of}'}" if of != "1" else self.label
+
+    def having(self, what: Callable[[Run], bool]) -> Group:
+        """With those of its runs that have something."""
+        return replace(self, runs=[run for run in self.runs if what(run)])
 
     def title(self, width: int) -> str:
         """The label, and n if there are several, in lines of about `width` characters."""
@@ -187,7 +194,7 @@ class Group:
 
     @property
     def remarks(self) -> list[str]:
-        """Names the keys in which the runs differ without effect on results."""
+        """Names the keys in which the runs differ all the same."""
         keys = sorted({key for run in self.runs for key in run.other})
         differing = [key for key in keys if len({run.other.get(key) for run in self.runs}) > 1]
         return [f"{self.label}: one group of runs that differ in {', '.join(differing)}"] if differing else []
@@ -214,8 +221,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
         for ended in (True, False):
             members = [run for run in runs if run.settings == settings and run.ended == ended]
             if members:
-                notes = differing_keys(settings, configurations) + progress(members)
-                groups.append(Group(settings["name"], notes, color, MARKERS[number % len(MARKERS)], members))
+                differing = differing_keys(settings, configurations)
+                groups.append(Group(settings["name"], differing, color, MARKERS[number % len(MARKERS)], members))
     return groups
 
 

@@ -90,7 +90,7 @@ def _exact(scale: float) -> Callable[[Sequence[float | None]], str]:
 
 
 def _span(values: Sequence[float | None]) -> str:
-    return span(value for value in values if value is not None)
+    return span(round(value, 1) for value in values if value is not None)
 
 
 def _hours(values: Sequence[float | None]) -> str:
@@ -123,7 +123,7 @@ def _macs(run: Run) -> float | None:
 
 
 RESULTS = (
-    Column("epochs", "epochs", lambda run: round(run.epoch, 1), _span),
+    Column("epochs", "epochs", lambda run: run.epoch, _span),
     Column("steps", "steps", lambda run: run.steps, _span),
     Column("top1", "top-1", _last("top1")),
     Column("top5", "top-5", _last("top5")),

@@ -30,8 +30,9 @@ class WandB:
 
     It has surely taken what it was given when it has finished: that is noted in `wandb/sent.json`, and another process
     goes on there. If one was killed before, the events since then are handed over again, but for those that the server
-    has. Nothing is opened before there is something to hand over. Raises UserError if the server cannot be reached or
-    refuses.
+    has. A step that the server has takes nothing more in another process, so the events of the last step wait for a
+    later one, or the end of the run: a validation may still follow. Nothing is opened before there is something to hand
+    over. Raises UserError if the server cannot be reached or refuses.
     """
 
     def __init__(self, directory: RunDirectory) -> None:
@@ -43,28 +44,41 @@ class WandB:
             self._id = noted["id"]
             self._sent = noted["step"], KINDS.index(noted["event"])  # none before the first time that it has finished
         self._run: wandb.Run | None = None
+        self._waiting: list[Event] = []
+        """Events of the last step."""
 
     def restart(self) -> None:
-        """Nothing: `log` passes over what was handed over."""
+        """`log` passes over what was handed over, and is given again what was not."""
+        self._waiting = []
 
     def log(self, event: Event) -> None:
-        position = event["step"], KINDS.index(event["event"])
-        if position <= self._sent:
+        if _position(event) <= self._sent:
             return
+        if event["event"] == "end" or any(event["step"] > each["step"] for each in self._waiting):
+            for each in self._waiting:
+                self._hand_over(each)
+            self._waiting = []
+        if event["event"] == "end":
+            self._hand_over(event)
+        else:
+            self._waiting.append(event)
+
+    def _hand_over(self, event: Event) -> None:
         self._run = self._run or self._opened()
         values = dict(scalars(event, self._numbers))
         if event["event"] == "end":
             self._run.summary.update(values)
         elif event["step"] >= self._run.starting_step:
             self._run.log(values, step=event["step"])
-        self._sent = position
+        self._sent = _position(event)
 
     def flush(self) -> None:
         """Nothing: what was not taken is handed over again."""
 
     def finish(self, figures: Figures) -> str:
         if self._run is None:
-            return f"{self._directory.path}: everything was handed to wandb before"
+            but = " but the last step" * bool(self._waiting)
+            return f"{self._directory.path}: everything{but} was handed to wandb before"
         step, kind = self._sent
         images = {name: wandb.Image(Image.open(io.BytesIO(png))) for name, png in figures().items()}
         if images:
@@ -101,8 +115,13 @@ class WandB:
             raise _refused(error) from error
 
 
+def _position(event: Event) -> tuple[int, int]:
+    """The order in which events are handed over."""
+    return event["step"], KINDS.index(event["event"])
+
+
 def group(settings: Mapping[str, str]) -> str:
-    """The same for runs that differ in nothing but their seed and keys without effect on results."""
+    """The same for runs that differ in nothing but their seed, what they measured, and keys without effect."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     return f"{settings['name']}-{digest[:8]}"
 

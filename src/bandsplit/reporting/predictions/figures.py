@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -48,7 +49,7 @@ def _matrix(results: Results) -> Figure:
     side = min(WIDTH, 2.6 + 0.36 * count)
     figure = Figure(figsize=(side, 0.88 * side), layout="constrained")
     axes = figure.subplots()
-    names = [short(name, 22) for name in results.classes]
+    names = short_names(results, 22)
     sns.heatmap(
         share,
         ax=axes,
@@ -84,7 +85,8 @@ def _pairs(results: Results) -> Drawn:
         return "there are no mistakes"
     true, predicted, images = (part[:SHOWN] for part in (c.true, c.predicted, c.images))
     share = 100 * images / results.class_images[true]
-    figure, axes = _bars([f"{_name(results, a)} → {_name(results, b)}" for a, b in zip(true, predicted, strict=True)])
+    names = short_names(results, 24)
+    figure, axes = _bars([f"{names[a]} → {names[b]}" for a, b in zip(true, predicted, strict=True)])
     axes.barh(range(len(share)), share, color=BLUE, height=0.7)
     _beside(axes, share, [f"{n} of {results.class_images[a]}" for n, a in zip(images, true, strict=True)])
     axes.set(
@@ -98,14 +100,16 @@ def classes(results: Results) -> Drawn:
     present = np.flatnonzero(results.class_images)
     order = present[np.lexsort((-results.class_images[present], results.class_top1[present]))]
     worst, top1 = order[:SHOWN], results.class_top1
-    named = [_name(results, c) for c in worst]
+    names, others = short_names(results, 24), short_names(results, 20)
+    named = [names[c] for c in worst]
     figure, axes = _bars(named, panels=1 if len(order) <= SHOWN else 2)
     axes.barh(range(len(worst)), top1[worst], color=BLUE, height=0.7)
-    _beside(axes, top1[worst], [_taken(results, c) for c in worst.tolist()])
+    _beside(axes, top1[worst], [_taken(results, others, c) for c in worst.tolist()])
     axes.set(xlabel="Top-1 accuracy (%)")
+    line = f"dashed: {'the sample' if results.is_sample else 'all images'}, {results.fused.top1:.2f} %"
     axes.axvline(results.fused.top1, color="0.3", linewidth=0.9, linestyle=(0, (4, 2)), zorder=0)
     if len(order) <= SHOWN:
-        axes.set(title=f"What each class is most often taken for; dashed: all images, {results.fused.top1:.2f} %")
+        axes.set(title=f"What each class is most often taken for; {line}")
         return figure
     axes.set(title=f"The worst {len(worst)}, and what they are taken for")
     left = figure.axes[0]
@@ -113,15 +117,15 @@ def classes(results: Results) -> Drawn:
     left.fill_between(np.arange(1, len(order) + 1), top1[order], color=BLUE, alpha=0.15, linewidth=0)
     left.axhline(results.fused.top1, color="0.3", linewidth=0.9, linestyle=(0, (4, 2)))
     left.set(xlabel="Classes, worst first", ylabel="Top-1 accuracy (%)", xlim=(1, len(order)), ylim=(0, 100))
-    left.set_title(f"All classes; dashed: all images, {results.fused.top1:.2f} %")
+    left.set_title(f"All classes; {line}")
     return figure
 
 
-def _taken(results: Results, c: int) -> str:
+def _taken(results: Results, names: Sequence[str], c: int) -> str:
     if c not in results.taken_for:
         return ""
     other, times = results.taken_for[c]
-    return f"{short(results.classes[other], 20)} ({times} of {results.class_images[c]})"
+    return f"{names[other]} ({times} of {results.class_images[c]})"
 
 
 def calibration(results: Results) -> Drawn:
@@ -265,8 +269,14 @@ def short(name: str, width: int) -> str:
     return cut.replace(",…", "…") if len(cut) > 1 else name[: width - 1] + "…"
 
 
-def _name(results: Results, c: int) -> str:
-    return short(results.classes[c], 24)
+def short_names(results: Results, width: int) -> list[str]:
+    """Names of the classes, by `short`; those that would look alike are cut in the middle."""
+    cut = [short(name, width) for name in results.classes]
+    times, end = Counter(cut), width // 2
+    return [
+        text if times[text] == 1 else f"{name[: width - end - 1].rstrip(' ,')}…{name[-end:].lstrip(' ,')}"
+        for text, name in zip(cut, results.classes, strict=True)
+    ]
 
 
 def _bars(labels: Sequence[str], panels: int = 1) -> tuple[Figure, Axes]:

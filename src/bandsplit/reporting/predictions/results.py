@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from bandsplit.models.fusion import MEAN, Labels, Logits, scores
 from bandsplit.runs.predictions import Predictions
-from bandsplit.statistics import BINS, calibration_error, paired_interval
+from bandsplit.statistics import BINS, calibration_error, gain_interval
 
 Floats = NDArray[np.float64]
 Counts = NDArray[np.int64]
@@ -34,7 +34,7 @@ class FusionResult:
     gain: float
     """Top-1 above that of the mean."""
     gain_interval: tuple[float, float]
-    """95 % interval of `gain`; see `paired_interval`."""
+    """95 % interval of `gain`; see `gain_interval` of `statistics`."""
     bins: Floats
     """(BINS, 3); see `calibration`."""
 
@@ -72,6 +72,11 @@ class Results:
         named = [f"{name} ({c})" if times[name] > 1 else name for name, c in zip(p.class_names, p.classes, strict=True)]
         return [printable(name) for name in named]
 
+    @property
+    def is_sample(self) -> bool:
+        """Whether more images were evaluated than are saved."""
+        return self.predictions.images > len(self.predictions.labels)
+
     @cached_property
     def branches(self) -> list[str]:
         """Names of the branches as they are shown."""
@@ -92,7 +97,7 @@ class Results:
                 100 * float(found[:, n].any(1).sum()) / images,
                 calibration_error(bins.tolist()),
                 100 * (better - worse) / images,
-                paired_interval(better, worse, images),
+                gain_interval(p.fusions[name], better, worse, images),
                 bins,
             )
         return results

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
 from bandsplit.reporting.figures import WIDTH
-from bandsplit.reporting.predictions.figures import Drawn, short
+from bandsplit.reporting.predictions.figures import Drawn, short_names
 from bandsplit.reporting.predictions.results import Results
 
 COUNT, COLUMNS = 24, 6
@@ -49,8 +49,9 @@ def mistakes(results: Results, folder: Path | None) -> Drawn:
     rows = math.ceil(len(found) / columns)
     figure = Figure(figsize=(WIDTH * columns / COLUMNS, 1.65 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, squeeze=False).flat
+    names = short_names(results, 22)
     for axes, (row, thumbnail) in zip(panels, found.items(), strict=False):
-        true, predicted = (short(results.classes[c], 22) for c in (p.labels[row], results.predicted[row]))
+        true, predicted = (names[c] for c in (p.labels[row], results.predicted[row]))
         axes.imshow(thumbnail)
         axes.set_title(f"{true}\n→ {predicted}\n{_percent(results.confidence[row])}", fontsize=6.5, loc="left")
     for axes in figure.axes:

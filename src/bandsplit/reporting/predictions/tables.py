@@ -94,7 +94,7 @@ def summary(results: Results, made: Mapping[str, pd.DataFrame]) -> str:
     """In Markdown. `made` are the `tables`."""
     p = results.predictions
     of = f"{len(p.labels):,} images"
-    if p.images > len(p.labels):
+    if results.is_sample:
         of = f"A sample of {len(p.labels):,} of {p.images:,} images"
     runs = dict.fromkeys(f"{branch.run}, step {branch.step}" for branch in p.branches)
     parts = [
