@@ -3,7 +3,7 @@
     python script/independent.py RUN [--checkpoint last | STEP] [--root IMAGES] [--predictions FILE.npz]
 
 Covers ResNets without tweaks, of one kind in all branches, on class folders of images. With --predictions, the file
-that src/evaluate.py --save wrote of the same checkpoint, also compares the logits, image by image.
+that src/evaluate.py --save wrote, takes their checkpoint, and also compares the logits, image by image.
 """
 
 from __future__ import annotations
@@ -151,14 +151,24 @@ def measures(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> dict[st
     }
 
 
+def step_of(predictions: Path) -> str:
+    """The step of the checkpoint that these are of."""
+    with np.load(predictions) as saved:
+        steps = {branch["step"] for branch in json.loads(str(saved["about"]))["branches"]}
+    if len(steps) > 1:
+        raise SystemExit(f"{predictions}: branches of several checkpoints: not covered")
+    return str(steps.pop())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("run", type=Path)
-    parser.add_argument("--checkpoint", default="last", help="last (the default) or a step")
+    parser.add_argument("--checkpoint", help="last or a step (default: that of the predictions; without them, last)")
     parser.add_argument("--root", type=Path, help="folder of the validation images (default: as in config.toml)")
     parser.add_argument("--predictions", type=Path, metavar="FILE.npz", help="compare with these, image by image")
     arguments = parser.parse_args()
-    run = Run.read(arguments.run, arguments.checkpoint)
+    saved_at = step_of(arguments.predictions) if arguments.predictions else "last"
+    run = Run.read(arguments.run, arguments.checkpoint or saved_at)
     root = arguments.root or Path(os.path.expandvars(run.data["root"])) / run.data["val"]
     classes = sorted(path.name for path in root.iterdir() if path.is_dir())
     files = [(path, label) for label, name in enumerate(classes) for path in sorted((root / name).rglob("*.*"))]

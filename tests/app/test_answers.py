@@ -110,6 +110,13 @@ def test_the_cascade_stops_where_it_does_when_it_is_run(config_file: Path, thres
     assert ("Goes through all 3 stages" in shown) == (stage == 2)
 
 
+def test_the_header_names_every_network(config_file: Path) -> None:
+    assert "<p>resnet18 × 0.125 · 4 branches · " in fragments.header(classifier(config_file), "")
+    with config_file.open("a") as config:
+        config.write("".join(f"[[branch]]\nbands = [{k}]\nwidth = {0.25 / (1 + (k > 0))}\n" for k in range(3)))
+    assert "<p>1 resnet18 × 0.25, 2 resnet18 × 0.125 · 3 branches · " in fragments.header(classifier(config_file), "")
+
+
 def test_names_are_text_and_certainty_is_not_claimed(config_file: Path) -> None:
     model = classifier(config_file)
     names = ("<script>alert(1)</script>", *model.names[1:])

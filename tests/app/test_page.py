@@ -34,6 +34,7 @@ from bandsplit.runs.fitted import FILE, Fitted, HeldOut, preparation
 from bandsplit.runs.restored import Restored
 from tests.app.files import photograph
 from tests.conftest import REPOSITORY
+from tests.inference.models import classifier
 
 CHROMIUM = shutil.which("chromium")
 
@@ -56,6 +57,16 @@ def test_without_gradio_it_says_what_to_install(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setitem(sys.modules, "gradio", None)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"bandsplit app needs Gradio: pip install 'bandsplit\[app\]'"):
         app.main([str(tmp_path)])
+
+
+def test_events_that_need_the_model_wait_for_each_other(config_file: Path) -> None:
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    from bandsplit.app import page
+
+    example = of_run.Example("a.jpg", 0, torch.zeros(3, 32, 32, dtype=torch.uint8))
+    made = page.blocks(page.Page(classifier(config_file), [example]), "tiny")
+    limits = [(each.concurrency_id, each.concurrency_limit) for each in made.fns.values() if each.name != "<lambda>"]
+    assert limits == [("model", 1)] * 4  # an upload, two groups of switches, an example
 
 
 # Server and browser ---------------------------------------------------------------------------------------------------

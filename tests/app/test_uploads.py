@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -24,6 +25,12 @@ def header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + data + struct.pack(">I", zlib.crc32(data)) + b"\0\0\x10\0IDAT"
 
 
+def tiff(mode: str) -> bytes:
+    file = io.BytesIO()
+    Image.new(mode, (40, 30)).save(file, "TIFF")
+    return file.getvalue()
+
+
 @pytest.mark.parametrize(
     ("content", "told"),
     [  # content of image.jpg, and words of the sentence
@@ -35,8 +42,9 @@ def header(width: int, height: int) -> bytes:
         (header(20_000, 300), "image.jpg is 20,000 × 300 pixels; the longer side may be 50 times the shorter one."),
         (header(400, 300), "image.jpg is damaged or cut off, and cannot be decoded: "),
         (header(400, 300) + bytes(20 * 2**20), "image.jpg has 20.0 MiB; files of at most 20 MiB are read."),
+        (tiff("F"), "image.jpg is gray of 32 bits, whose white is not known; save it with 8 or 16 bits."),
     ],
-    ids=["empty", "text", "postscript", "100 megapixels", "bomb", "long", "cut off", "large"],
+    ids=["empty", "text", "postscript", "100 megapixels", "bomb", "long", "cut off", "large", "float"],
 )
 def test_what_is_refused_says_why(tmp_path: Path, content: bytes, told: str) -> None:
     path = tmp_path / "image.jpg"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -101,7 +102,15 @@ def test_whatever_an_image_comes_as(config_file: Path, tmp_path: Path) -> None:
     assert of_gray == model.predict(np.asarray(image.convert("L")))
     assert [each.top[0].label for each in model.predict([tensor / 255, image])] == [wanted.top[0].label] * 2
     sixteen = Image.fromarray(np.asarray(image.convert("L")).astype(np.uint16) * 257)
-    assert model.predict(sixteen) == of_gray
+    sixteen.save(tmp_path / "sixteen.pgm")
+    twelve = (np.asarray(sixteen) >> 4).astype(">u2").tobytes()
+    (tmp_path / "twelve.pgm").write_bytes(b"P5 70 50 4095\n" + twelve)
+    for each in (sixteen, tmp_path / "sixteen.pgm", tmp_path / "twelve.pgm"):
+        assert model.predict(each) == of_gray
+    for mode in "IF":
+        image.convert("L").convert(mode).save(tmp_path / "image.tiff")
+        with pytest.raises(UserError, match=r"image\.tiff: cannot be read as an image: gray of 32 bits, whose white"):
+            model.predict(tmp_path / "image.tiff")
     shapes = np.zeros((3, 50, 70, 1)), torch.zeros(4, 5, 5)
     for wrong in (*shapes, np.zeros((50, 70, 3), dtype=np.int64), array.astype(np.float32)):
         with pytest.raises(ValueError, match="^image (of|with)"):
@@ -169,7 +178,30 @@ def test_an_exported_file_is_the_model(config_file: Path, tmp_path: Path, overri
     weights.write(model, half, torch.float16)
     assert half.stat().st_size < 0.6 * path.stat().st_size
     for key, x in bandsplit.load(half).state_dict().items():
+        assert x.dtype == model.state_dict()[key].dtype
         torch.testing.assert_close(x, model.state_dict()[key], rtol=1e-3, atol=1e-7)
+    before = half.read_bytes()
+    next(model.parameters()).data.view(-1)[0] = 65520  # rounded to infinity in float16
+    with pytest.raises(UserError, match=r"half\.safetensors: not written: .*: its values exceed float16"):
+        weights.write(model, half, torch.float16)
+    assert half.read_bytes() == before
+
+
+def test_some_branches_are_where_the_model_is(config_file: Path) -> None:
+    """They share its memory, in its dtype; the meta device stands for any other than the CPU."""
+    model = classifier(config_file)
+    model.branches.half()
+    some = model.only([2, 0])
+    shared = zip(some.branches, (model.branches[2], model.branches[0]), strict=True)
+    for a, b in ((x.state_dict(), y.state_dict()) for x, y in shared):
+        assert {key: (x.dtype, x.data_ptr()) for key, x in a.items()} == {
+            key: (x.dtype, x.data_ptr()) for key, x in b.items()
+        }
+    images = torch.rand(2, 3, 32, 32)
+    with torch.no_grad():
+        assert torch.equal(some.branch_logits(images), model.branch_logits(images)[[2, 0]])
+    on_meta = model.to("meta").only([1])
+    assert {x.device.type for x in (*on_meta.parameters(), *on_meta.buffers(), on_meta(images.to("meta")))} == {"meta"}
 
 
 def test_the_fusion_of_a_run(config_file: Path) -> None:
@@ -194,8 +226,11 @@ def test_the_fusion_of_a_run(config_file: Path) -> None:
     told = list[str]()
     sink = logger.add(told.append, format="{message}", level="WARNING")
     assert describe(run, "learned") == model.description
+    classifier(config_file, "distillation.teacher=runs/teacher", "distillation.residual=true")
     logger.remove(sink)
     assert "fusion was fitted on images prepared with {'val_image_size': 32, 'resize_size': 99, " in told[0]
+    assert told[1].endswith(f" evaluate runs/teacher {run.run_dir}\n")
+    assert len(told) == 2
     directory = RunDirectory(run.run_dir)
     lines = [{"event": "validation", "step": run.step, "epoch": 1.0, "top1": top1} for top1 in (50.0, 60.0)]
     directory.metrics.write_text("\n".join(map(json.dumps, lines))[:-5])
@@ -211,7 +246,14 @@ def test_what_is_no_model_is_named(config_file: Path, tmp_path: Path) -> None:
     text.write_text("no model")
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(path.read_bytes()[:-100])
-    for where, what in [(tmp_path / "nowhere", "no such model"), (text, "not a safetensors file"), (cut, "damaged")]:
+    graph = Path(shutil.copy(text, tmp_path / "model.onnx"))
+    for where, what in [
+        (tmp_path / "nowhere", "no such model"),
+        (tmp_path / ("x" * 300), "cannot be read: File name too long"),
+        (text, "not a safetensors file"),
+        (graph, "a graph for other tools; expected a run directory or a safetensors file of"),
+        (cut, "damaged"),
+    ]:
         with pytest.raises(UserError, match=f"{where}.*{what}"):
             bandsplit.load(where)
     with pytest.raises(UserError, match="exported model has one checkpoint"):

@@ -95,7 +95,10 @@ def test_architectures(config_file: Path, tmp_path: Path, arch: str, kind: str, 
     path = tmp_path / "model.safetensors"
     weights.write(classifier(config_file, f"model.arch={arch}", *keys), path)
     output = tmp_path / f"model{export.SUFFIXES[kind]}"
+    earlier = tmp_path / "model.onnx.data"
+    earlier.touch()
     export.main([str(path), "--format", kind, "--dtype", dtype, "--output", str(output)])
+    assert earlier.exists() == (kind == "torch")
     assert output.stat().st_size > 0.9 * path.stat().st_size / (1 if dtype == "float32" else 2)
 
 

@@ -446,6 +446,15 @@ def test_errors_of_timm_itself() -> None:
         on_meta("inception_v3", size=56, source="timm")
 
 
+def test_smaller_images_of_validation_are_refused_before_training(config_file: Path) -> None:
+    keys = ["model.arch=inception_v3", "model.width=1", "model.stem=standard", "split.block=4"]
+    config = loading.load(
+        config_file, [*keys, "data.image_size=336", "data.val_image_size=288", "data.resize_size=336"]
+    )
+    with torch.device("meta"), pytest.raises(UserError, match="needs inputs of at least 75 x 75, but a branch gets 72"):
+        Ensemble.of(config)
+
+
 # ---------------------------------------------------------------------------------------------------- refused keys
 
 MISTAKES = {

@@ -284,6 +284,36 @@ def test_torchvisions_weights_are_read_from_its_cache(
         begun(loading.load(config_file, keys))
 
 
+def test_a_bottleneck_with_its_strides_elsewhere_is_another_network(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tweak b moves them, which no weight shows: torchvision's ResNet-50 has it, a file of weights does not say."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (tmp_path / "hub/checkpoints").mkdir(parents=True)
+    cached, plain = tmp_path / "hub/checkpoints/resnet50-11ad3fa6.pth", tmp_path / "plain.pth"
+    with torch.device("meta"):
+        theirs = torchvision.models.resnet50().state_dict()
+    torch.save({key: torch.tensor(1.0).expand(x.shape) for key, x in theirs.items()}, cached)
+    plain.symlink_to(cached)
+    keys, export = [*ALL, "model.arch=resnet50"], tmp_path / "export.safetensors"
+    own = loading.load(config_file, [*keys, "model.tweaks=[]", "model.width=0.125"]).with_classes(10)
+    exported(Ensemble.of(own), own, CLASSES, export)
+
+    def words(*overrides: str) -> str:
+        config = loading.load(config_file, [*keys, *overrides]).with_classes(10)
+        return initial_weights(config, range(1), CLASSES)[0].words
+
+    assert words("model.init_from=torchvision").startswith("torchvision's ResNet50_Weights.IMAGENET1K_V2; ")
+    with pytest.raises(UserError, match=r"layer2\.0\.conv1 has a stride of 1, here 2 \(model\.tweaks\), layer2"):
+        words("model.init_from=torchvision", "model.tweaks=[]")
+    for tweaks, told in ('["b"]', "with"), ("[]", "without"):
+        said = words(f"model.init_from={plain}", f"model.tweaks={tweaks}")
+        assert said.startswith(f"{plain} (assumed to be {told} tweak b); ")
+    assert words(f"model.init_from={export}", "model.tweaks=[]", "model.width=0.125") == str(export)
+    with pytest.raises(UserError, match=r"layer2\.0\.conv1 has a stride of 2, here 1"):
+        words(f"model.init_from={export}", "model.width=0.125")
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

@@ -66,14 +66,14 @@ def test_from_files(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    """Pillow rounds to 8 bits after each axis, DALI once, so that pixels differ by one level.
+    """Of the checkpoint of the predictions. Pillow rounds to 8 bits after each axis, DALI once: one level apart.
 
     They differ by more in images whose longer side is no integer after scaling: DALI keeps the scale, Pillow stretches.
     """
     run_dir, saved = finished(1), tmp_path / "predictions.npz"
-    assert run_here("evaluate.py", run_dir, "--checkpoint", "last", "--save", saved).returncode == 0
+    assert run_here("evaluate.py", run_dir, "--checkpoint", "13", "--save", saved).returncode == 0
     pixels, _ = pixels_of(run_dir)
-    run = independent.Run.read(run_dir, "last")
+    run = independent.Run.read(run_dir, "13")
     root = Path(run.data["root"]) / "val"
     ours = Predictions.read(saved)
     own = [independent.prepared(root / name, run.data) for name in ours.names]
@@ -95,4 +95,6 @@ def test_from_files(
 
     monkeypatch.setattr(sys, "argv", ["independent.py", str(run_dir), "--predictions", str(saved)])
     independent.main()
-    assert f"images with another top-1: {unlike.sum()} fused" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert f"images with another top-1: {unlike.sum()} fused" in told
+    assert '"step": 13,' in told

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import math
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from html import escape
 
@@ -29,8 +30,9 @@ EMPTY = '<p class="empty">No image yet.</p>'
 def header(model: Classifier, name: str) -> str:
     """What the model is, in two lines."""
     d = model.description
+    kinds = Counter(f"{branch.network.arch}{_times(branch.network.width)}" for branch in d.branches)
     facts = [
-        f"{d.branches[0].network.arch}{_times(d.branches[0].network.width)}",
+        ", ".join(f"{count} {kind}" if len(kinds) > 1 else kind for kind, count in kinds.items()),
         _count(len(model.bands), "branch", "branches"),
         f"block {d.block}: {_count(d.block**2, 'band')}",
         _count(len(model.classes), "class", "classes"),

@@ -160,7 +160,11 @@ def blocks(page: Page, name: str) -> Any:
 
 
 def _on(event: Any, answer: Callable[..., Any], inputs: list[Any], outputs: list[Any]) -> Any:
-    return event(answer, inputs, outputs, api_visibility="private", show_progress="minimal")
+    """All events together are answered one at a time."""
+    return event(
+        answer, inputs, outputs, api_visibility="private", show_progress="minimal",
+        concurrency_id="model", concurrency_limit=1,
+    )  # fmt: skip
 
 
 def _switches(choices: list[tuple[str, int]], name: str) -> Any:

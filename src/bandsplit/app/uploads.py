@@ -5,9 +5,10 @@ from __future__ import annotations
 import warnings
 from pathlib import Path
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from bandsplit.errors import UserError
+from bandsplit.inference import preparation
 
 MOST_BYTES = 20 * 2**20
 MOST_PIXELS = 50_000_000
@@ -19,7 +20,7 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
 
 
 def opened(path: Path) -> Image.Image:
-    """Decodes an image whose size in bytes and whose header are within the limits.
+    """Decodes an image whose size in bytes and whose header are within the limits, to RGB.
 
     Raises UserError, in a sentence for the page, if the file is none or cannot be decoded.
     """
@@ -37,15 +38,18 @@ def opened(path: Path) -> Image.Image:
             image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError:
         raise UserError(f"{name} has too many pixels; at most {_million(MOST_PIXELS)} are decoded.") from None
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError):
+    except Exception:  # damaged bytes can make decoders raise anything
         raise UserError(f"{name} is not an image in a format that is read: {_listed(FORMATS)}.") from None
     with image:
         _require_fitting(name, *image.size)
         try:
             image.load()
-        except (OSError, ValueError, SyntaxError, EOFError) as error:
+        except Exception as error:
             raise UserError(f"{name} is damaged or cut off, and cannot be decoded: {error}.") from None
-    return image
+        try:
+            return preparation.rgb(image)
+        except UserError as error:
+            raise UserError(f"{name} is {error}.") from None
 
 
 def _require_fitting(name: str, width: int, height: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -28,14 +29,17 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         help="safetensors, for bandsplit.load and model.init_from (default); onnx or torch, from images to logits",
     )
     parser.add_argument("--branches", type=_numbers, metavar="0,3", help="only these branches (default: all)")
-    parser.add_argument("--dtype", choices=["float32", "float16"], default="float32", help="of the weights (float32)")
+    parser.add_argument(
+        "--dtype", choices=["float32", "float16"], default="float32", help="of the weights (default: float32)"
+    )
     options.add_checkpoint(parser)
     parser.add_argument(
         "--output", type=Path, metavar="FILE", help="the file to write, or to replace (default: RUN.safetensors, …)"
     )
     given = parser.parse_args(arguments)
     trained = given.model.resolve()
-    path = given.output or Path((trained.stem if trained.is_file() else trained.name) + SUFFIXES[given.format])
+    is_file = os.path.isfile(trained)  # noqa: PTH113  # False without permission
+    path = given.output or Path((trained.stem if is_file else trained.name) + SUFFIXES[given.format])
     require_file("--output", path)
     if given.format == "torch" and path.suffix != SUFFIXES["torch"]:
         raise UserError(f"--output {path}: torch.export reads files that end in .pt2")

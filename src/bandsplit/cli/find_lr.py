@@ -17,8 +17,8 @@ bandsplit find-lr resnet34_sub16 --steps 200 --output runs/lr
 def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
     parser = options.parser(prog, __doc__, EXAMPLES)
     options.add_config(parser)
-    parser.add_argument("--from", dest="low", type=float, default=1e-5, help="first learning rate (default: 1e-5)")
-    parser.add_argument("--to", dest="high", type=float, default=10.0, help="last learning rate (default: 10)")
+    parser.add_argument("--from", dest="low", type=float, default=1e-5, help="first value of optim.lr (default: 1e-5)")
+    parser.add_argument("--to", dest="high", type=float, default=10.0, help="last value (default: 10)")
     parser.add_argument("--steps", type=int, default=100, help="number of learning rates, one step each (default: 100)")
     parser.add_argument("--output", type=Path, help="folder for the figure and its data (default: runs/NAME-find-lr)")
     given = parser.parse_args(arguments)

@@ -23,7 +23,7 @@ COMMANDS = {
 }
 """Name of a command -> its module in this folder, and one line about it. A module is imported when its command runs."""
 
-ABOUT = "Train image classifiers on the spectral sub-bands of JPEG images."
+ABOUT = "Train image classifiers on the spectral sub-bands of images."
 EXAMPLES = """
 bandsplit train                          train the demo
 bandsplit train resnet34_sub16 --dry-run

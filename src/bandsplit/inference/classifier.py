@@ -53,7 +53,7 @@ class Classifier(nn.Module):
     weights: Tensor
 
     def __init__(self, description: Description, state: Mapping[str, Tensor]) -> None:
-        """`state`: weights by name, `branches.{i}.{key}`.
+        """`state`: weights by name, `branches.{i}.{key}`, which it shares.
 
         Raises RuntimeError if these do not fit the networks, and UserError if timm is needed and cannot build one.
         """
@@ -67,7 +67,7 @@ class Classifier(nn.Module):
             ("weights", description.weights),
         ):
             self.register_buffer(name, torch.tensor(values, dtype=torch.float32), persistent=False)
-        self.load_state_dict({key: x.float() if x.is_floating_point() else x for key, x in state.items()}, assign=True)
+        self.load_state_dict(state, assign=True)
         self.eval()
 
     @property
@@ -88,7 +88,7 @@ class Classifier(nn.Module):
     def only(self, numbers: Sequence[int]) -> Self:
         """The model of some branches, by their numbers in the run, as `Description.only` fuses them.
 
-        It shares their weights. Raises UserError as `Description.only` does.
+        It shares their weights, on their device and in their dtype. Raises UserError as `Description.only` does.
         """
         description = self.description.only(numbers)
         places = [self.description.branches.index(branch) for branch in description.branches]
@@ -97,7 +97,9 @@ class Classifier(nn.Module):
             for i, place in enumerate(places)
             for key, x in self.branches[place].state_dict().items()
         }
-        return type(self)(description, state)
+        model = type(self)(description, state).to(self.weights.device)
+        model.branches.to(next(self.branches.parameters()).dtype)  # buffers that are not saved
+        return model
 
     def forward(self, images: Tensor) -> Tensor:
         """Fused logits (B, classes), float32, of images as `split` takes them."""

@@ -1,4 +1,4 @@
-"""Predictions for image files: single files by Pillow, folders by DALI as in validation."""
+"""Predictions for image files: single files by Pillow in float32, folders by DALI as in validation."""
 
 from __future__ import annotations
 
@@ -21,6 +21,8 @@ from bandsplit.errors import UserError
 from bandsplit.inference.classifier import Classifier, Prediction
 from bandsplit.inference.description import Description
 from bandsplit.inference.preparation import prepared
+from bandsplit.models.precision import Precision
+from bandsplit.paths import reading_from
 
 
 @dataclass(frozen=True)
@@ -34,25 +36,35 @@ class Outcome:
 
 
 def in_folder(folder: Path) -> list[str]:
-    """The images at any depth below a folder, in sorted order, but for hidden entries.
+    """The images at any depth below a folder, in sorted order, but for hidden entries and links to a folder above.
 
     Raises UserError if it has none, and if a folder cannot be read.
     """
     found = []
-    for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-        folders[:] = sorted(name for name in folders if not is_hidden(name))
-        found += [
-            os.path.join(where, name)  # noqa: PTH118
-            for name in sorted(names)
-            if name.lower().endswith(SUFFIXES) and not is_hidden(name)
-        ]
+    with reading_from(folder):
+        above = {os.fspath(folder): frozenset(map(_identity, folder.resolve().parents))}
+        for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
+            within = above.pop(where) | {_identity(where)}
+            below = {name: os.path.join(where, name) for name in sorted(folders) if not is_hidden(name)}  # noqa: PTH118
+            folders[:] = [name for name, path in below.items() if _identity(path) not in within]
+            above |= {below[name]: within for name in folders}
+            found += [
+                os.path.join(where, name)  # noqa: PTH118
+                for name in sorted(names)
+                if name.lower().endswith(SUFFIXES) and not is_hidden(name)
+            ]
     if not found:
         raise UserError(f"{folder}: no images in this folder ({' '.join(SUFFIXES)})")
     return found
 
 
+def _identity(folder: str | Path) -> tuple[int, int]:
+    about = os.stat(folder)  # noqa: PTH116
+    return about.st_dev, about.st_ino
+
+
 def _raise(error: OSError) -> None:
-    raise UserError(f"{error.filename}: cannot be read: {error.strerror}") from error
+    raise error
 
 
 def by_pillow(model: Classifier, files: Sequence[str], k: int, batch_size: int) -> Iterator[Outcome]:
@@ -75,7 +87,7 @@ def has_dali() -> bool:
 
 
 def by_dali(model: Classifier, files: Sequence[str], k: int, batch_size: int) -> Iterator[Outcome]:
-    """One outcome per file, in order, prepared by the pipeline of validation.
+    """One outcome per file, in order, prepared by the pipeline of validation and in its precision.
 
     Raises UserError if this version of bandsplit does not understand the config of the model.
     """
@@ -86,14 +98,18 @@ def by_dali(model: Classifier, files: Sequence[str], k: int, batch_size: int) ->
     device = model.weights.device
     images = ImageFiles(files, [0] * len(files), list(model.classes))
     config = _config(model.description, len(files))
-    shard = Shard(0, 1, min(batch_size, len(files)), available_cpus(), device.index)
+    precision = Precision(config.train.precision, device)
+    precision.apply()
+    model.branches.to(memory_format=torch.channels_last)
+    shard = Shard(0, 1, min(batch_size, len(files)), available_cpus(), device.index, precision.half_bands)
     done = 0
     try:
         loader = ValidationLoader(config, images, shard)
         for number, batch in enumerate(loader):
             reasons = {each["file"]: each["reason"] for each in loader.left_out}
-            with torch.inference_mode():
-                predictions = model.predictions(model.logits_of(batch.inputs), k)
+            with torch.inference_mode(), precision.autocast():
+                logits = model.logits_of(batch.inputs)
+            predictions = model.predictions(logits, k)
             for row, label, prediction in zip(
                 loader.rows(number).tolist(), batch.labels.tolist(), predictions, strict=True
             ):

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from bandsplit.errors import UserError
 from bandsplit.inference.classifier import Classifier
-from bandsplit.inference.weights import KEY
+from bandsplit.inference.weights import BEYOND, KEY
 from bandsplit.paths import writing_to
 
 BATCHES = (1, 2, 7)
@@ -63,7 +63,11 @@ def write_onnx(model: Classifier, path: Path, dtype: torch.dtype, in_one_file: i
     with _replaced(path) as written:
         program.save(written, external_data=weights > in_one_file)
         session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
-        return _checked(model, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), dtype, path)
+        differs = _checked(model, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), dtype, path)
+    if weights <= in_one_file:
+        with writing_to(path):
+            path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of an earlier export
+    return differs
 
 
 def write_torch(model: Classifier, path: Path, dtype: torch.dtype) -> float:
@@ -108,9 +112,7 @@ def _checked(model: Classifier, graph: Graph, dtype: torch.dtype, path: Path) ->
         wanted = model(images.to(model.weights.device)).cpu()
         differs = (graph(images) - wanted).abs().max().item()
         if not differs <= TOLERANCE[dtype] * max(1.0, wanted.abs().max().item()):
-            beyond = (
-                ": its values exceed float16; use float32" if math.isnan(differs) and wanted.isfinite().all() else ""
-            )
+            beyond = BEYOND if math.isnan(differs) and wanted.isfinite().all() else ""
             raise UserError(f"{path}: not written: with {batch} images its logits differ by {differs:.2g}{beyond}")
         largest = max(largest, differs)
     return largest

@@ -6,6 +6,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from loguru import logger
+
 from bandsplit.commands import command
 from bandsplit.errors import UserError
 from bandsplit.inference.description import Branch, Description, Network, Training
@@ -19,7 +21,7 @@ from bandsplit.spectral.view import View
 
 
 def describe(restored: Restored, fusion: str | None) -> Description:
-    """The model of a restored run.
+    """The model of a restored run.  Warns if it is only a part of what was trained (`distillation.residual`).
 
     Args:
         fusion: how logits are fused; None: `fusion.method` of the config.
@@ -29,6 +31,14 @@ def describe(restored: Restored, fusion: str | None) -> Description:
     config, directory = restored.config, RunDirectory(restored.run_dir)
     view, data = View.of(config), config.data
     method = fusion or config.fusion.method
+    if config.distillation is not None and config.distillation.residual:
+        both = f"{command('evaluate')} {config.distillation.teacher} {restored.run_dir}"
+        logger.warning(
+            "{}: trained with distillation.residual = true: its branches are a part of the prediction, and its teacher "
+            "is the rest; both together: {}",
+            restored.run_dir,
+            both,
+        )
     return Description(
         classes=tuple(restored.classes),
         names=tuple(directory.readable_names(restored.classes)),

@@ -24,12 +24,13 @@ Arrays and tensors are uint8 from 0 to 255, or floating point from 0 to 1.
 def pixels(image: Source) -> Tensor:
     """The image as (3, H, W), RGB; uint8, or float32 from 0 to 1.  A file is not rotated by EXIF, as in training.
 
-    Raises UserError if a file cannot be read or decoded, and ValueError if an array or tensor is not as in `Source`.
+    Raises UserError if a file cannot be read or decoded, or has gray of 32 bits, and ValueError if an array or tensor
+    is not as in `Source`.
     """
     if isinstance(image, str | Path):
         image = _decoded(Path(image))
     if isinstance(image, Image.Image):
-        image = np.asarray(_rgb(image))
+        image = np.asarray(rgb(image))
     if isinstance(image, np.ndarray):
         tensor = torch.from_numpy(np.array(image))
         tensor = tensor[None] if tensor.ndim == 2 else tensor.movedim(-1, 0)
@@ -60,13 +61,19 @@ def prepared(image: Source, description: Description) -> Tensor:
 def _decoded(path: Path) -> Image.Image:
     try:
         with Image.open(path) as image:
-            return _rgb(image)
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-        reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "")
+            return rgb(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # damaged bytes can make decoders raise anything
+        reason = getattr(error, "strerror", None) or str(error).replace(f" {str(path)!r}", "") or type(error).__name__
         raise UserError(f"{path}: cannot be read as an image: {reason}") from error
 
 
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith("I;16"):  # convert would clip it
+def rgb(image: Image.Image) -> Image.Image:
+    """The image with 8 bits for each color.  Raises UserError if it has gray of 32 bits."""
+    sixteen = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
+    if image.mode in ("I", "F") and not sixteen:
+        raise UserError("gray of 32 bits, whose white is not known; save it with 8 or 16 bits")
+    if sixteen:  # convert would clip it
         image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
     return image.convert("RGB")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -43,15 +44,16 @@ class Request:
         for option, path in (("--json", self.json), ("--csv", self.csv)):
             if path is not None and path != STDOUT:
                 require_file(option, path)
-        if self.json == self.csv == STDOUT:
-            raise UserError("--json - --csv -: only one of them can go to standard output")
+        if self.json is not None and self.csv is not None and self.json.resolve() == self.csv.resolve():
+            where = "standard output" if self.json == STDOUT else "one file"
+            raise UserError(f"--json {self.json} --csv {self.csv}: only one of them can go to {where}")
 
 
 def predict(request: Request) -> None:
     """Raises UserError, after all other files are classified, if some cannot be read or decoded."""
     request.check()
-    folders = [path for path in request.images if path.is_dir()]
-    single = [str(path) for path in request.images if not path.is_dir()]
+    folders = [path for path in request.images if os.path.isdir(path)]  # noqa: PTH112  # False without permission
+    single = [str(path) for path in request.images if path not in folders]
     below = [file for folder in folders for file in files.in_folder(folder)]
     model = load(request.model, request.checkpoint, request.fusion).to(_device(request.device))
     bad: list[Outcome] = []

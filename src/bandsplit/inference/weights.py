@@ -23,15 +23,20 @@ NAME = "model.safetensors"
 
 KEY = "bandsplit"
 
+BEYOND = ": its values exceed float16; use float32"
+
 C = TypeVar("C", bound=Classifier)
 
 
 def write(model: Classifier, path: Path, dtype: torch.dtype = torch.float32) -> None:
-    """Raises UserError if the file cannot be written."""
+    """Raises UserError if the file cannot be written, or if a value is not finite in this dtype alone."""
     state = {
         key: x.detach().cpu().to(dtype if x.is_floating_point() else x.dtype).contiguous()
         for key, x in model.state_dict().items()
     }
+    for key, x in model.state_dict().items():
+        if not torch.equal(state[key].isfinite(), x.cpu().isfinite()):
+            raise UserError(f"{path}: not written: {key}{BEYOND}")
     content = save(state, metadata={"format": "pt", KEY: model.description.to_json()})
     with replace_bytes(path) as file:
         file.write(content)
@@ -48,11 +53,11 @@ def read(path: Path, kind: type[C]) -> C:
                 if text is None:
                     raise UserError(f"{path}: not written by `bandsplit export`: its metadata have no {KEY!r}")
                 description = Description.from_json(text, str(path))
-                state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise UserError(f"{path}: not a safetensors file, or damaged: {error}") from None
     try:
-        return kind(description, state)
+        return kind(description, {key: x.float() if x.is_floating_point() else x for key, x in tensors.items()})
     except RuntimeError as error:  # one line per tensor
         reason = str(error).strip().splitlines()[-1].strip()
         raise UserError(f"{path}: these weights do not fit the networks of its description: {reason}") from error

@@ -15,7 +15,9 @@ are lost among the held-out ones as to say with 95 % confidence that not more th
 lost: with k lost images of N, the Clopper-Pearson bound, or the distribution-free tolerance limit of Wilks (*Annals of
 Mathematical Statistics*, 1941). Accuracy falls by no more than that, as images that only the cascade classifies
 correctly count for nothing. Confidences of each half of the held-out images are those of a cascade fitted on the other
-half, so that the threshold does not rely on images that the weights know.
+half, so that the threshold does not rely on images that the weights know. What is bounded is thus the mean loss of the
+two cascades that the halves fitted, and that approximately, since each of them knows the images of the other; the
+cascade in use is fitted on both halves, and stands for them.
 """
 
 from __future__ import annotations

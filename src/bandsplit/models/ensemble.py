@@ -39,7 +39,7 @@ def _build_branch(config: schema.RunConfig, k: int, in_channels: int) -> nn.Modu
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seeds.derived(config.seed, "weights", k))
         model, block = config.model_of(k), config.split.block
-        networks.require_size(model, config.image_size_at(0) // block)
+        networks.require_size(model, min(config.image_size_at(0), config.data.val_size) // block)
         network = networks.build(model, in_channels, config.classes, config.data.image_size // block)
     networks.freeze(network, config.train.freeze)
     return network

@@ -24,6 +24,7 @@ from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.models.resnet import Bottleneck
 
 from bandsplit.config import schema
 from bandsplit.errors import UserError
@@ -69,8 +70,8 @@ class Trained:
 
     name: str
     state: Mapping[str, Tensor]
-    first: nn.Conv2d
-    """Its first convolution, for its size, stride and padding."""
+    network: nn.Module
+    """For the sizes, strides and paddings of its convolutions; it need not have the weights."""
     channels: Channels
     classes: Sequence[str] | None = None
     """Names of its classes, if known."""
@@ -96,17 +97,18 @@ def adapted(branch: nn.Module, trained: Trained, channels: Channels, classes: Se
     """
     own, state = branch.state_dict(), dict(trained.state)
     name, convolution = networks.first_convolution(branch)
+    _, first = networks.first_convolution(trained.network)
     words, share, key = trained.name, 1.0, f"{name}.weight"
     weight = state.get(key)
-    if weight is not None and weight.shape[1:] == (3 * len(trained.channels.bands), *trained.first.kernel_size):
+    if weight is not None and weight.shape[1:] == (3 * len(trained.channels.bands), *first.kernel_size):
         pixels = over_pixels(weight, trained.channels)
-        start = -int(trained.first.padding[0]) * trained.channels.block
+        start = -int(first.padding[0]) * trained.channels.block
         fitted = over_blocks(pixels, start, channels, convolution.kernel_size[0], int(convolution.padding[0]))
         state[key] = fitted.to(own[key].dtype)
         share = float(over_pixels(fitted, channels).square().sum() / pixels.square().sum())
         if share < 1e-6:  # orthogonal, but for rounding
             raise UserError(f"model.init_from: {trained.name} reads none of the bands of a branch that begins with it")
-        before, after = _described(trained.first, trained.channels), _described(convolution, channels)
+        before, after = _described(first, trained.channels), _described(convolution, channels)
         if before != after:
             words += f"; its first convolution, {before}, becomes {after}"
     head = networks.head_of(branch)
@@ -116,7 +118,10 @@ def adapted(branch: nn.Module, trained: Trained, channels: Channels, classes: Se
         words += f"; new head, for {other}"
         own = {key: value for key, value in own.items() if not key.startswith(f"{head}.")}
         state = {key: value for key, value in state.items() if not key.startswith(f"{head}.")}
-    _require_same(own, state, trained.name)
+    wrong = [*_other_weights(own, state), *_other_strides(branch, trained.network)]
+    if wrong:
+        more = f" and {len(wrong) - 3} more" * (len(wrong) > 3)
+        raise UserError(f"model.init_from: {trained.name} is another network: {', '.join(wrong[:3])}{more}")
     return Initial(state, share, words)
 
 
@@ -125,7 +130,7 @@ def _described(convolution: nn.Conv2d, channels: Channels) -> str:
     return f"{size} x {size} over {channels} with a stride of {stride} pixel{'s' * (stride > 1)}"
 
 
-def _require_same(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: str) -> None:
+def _other_weights(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> list[str]:
     counter = "num_batches_tracked"  # missing in old files, and not read by batch norm
     wrong = [f"{key} is missing" for key in own if key not in state and not key.endswith(counter)]
     wrong += [f"{key} is unknown here" for key in state if key not in own]
@@ -134,9 +139,21 @@ def _require_same(own: Mapping[str, Tensor], state: Mapping[str, Tensor], name: 
         for key, value in own.items()
         if key in state and state[key].shape != value.shape
     ]
-    if wrong:
-        more = f" and {len(wrong) - 3} more" * (len(wrong) > 3)
-        raise UserError(f"model.init_from: {name} is another network: {', '.join(wrong[:3])}{more}")
+    return wrong
+
+
+def _other_strides(branch: nn.Module, network: nn.Module) -> list[str]:
+    """Of all convolutions but the first, which is adapted: weights say nothing of strides, which tweak b moves."""
+    ours, theirs = (
+        {name: module.stride[0] for name, module in each.named_modules() if isinstance(module, nn.Conv2d)}
+        for each in (branch, network)
+    )
+    del ours[networks.first_convolution(branch)[0]]
+    return [
+        f"{name} has a stride of {theirs[name]}, here {stride} (model.tweaks)"
+        for name, stride in ours.items()
+        if theirs.get(name, stride) != stride
+    ]
 
 
 # ------------------------------------------------------------------------------------------- the first convolution
@@ -188,7 +205,8 @@ def of_torchvision(model: schema.Model, size: int) -> Trained:
             f"copy the file to {cache}"
         ) from None
     channels = Channels.pixels([255 * x for x in weights.transforms().std])
-    return Trained(f"torchvision's {weights}", state, _on_pixels(model, size), channels)
+    network = _on_pixels(model.model_copy(update={"tweaks": ("b",)}), size)  # as torchvision's ResNets
+    return Trained(f"torchvision's {weights}", state, network, channels)
 
 
 def of_timm(model: schema.Model, size: int) -> Trained:
@@ -206,14 +224,14 @@ def of_timm(model: schema.Model, size: int) -> Trained:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"model.init_from: 'timm' given, but its {name!r} cannot be loaded: {reason}") from None
     channels = Channels.pixels([255 * x for x in network.pretrained_cfg["std"]])
-    return Trained(f"timm's {name}", network.state_dict(), networks.first_convolution(network)[1], channels)
+    return Trained(f"timm's {name}", network.state_dict(), network, channels)
 
 
 def of_file(path: Path, model: schema.Model, size: int) -> dict[int, Trained]:
     """The weights in a file, by branch or FOR_ALL: of a network on pixels, or of an exported ensemble.
 
     A .safetensors file, or what torch.save has written: a state dict, also as "state_dict" or "model" of a dict, and
-    with the prefix "module." of DDP.  `size`: side of the inputs in pixels.
+    with the prefix "module." of DDP, whose strides are those of `model`.  `size`: side of the inputs in pixels.
     """
     if path.suffix == ".safetensors":
         state, metadata = _of_safetensors(path)
@@ -221,14 +239,16 @@ def of_file(path: Path, model: schema.Model, size: int) -> dict[int, Trained]:
             return _of_export(path, state, metadata["bandsplit"])
     else:
         state = _of_torch(path)
-    return {FOR_ALL: Trained(str(path), state, _on_pixels(model, size), Channels.pixels())}
+    network, name = _on_pixels(model, size), str(path)
+    if any(isinstance(module, Bottleneck) for module in network.modules()):
+        name += f" (assumed to be {'with' if 'b' in model.tweaks else 'without'} tweak b)"
+    return {FOR_ALL: Trained(name, state, network, Channels.pixels())}
 
 
-def _on_pixels(model: schema.Model, size: int) -> nn.Conv2d:
-    """The first convolution of the architecture with its standard stem, on images of size x size pixels."""
+def _on_pixels(model: schema.Model, size: int) -> nn.Module:
+    """The architecture with its standard stem, on images of size x size pixels, without weights."""
     with torch.device("meta"):
-        network = networks.build(model.model_copy(update={"stem": "standard"}), 3, 2, size)
-    return networks.first_convolution(network)[1]
+        return networks.build(model.model_copy(update={"stem": "standard"}), 3, 2, size)
 
 
 def _of_torch(path: Path) -> dict[str, Tensor]:
@@ -272,9 +292,8 @@ def _of_export(path: Path, state: Mapping[str, Tensor], text: str) -> dict[int, 
                 model = schema.Model.model_validate(branch["network"])
                 size = about["image_size"] // about["block"]
                 network = networks.build(model, 3 * len(bands), len(about["classes"]), size)
-            first = networks.first_convolution(network)[1]
             channels = Channels(about["block"], np.array(about["matrix"]), bands, about["std"])
-            found[branch["number"]] = Trained(str(path), own, first, channels, about["classes"])
+            found[branch["number"]] = Trained(str(path), own, network, channels, about["classes"])
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"model.init_from: {path}: its description cannot be understood: {error}") from None
     return found if len(found) > 1 else {FOR_ALL: next(iter(found.values()))}

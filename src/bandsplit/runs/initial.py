@@ -14,7 +14,7 @@ from bandsplit.config import loading
 from bandsplit.config.schema import Data, Model, RunConfig
 from bandsplit.data.store.manifest import read_manifest
 from bandsplit.errors import UserError
-from bandsplit.models import networks, pretrained
+from bandsplit.models import pretrained
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.pretrained import FOR_ALL, Channels, Initial, Trained
 from bandsplit.paths import expanded
@@ -131,7 +131,7 @@ def _trained(model: Model, size: int) -> dict[int, Trained]:
         FOR_ALL if alone else number: Trained(
             f"{restored.config.name}, step {restored.step}, {path}",
             branch.state_dict(),
-            networks.first_convolution(branch)[1],
+            branch,
             Channels.of(view, bands),
             restored.classes,
         )

@@ -170,6 +170,6 @@ def _require_fit(teacher: RunConfig, config: RunConfig) -> None:
         models = [teacher.model_of(number) for number in teacher.split.numbers]
         if size != teacher.data.image_size and any(model.takes_one_size for model in models):
             raise UserError(
-                f"distillation.teacher: the networks of {teacher.name} take images of {teacher.data.image_size} x "
+                f"the networks of {teacher.name} take images of {teacher.data.image_size} x "
                 f"{teacher.data.image_size} alone, but training images are {size} x {size}"
             )
