@@ -113,6 +113,7 @@ RULES: dict[str, Rule] = {
     r"torchrun --nproc-per-node 8 src/train\.py --resume --run-dir runs/\w+-seed0": on_the_demo,
     r"torchrun --nproc-per-node 8 src/evaluate\.py runs/\w+-seed0": on_the_demo,
     r"bandsplit train \w+ --dry-run --world-size 8": no_more,  # tests/cli/test_wheel.py
+    r"bandsplit train \w+ --set data\.root=data/demo .*--dry-run": with_this_python,
     r"bandsplit (train --help|(config|predict|export|track) .*)": with_this_python,
     r"bandsplit app .*": no_more,  # tests/app/test_page.py
     r"python src/data\.py scan .*": as_it_is,

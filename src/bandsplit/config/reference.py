@@ -17,8 +17,8 @@ _BOUNDS = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusi
 
 _TITLE = """# Keys of a config
 
-`bandsplit config --keys --markdown` has written this page from the schema; `bandsplit config --keys optim` prints one
-table. [config.md](config.md) tells how files are put together."""
+This page is generated from the schema by `bandsplit config --keys --markdown`; `bandsplit config --keys optim` prints
+one table. [config.md](config.md) explains how files are combined."""
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,9 @@ class Color(Table):
     brightness: Range = (1.0, 1.0)
     """Smallest and largest factor."""
     contrast: Range = (1.0, 1.0)
+    """Range of the factor of the contrast."""
     saturation: Range = (1.0, 1.0)
+    """Range of the factor of the saturation."""
     hue: float = Field(0.0, ge=0, le=180)
     """Largest hue rotation in degrees, in either direction."""
 
@@ -101,8 +103,11 @@ class Progressive(Table):
     min_size: int = Field(ge=1)
     """Image side in pixels in the first epochs."""
     ramp_start: int = Field(0, ge=0)
+    """Epoch from which images grow."""
     ramp_end: int = Field(ge=1)
+    """First epoch with images of full size."""
     multiple: int = Field(32, ge=1)
+    """Sizes in between are rounded to a multiple of this."""
 
     @model_validator(mode="after")
     def _check(self) -> Progressive:

@@ -28,7 +28,9 @@ class Generate(Table):
     seed: int = Field(0, ge=0)
     """Chooses the images; not `seed` of a run."""
     train_per_class: int = Field(200, ge=1)
+    """Training images of each class."""
     val_per_class: int = Field(50, ge=1)
+    """Validation images of each class."""
     side: int = Field(72, ge=16)
     """Pixels of the shorter side of the smallest images. Resized to it, their textures need the full resolution."""
 
@@ -65,8 +67,8 @@ class Data(Table):
     val: str = "val"
     """The same for validation images."""
     labels: Literal["names", "numbers"] = "names"
-    """Evaluation: what class folders or the labels of a list are: names of classes, or their numbers, counted from 0
-    in alphabetical order of the names. A number that is the name of a class is a name."""
+    """Only for evaluation: whether class folders, or the labels of a list, are class names or class indices (0: the
+    first class in alphabetical order). An index that is the name of a class is a name."""
     classes: int | None = Field(None, ge=2)
     """Unset: as many as the training images have."""
     class_names: str | None = Field(None, min_length=1)
@@ -75,8 +77,8 @@ class Data(Table):
     check: Literal["decode", "headers", "off"] = "decode"
     """How a file that is new or has changed is examined before training: decoded, its header read, or not at all."""
     on_bad: Literal["replace", "error"] = "replace"
-    """What happens with an image that cannot be read or decoded: left out, or replaced by another one of its class
-    where training has begun; or the run ends."""
+    """An image that cannot be read or decoded: `replace`: leave it out before training, use another one of its class
+    during training; `error`: end the run."""
     max_bad: int = Field(100, ge=0)
     """More bad images than these end the run."""
     holdout: Annotated[int | float | None, BeforeValidator(_holdout, json_schema_input_type=_Holdout)] = None

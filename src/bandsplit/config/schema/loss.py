@@ -44,7 +44,9 @@ class Distillation(Table):
     temperature: float = Field(20.0, gt=0)
     """T in the formula above."""
     weight: float = Field(1.0, gt=0)
+    """Factor of the loss against the teacher."""
     label_weight: float = Field(1.0, ge=0)
+    """Factor of the loss against the labels."""
     residual: bool = False
     """Instead of the formula: [loss] of the sum of the branch's and the teacher's logits, so that the branch learns
     what the teacher lacks (stagewise additive modeling: Friedman, Annals of Statistics 29, 2001). The prediction is

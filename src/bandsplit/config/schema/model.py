@@ -71,8 +71,8 @@ class Model(Table):
     directory. The first convolution is adapted to the bands, and other classes get a new head. Unset: none."""
     bn_batch_size: Annotated[Literal["rank", "all"] | int, count_or("model.bn_batch_size", "rank", "all")] = "rank"
     """Images over which batch norm computes its statistics. "rank": those of one forward pass of a branch on one rank,
-    which depends on the number of ranks and on `parallel.branch_groups`; "all": those of all ranks; or a number, which
-    makes accuracy independent of the launch."""
+    which depends on the number of ranks and on `parallel.branch_groups`; "all": those of all ranks
+    that train the branch; or a number, which makes accuracy independent of the launch."""
 
     @property
     def takes_one_size(self) -> bool:
@@ -118,7 +118,12 @@ class Branch(Table):
     """One branch, given as a table [[branch]]: its bands, and where its network differs from [model]."""
 
     bands: Annotated[tuple[int, ...], BeforeValidator(_bands)]
+    """The bands that it reads."""
     arch: str | None = None
+    """As in [model]; unset: that of [model]. Likewise below."""
     width: float | None = Field(None, gt=0, le=4)
+    """As in [model]."""
     stem: Stem | None = None
+    """As in [model]."""
     init_from: str | None = Field(None, min_length=1)
+    """As in [model]; unset or "none": that of [model]. For new weights in some branches, set it in the others alone."""

@@ -33,6 +33,7 @@ class _Optimizer(Table):
 class SGD(_Optimizer):
     type: Literal["sgd"] = "sgd"
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum; 0: none."""
     nesterov: bool = False
     """Nesterov's momentum, as in torch."""
 
@@ -51,7 +52,9 @@ class Adam(_Optimizer):
 
     type: Literal["adam"] = "adam"
     betas: Betas = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """Added to what the mean gradient is divided by."""
 
 
 class AdamW(_Optimizer):
@@ -59,7 +62,9 @@ class AdamW(_Optimizer):
 
     type: Literal["adamw"] = "adamw"
     betas: Betas = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """Added to what the mean gradient is divided by."""
 
 
 class RMSprop(_Optimizer):
@@ -67,7 +72,9 @@ class RMSprop(_Optimizer):
     alpha: float = Field(0.9, gt=0, lt=1)
     """Decay of the mean of squared gradients."""
     momentum: float = Field(0.9, ge=0, lt=1)
+    """Momentum; 0: none."""
     eps: float = Field(1e-8, gt=0)
+    """Added to what the gradient is divided by."""
     centered: bool = False
     """Divides by the standard deviation of the gradient instead of its root mean square."""
 
@@ -77,7 +84,9 @@ class Lamb(_Optimizer):
 
     type: Literal["lamb"] = "lamb"
     betas: Betas = (0.9, 0.999)
+    """Decay of the running means of the gradient and of its square."""
     eps: float = Field(1e-6, gt=0)
+    """Added to what the mean gradient is divided by."""
 
 
 Optim = Annotated[SGD | Adam | AdamW | RMSprop | Lamb, Field(discriminator="type"), default_type("sgd")]

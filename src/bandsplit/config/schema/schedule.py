@@ -34,8 +34,11 @@ class Step(_Schedule):
 
     type: Literal["step"] = "step"
     every_epochs: float | None = Field(None, gt=0)
+    """Epochs between steps; unset: at `milestones`."""
     milestones: Annotated[tuple[float, ...], Field(strict=False)] = ()
+    """Epochs of the steps, such as [30, 60, 90]; empty: every `every_epochs`."""
     gamma: float = Field(0.1, gt=0, lt=1)
+    """Factor of the learning rate at a step."""
 
     @model_validator(mode="after")
     def _check(self) -> Step:

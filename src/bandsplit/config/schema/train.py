@@ -20,6 +20,7 @@ def _parts(value: object) -> object:
 
 class Train(Table):
     epochs: int = Field(ge=1)
+    """Passes over the training images."""
     batch_size: int = Field(ge=1)
     """Images per optimizer step, over all ranks."""
     grad_accum_steps: Annotated[Literal["auto"] | int, count_or("train.grad_accum_steps", "auto")] = 1
