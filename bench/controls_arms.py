@@ -40,7 +40,7 @@ RGB = "one network on RGB"
 FAMILIES = {
     RGB: {
         "rgb128": "RGB 128, the baseline",
-        "rgb128_growing": "RGB growing, 64 to 128",
+        "rgb128_growing": "RGB progressive, 64 to 128",
         "rgb128_thin": "RGB 128, half the width",
         "rgb128_deep": "RGB 128, deep stem",
         "rgb128_accumulated": "RGB 128, 4 accumulation steps",
@@ -53,8 +53,8 @@ FAMILIES = {
         "coarse2_unit": "2 x 2 DCT, scale 1",
         "coarse2_deep": "2 x 2 DCT, deep stem",
         "coarse2_unit_deep": "2 x 2 DCT, scale 1, deep stem",
-        "coarse2_growing": "2 x 2 DCT, growing",
-        "coarse2_unit_growing": "2 x 2 DCT, scale 1, growing",
+        "coarse2_growing": "2 x 2 DCT, progressive",
+        "coarse2_unit_growing": "2 x 2 DCT, scale 1, progressive",
         "coarse2_distilled": "2 x 2 DCT, distilled from 4",
         "coarse2_identity": "2 x 2 pixels",
         "coarse2_random": "2 x 2 random matrix",
@@ -71,7 +71,7 @@ FAMILIES = {
         "low": "band 0 alone",
         "stagewise": "band 0, then the rest",
     },
-    "ensembles of equal networks": {
+    "ensembles of identical networks": {
         "coarse2_x2": "2 of 2 x 2 DCT",
         "coarse2_x4": "4 of 2 x 2 DCT",
         "rgb64_x4": "4 of RGB 64",

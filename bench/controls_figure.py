@@ -26,12 +26,15 @@ LOWEST = -9.0
 COSTS_HEIGHT, COSTS_BELOW = 2.6, 1.5
 """Of the panels of costs: inches, and points below the baseline that they show."""
 
+APART = 0.3
+"""Points by which an accuracy has to be above the last one for its name to be on the same side of its point."""
+
 
 def draw(curves: Sequence[Curve]) -> Figure:
     """Above: top-1 above the best network on RGB, a panel for each budget of several arms, and one at equal CPU time.
 
-    Below, for the largest budget at which most arms were trained: top-1 by multiplications of a prediction, and by
-    memory of training. Of two fusions the better is shown.
+    Below, for the largest budget at which most arms were trained: top-1 by MACs of a prediction, and by memory of
+    training. Of two fusions the better is shown.
     """
     base = next(curve for curve in curves if curve.label == BASELINE)
     counts = {budget: sum(budget in curve.budgets for curve in curves) for budget in base.budgets}
@@ -62,8 +65,8 @@ def draw(curves: Sequence[Curve]) -> Figure:
     memory.plot(memory_of(ACCUMULATED).total / MIB, base.top1(most), "x", markersize=4.5, color=COLORS[RGB])
     macs.set_ylim(bottom=base.top1(most) - COSTS_BELOW)
     macs.set_title(_minutes(base, most).replace("\n", " "), fontsize=9)
-    macs.set(xlabel="Multiplications of a prediction (millions)", ylabel="Top-1 (%)")
-    memory.set(xlabel="Memory of a step of training (MiB)")
+    macs.set(xlabel="MACs of a prediction (millions)", ylabel="Top-1 (%)")
+    memory.set(xlabel="Memory of a training step (MiB)")
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, fontsize=7, handlelength=1)
     return figure
 
@@ -96,17 +99,18 @@ def _draw_cost(axes: Axes, points: Sequence[tuple[float, Curve]], budget: float,
         top1 = curve.top1(budget)
         axes.plot(cost, top1, **_marker(curve))
         name = partial(axes.annotate, curve.name, (cost, top1), textcoords="offset points", fontsize=6)
+        if top1 > best + APART:
+            name(xytext=(-4, 3), ha="right")
+        elif top1 > best or curve in named:
+            name(xytext=(5, -2))
         if top1 > best:
             best = top1
             costs.append(cost)
             accuracies.append(top1)
-            name(xytext=(-4, 3), ha="right")
-        elif curve in named:
-            name(xytext=(5, -2))
     costs.append(max(cost for cost, _ in points))
     axes.step(costs, [*accuracies, best], where="post", color="0.7", linewidth=0.8, zorder=0)
     axes.set_xscale("log")
-    axes.set_xlim(min(costs) / 6, 4 * max(costs))  # room for names
+    axes.set_xlim(min(costs) / 30, 8 * max(costs))  # room for names
     axes.margins(y=0.1)
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -88,7 +88,7 @@ def markdown(frame: pd.DataFrame) -> str:
     """The table by budget, best first."""
     parts = []
     for budget, rows in frame.groupby("budget"):
-        rows = rows.sort_values("top1", ascending=False)
+        rows = rows.sort_values(["top1", "arm"], ascending=[False, True])
         control = rows["control"].dropna().unique()
         lines = [
             f"Budget {budget:g}: {rows['seconds'].median() / 60:.1f} minutes of one thread",
@@ -172,7 +172,7 @@ def by_cpu_time(curves: Sequence[Curve]) -> str:
 def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)) -> str:
     """Table of the ways that are left out after these budgets, each with one that is better at all of them.
 
-    The better one takes no more multiplications for a prediction, and the intervals of its advantage do not contain 0.
+    The better one takes no more MACs for a prediction, and the intervals of its advantage do not contain 0.
     The baseline, with which all are compared, is never left out.
     """
     both = [curve for curve in curves if set(budgets) <= set(curve.budgets) and curve.is_plain]
@@ -194,13 +194,13 @@ def not_continued(curves: Sequence[Curve], budgets: Sequence[float] = (1.0, 2.0)
 
 
 def cascades(frame: pd.DataFrame) -> str:
-    """Table of CASCADES: accuracy and multiplications against those of the second alone.
+    """Table of CASCADES: accuracy and MACs against those of the second alone.
 
     The threshold is chosen on half of the images of a fold and used on the other half, both ways.
     """
     lines = [
         "",
-        "| cascade | budget | images | top-1 | above the second (95 %) | second asked | multiplications (second: 1) |",
+        "| cascade | budget | images | top-1 | above the second (95 %) | second asked | MACs (second: 1) |",
         "|---|--:|--:|--:|--:|--:|--:|",
     ]
     frame = frame[(frame["variant"] == "") & ~frame["other_rate"]]
