@@ -168,11 +168,11 @@ def test_crops_are_single_evaluations_averaged_by_hand(
     runs = Joined.of([run_dir], "best", [], ALONE.ranks)
     files = runs.validation_files()
     runs.ensemble.eval()
-    fused, alone = torch.zeros(50, 10), torch.zeros(4, 50, 10)
+    fused, alone = (torch.zeros(*shape, dtype=torch.float64) for shape in ((50, 10), (4, 50, 10)))
     with torch.no_grad():
         for crop in crops:
             batches = list(runs.loader(files, [crop]))
-            logits = torch.cat([runs.ensemble(batch.inputs) for batch in batches], 1)
+            logits = torch.cat([runs.ensemble(batch.inputs) for batch in batches], 1).double()
             labels = torch.cat([batch.labels for batch in batches])
             fused += logits[:, labels >= 0].mean(0).softmax(-1) / len(crops)
             alone += logits[:, labels >= 0].softmax(-1) / len(crops)

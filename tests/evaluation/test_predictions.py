@@ -65,8 +65,8 @@ def test_predictions_are_the_same_on_any_number_of_ranks(
     logits, labels = torch.from_numpy(logits_of(one)).float().transpose(0, 1), torch.from_numpy(one.labels).long()
     right = [naive_counts(branch, labels) for branch in logits]
     assert told[0]["branch_top1"] == [2.0 * top1 for top1, _ in right]
-    fused = logits.mean(0)
-    assert told[0]["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(fused, labels)), abs=1e-3)
+    fused, rounding = logits.mean(0), float(logits.abs().max()) * 2**-11  # logits are saved as float16
+    assert told[0]["loss"] == pytest.approx(float(torch.nn.functional.cross_entropy(fused, labels)), abs=2 * rounding)
     assert told[0]["ece"] == pytest.approx(calibration_error(calibration(fused, labels).tolist()), abs=0.5)
     so_far = [naive_counts(logits[: k + 1].mean(0), labels) for k in range(4)]
     assert told[0]["cumulative_top1"] == [2.0 * top1 for top1, _ in so_far]
@@ -74,7 +74,7 @@ def test_predictions_are_the_same_on_any_number_of_ranks(
     assert told[0]["cumulative_top1"][-1] == told[0]["top1"]
 
     top = torch.from_numpy(one.fused.confidences[:, 0])
-    assert torch.allclose(top, fused.softmax(-1).topk(5).values, atol=1e-3)
+    assert torch.allclose(top, fused.softmax(-1).topk(5).values, atol=rounding)
     found = torch.from_numpy(one.fused.classes[:, 0]) == labels[:, None]
     assert (told[0]["top1"], told[0]["top5"]) == (2.0 * found[:, 0].sum(), 2.0 * found.any(1).sum())
     assert told[0]["loss"] == pytest.approx(one.fused.losses[:, 0].mean(dtype=np.float64), abs=1e-6)

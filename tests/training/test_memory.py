@@ -23,7 +23,8 @@ from bandsplit.training.learner import learners_of
 from bandsplit.training.memory import MIB, Memory, StepMemory
 from tests.training.tiny import ALONE, FP32
 
-LARGER = ["data.image_size=64", "data.resize_size=64", "train.batch_size=24"]
+# The kernels of some CPUs take up to four times the largest weight while they work, which the allocator counts too.
+LARGER = ["data.image_size=64", "data.resize_size=64", "train.batch_size=96"]
 CASES = {
     "sub4": [],
     "recomputed": ["split.block=1", "model.width=0.25", "train.activation_checkpointing=true"],
