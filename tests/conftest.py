@@ -56,6 +56,12 @@ threads = 1
 """
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Hides GPUs from all tests but those of `-m gpu`, which alone expect the numbers and ranks of a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """In parallel runs, groups (Slurm, compilation) and slow tests start first, so that no worker finishes late."""
     if hasattr(config, "workerinput"):  # a worker of pytest-xdist

@@ -198,7 +198,7 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "resnet34_baseline": RESNET18,
     "resnet34_sub4": RESNET18,
     "resnet34_sub4_channels_coarse": RESNET18,
-    "best_resnet34": RESNET18,
+    "best_resnet34": (*RESNET18, "augment.progressive=none"),
     "resnet34_sub16_channels_fine": RESNET18,
     "resnet34_sub64_channels_coarse": RESNET18,
     "resnet34_21k_baseline": RESNET18,

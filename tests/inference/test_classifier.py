@@ -123,6 +123,8 @@ def test_confidences_are_those_of_the_softmax(config_file: Path) -> None:
     crops = torch.stack([preparation.prepared(image, model.description) for image in images])
     with torch.no_grad():
         logits = model.branch_logits(crops)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert model(crops).dtype == torch.float32
     for i, prediction in enumerate(model.predict(images, k=99)):
         assert len(prediction.top) == len(model.classes) == 10
         assert sum(guess.confidence for guess in prediction.top) == pytest.approx(1)

@@ -32,6 +32,6 @@ def test_autocast_computes_in_the_chosen_type() -> None:
 
 
 def test_tf32_is_used_only_where_asked() -> None:
-    for name, allowed in (("fp32", False), ("tf32", True)):
+    for name, allowed in (("fp32", (False, False)), ("tf32", (True, True)), ("auto", (True, False))):
         Precision(name, torch.device("cpu")).apply()
-        assert torch.backends.cudnn.allow_tf32 == torch.backends.cuda.matmul.allow_tf32 == allowed
+        assert (torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32) == allowed

@@ -109,6 +109,14 @@ def test_merge_undoes_split(images: Tensor, kind: transforms.Kind, block: int, n
     )
 
 
+def test_autocast_rounds_no_band(images: Tensor) -> None:
+    matrix, single = transforms.transform_matrix("dct2d", 4), images.float()
+    bands = transforms.split(single, matrix, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(transforms.split(single, matrix, 4), bands)
+        assert transforms.merge(bands, matrix, 4).dtype == torch.float32
+
+
 @pytest.mark.parametrize(("kind", "block"), ALL)
 def test_split_is_a_sum_over_the_pixels_of_a_block(kind: transforms.Kind, block: int) -> None:
     images = torch.randn(1, 2, 12, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(1))

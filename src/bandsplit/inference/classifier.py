@@ -115,8 +115,8 @@ class Classifier(nn.Module):
         return torch.stack([branch(x.to(dtype)).float() for branch, x in zip(self.branches, inputs, strict=True)])
 
     def fuse(self, logits: Tensor) -> Tensor:
-        """Logits (branches, B, classes) -> Σ_k weights[k] z_k, (B, classes)."""
-        return torch.einsum("k,kbc->bc", self.weights, logits)
+        """Logits (branches, B, classes) -> Σ_k weights[k] z_k, (B, classes), in float32 also under autocast."""
+        return (self.weights[:, None, None] * logits).sum(0)
 
     def inputs(self, images: Tensor) -> list[Tensor]:
         """What each branch reads of the images: its bands as channels, (B, 3·bands, h, w)."""

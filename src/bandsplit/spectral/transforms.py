@@ -9,6 +9,7 @@ Shapes: B images, C color channels, H x W pixels, N bands of h x w, with h = H/s
 
 import math
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import numpy as np
@@ -147,7 +148,8 @@ def split(images: Tensor, matrix: Matrix, block: int) -> Tensor:
     if not images.is_floating_point():
         raise ValueError(f"images have dtype {images.dtype}: must be floating point; normalize them first")
     pixels = rearrange(images, "b c (h r) (w s) -> (r s) b c h w", r=block, s=block)
-    return torch.einsum("kn,nbchw->kbchw", torch.as_tensor(matrix).to(pixels), pixels)
+    with _without_autocast(images.device):
+        return torch.einsum("kn,nbchw->kbchw", torch.as_tensor(matrix).to(pixels), pixels)
 
 
 def merge(bands: Tensor, matrix: Matrix, block: int) -> Tensor:
@@ -171,7 +173,8 @@ def merge(bands: Tensor, matrix: Matrix, block: int) -> Tensor:
     if len(bands) != block * block:
         raise ValueError(f"{len(bands)} bands given: block = {block} has {block * block}")
     inverse = torch.linalg.inv(torch.as_tensor(matrix, dtype=torch.float64))
-    pixels = torch.einsum("nk,kbchw->nbchw", inverse.to(bands), bands)
+    with _without_autocast(bands.device):
+        pixels = torch.einsum("nk,kbchw->nbchw", inverse.to(bands), bands)
     return rearrange(pixels, "(r s) b c h w -> b c (h r) (w s)", r=block, s=block)
 
 
@@ -241,6 +244,12 @@ def split_images(
     bands = split(rearrange(images, "b h w c -> b c h w"), matrix, block)
     stacked = stack(bands, [[band] for band in range(len(bands))] if groups is None else groups)
     return [branch.to(dtype).contiguous(memory_format=torch.channels_last) for branch in stacked]
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[object]:
+    """For products in the dtype of their factors; nothing where autocast is off, as it would be exported."""
+    on = torch.amp.is_autocast_available(device.type) and torch.is_autocast_enabled(device.type)
+    return torch.autocast(device.type, enabled=False) if on else nullcontext()
 
 
 def _check_matrix(matrix: Matrix, block: int) -> None:
