@@ -134,6 +134,15 @@ def test_confidences_are_those_of_the_softmax(config_file: Path) -> None:
         assert prediction.top[0].name == model.names[prediction.top[0].label]
 
 
+def test_of_equal_logits_the_first_class_is_predicted(config_file: Path) -> None:
+    """As in an evaluation."""
+    logits = torch.randn(4, 500, 10, generator=torch.Generator().manual_seed(0)).bfloat16().float()
+    logits[1:] = logits[0]
+    found = classifier(config_file).predictions(logits, k=3)
+    assert [prediction.top[0].label for prediction in found] == logits[0].argmax(-1).tolist()
+    assert [prediction.votes[2].label for prediction in found] == logits[0].argmax(-1).tolist()
+
+
 @pytest.mark.parametrize(
     "overrides",
     [

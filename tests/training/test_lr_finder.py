@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
+from bandsplit.config import loading
 from bandsplit.training import lr_finder
+from bandsplit.training.session import Session
 from tests.conftest import Done
 
 
@@ -52,6 +55,22 @@ def test_smoothing_has_no_bias_and_keeps_what_is_missing() -> None:
     step = lr_finder.smoothed(np.r_[np.zeros(5), np.ones(60)])
     assert step[4] == 0 < step[5] < step[6] < 1
     assert step[-1] > 0.99
+
+
+def test_learning_rates_are_scaled_to_the_batch(
+    config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: list[float] = []
+    step = Session.step
+
+    def noted(self: Session, branches: Any, parts: Any, number: int, lr: float) -> Any:
+        taken.append(lr)
+        return step(self, branches, parts, number, lr)
+
+    monkeypatch.setattr(Session, "step", noted)
+    lrs = np.array([1e-4, 1e-3, 1e-2])
+    lr_finder._range_test(loading.load(config_file, ["optim.base_batch=24"]), lrs, tmp_path / "out")  # batches of 12
+    assert taken == pytest.approx(lrs / 2)
 
 
 @pytest.mark.slow

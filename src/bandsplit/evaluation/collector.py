@@ -12,7 +12,7 @@ from torch import Tensor
 from bandsplit import seeds
 from bandsplit.data.source import Images
 from bandsplit.distributed.ranks import Ranks
-from bandsplit.evaluation.measures import likeliest
+from bandsplit.models.ranking import likeliest
 from bandsplit.runs.predictions import TOP
 
 LIMIT = 2**33

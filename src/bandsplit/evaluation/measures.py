@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from bandsplit.distributed.ranks import Ranks
+from bandsplit.models.ranking import likeliest
 from bandsplit.statistics import BINS
 
 
@@ -67,17 +68,6 @@ def are_right(predicted: Tensor, labels: Tensor, answers: Tensor | None = None) 
         return predicted == labels[:, None]
     right = answers[labels.clamp(min=0)] & (labels >= 0)[:, None]  # (B, classes)
     return right.expand(*predicted.shape[:-1], -1).gather(-1, predicted)
-
-
-def likeliest(logits: Tensor, count: int) -> Tensor:
-    """Logits (..., classes) -> the `count` classes (..., count) with the largest, or all classes, largest first.
-
-    The first is that of `argmax`, here and wherever a class is predicted: of equal logits, as bfloat16 often has them,
-    the class that comes first. `topk` takes any of them.
-    """
-    best = logits.topk(min(count, logits.shape[-1]), dim=-1).indices
-    first = logits.argmax(-1, keepdim=True)
-    return torch.cat([first, torch.where(best == first, best[..., :1], best)[..., 1:]], dim=-1)
 
 
 def are_correct(logits: Tensor, labels: Tensor, answers: Tensor | None = None) -> Tensor:

@@ -203,6 +203,7 @@ def _as_dict(results: Results, runs: Joined) -> dict[str, Any]:
         "top5": fused.top5,
         "ece": fused.ece,
         **({"restricted": _restricted(evaluation.restricted, fusion)} if evaluation.restricted else {}),
+        "branches": runs.branch_numbers,  # of what follows by branch; `order` counts its places from 0
         "branch_top1": evaluation.branch_top1,
         "branch_top5": evaluation.branch_top5,
         "cumulative_top1": evaluation.fused[MEAN].cumulative_top1,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from bandsplit.inference.description import Branch, Description
 from bandsplit.inference.preparation import Source, prepared
 from bandsplit.models import networks
+from bandsplit.models.ranking import likeliest
 from bandsplit.spectral import transforms
 
 BATCH = 64
@@ -182,8 +183,8 @@ class Classifier(nn.Module):
 
     def _guesses(self, logits: Tensor, k: int) -> list[list[Guess]]:
         """Logits (B, classes) -> the k likeliest classes of each image."""
-        confidences, labels = logits.double().softmax(-1).topk(min(k, logits.shape[-1]), -1)
-        rows = zip(labels.tolist(), confidences.tolist(), strict=True)
+        labels = likeliest(logits, k)
+        rows = zip(labels.tolist(), logits.double().softmax(-1).gather(-1, labels).tolist(), strict=True)
         return [[Guess(i, self.names[i], p) for i, p in zip(*row, strict=True)] for row in rows]
 
 

@@ -76,9 +76,9 @@ class WandB:
         """Nothing: what was not taken is handed over again."""
 
     def finish(self, figures: Figures) -> str:
+        waiting = "; the last step waits for the next one, or for the end of the run" * bool(self._waiting)
         if self._run is None:
-            but = " but the last step" * bool(self._waiting)
-            return f"{self._directory.path}: everything{but} was handed to wandb before"
+            return f"{self._directory.path}: nothing new to hand to wandb{waiting}"
         step, kind = self._sent
         images = {name: wandb.Image(Image.open(io.BytesIO(png))) for name, png in figures().items()}
         if images:
@@ -92,7 +92,7 @@ class WandB:
         except wandb.Error as error:
             raise _refused(error) from error
         replace_text(self._noted, json.dumps({"id": self._id, "step": step, "event": KINDS[kind]}) + "\n")
-        return told
+        return told + waiting
 
     def _opened(self) -> wandb.Run:
         settings, *_ = read_settings(self._directory.config)

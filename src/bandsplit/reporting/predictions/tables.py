@@ -52,7 +52,7 @@ def branches(results: Results) -> pd.DataFrame:
 
 
 def growth(results: Results) -> pd.DataFrame:
-    """Top-1 of the first n branches, in several orders; `added` is the number of the branch that comes n-th."""
+    """Top-1 of the first n branches, in several orders; `added` is the branch that comes n-th, as in `branches`."""
     rows = [
         {"order": curve.label, "branches": n, "added": branch, "top1": top1}
         for curve in results.growth
