@@ -91,6 +91,8 @@ def prepared(path: Path, data: dict[str, Any]) -> NDArray[np.uint8]:
         scale = data["resize_size"] / min(image.size)
         width, height = (round(side * scale) for side in image.size)
         resampling = Image.Resampling[data["interpolation"].upper()]
+        if white := {"F": 1, "I": 65535}.get(image.mode[0]):  # floating point, or 16 bits: convert would clip it
+            image = Image.fromarray((np.clip(image, 0, white) * (255 / white) + 0.5).astype(np.uint8))
         resized = image.convert("RGB").resize((width, height), resampling)
     left, top = ((side - size + 1) // 2 for side in (width, height))
     return np.asarray(resized.crop((left, top, left + size, top + size)))

@@ -20,7 +20,7 @@ if [[ ! ${selection[*]} && $(id -u) == 0 ]] && type apt-get &>/dev/null &&
     { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends \
         "${packages[@]}"; } >/dev/null 2>&1 || echo "not available: tests that need them are skipped"
 fi
-echo "installing into ${VENV:-.venv} what is missing there: the packages of pyproject.toml with its extra dev (7 GB in all)"
+echo "installing into ${VENV:-.venv} what is missing there: the packages of pyproject.toml with its extra dev (8 GB in all)"
 source script/setup.sh dev
 
 unset PYTHONDONTWRITEBYTECODE # every rank would compile torch's Python files again

@@ -12,7 +12,7 @@ rendezvous=(--standalone)
 
 # train PROCESSES [arguments of src/train.py …]: trains until the end or a signal; resumes from the latest checkpoint.
 train() {
-    local processes=${NPROC_PER_NODE:-$1} requeue="" pid="" status run_dir
+    local processes=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-$1}} requeue="" pid="" status run_dir
     shift
     trap 'requeue=yes; [[ -z $pid ]] || kill -USR1 "$pid"' USR1 # time limit is near: checkpoint, then requeue
     trap : TERM                                                 # scancel or preemption: the ranks get it too, so wait

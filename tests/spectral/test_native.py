@@ -611,7 +611,7 @@ def test_nvcc_of_the_python_packages_builds_the_gpu_kernel_alone(monkeypatch: py
     Uses the default cache, so that it compiles when the sources change, not in every test run.
     """
     if not any((folder / "bin" / "nvcc").exists() for folder in native._toolkits_of_wheels()):
-        pytest.skip("the package nvidia-cuda-nvcc is not installed (pip install bandsplit[nvcc])")
+        pytest.skip("the package nvidia-cuda-nvcc is not installed (pip install -e .[nvcc])")
     for name in ("CUDA_HOME", "CUDA_PATH"):
         monkeypatch.delenv(name, raising=False)
     without = [folder for folder in os.environ["PATH"].split(":") if not Path(folder, "nvcc").exists()]

@@ -190,7 +190,7 @@ def test_a_package_that_is_missing_ends_the_command_before_the_run(
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "wandb" else found(name, *of))
     done = run_here("train.py", config_file, "--run-dir", tmp_path / "run", "--set", "log.trackers=tensorboard,wandb")
     assert done.returncode == 2
-    expected = "log.trackers: 'wandb' given, but the package wandb is not installed: pip install bandsplit[wandb]"
+    expected = "log.trackers: 'wandb' given, but the package wandb is not installed: pip install -e .[wandb]"
     assert expected in done.stderr
     assert not (tmp_path / "run").exists()
 

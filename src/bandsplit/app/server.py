@@ -54,7 +54,7 @@ def serve(request: Request) -> None:
 def served(request: Request) -> Iterator[str]:
     """The URL of the page, which is served meanwhile. Uploads are kept in a folder that goes with it."""
     if find_spec("gradio") is None:
-        raise UserError("bandsplit app needs Gradio: pip install 'bandsplit[app]'")
+        raise UserError("bandsplit app needs Gradio: pip install -e .[app]")
     model = load(request.model, request.checkpoint, request.fusion)
     with tempfile.TemporaryDirectory(prefix="bandsplit-app-") as folder:
         os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}

@@ -151,7 +151,7 @@ def _of_timm() -> Sequence[Pair]:
         from timm.data import ImageNetInfo
     except ImportError as error:
         raise UserError(
-            f"data.class_names: {TIMM!r} given, but timm cannot be imported ({error}); pip install bandsplit[timm]"
+            f"data.class_names: {TIMM!r} given, but timm cannot be imported ({error}); pip install -e .[timm]"
         ) from None
     subsets: list[Any] = [ImageNetInfo(subset) for subset in ("imagenet-1k", "imagenet-22k")]
     wnids = {wnid for subset in subsets for wnid in subset.label_names()}

@@ -59,7 +59,7 @@ def has_operator(device: str) -> bool:
     try:
         native.load()
         if device == "gpu" and not native.has_gpu_kernel():
-            raise native.BuildError("there is no nvcc to build its GPU kernel: pip install bandsplit[nvcc]")
+            raise native.BuildError("there is no nvcc to build its GPU kernel: pip install -e .[nvcc]")
     except native.BuildError as error:
         logger.warning("The spectral split runs in plain torch, which is slower: {}", error)
         return False

@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: `save_pretrained`, `from_pretrained`, `push_to_hub` (pip install bandsplit[hub])."""
+"""Models on the Hugging Face Hub: `save_pretrained`, `from_pretrained`, `push_to_hub` (pip install -e .[hub])."""
 
 from __future__ import annotations
 

@@ -350,7 +350,7 @@ def _of_timm(arch: str, in_channels: int, classes: int, size: int) -> nn.Module:
         timm = importlib.import_module("timm")
     except ImportError as error:
         raise UserError(
-            f"model.source: 'timm' given, but timm cannot be imported ({error}); pip install bandsplit[timm]"
+            f"model.source: 'timm' given, but timm cannot be imported ({error}); pip install -e .[timm]"
         ) from None
     options: dict[str, Any] = {"pretrained": False, "in_chans": in_channels, "num_classes": classes}
     try:

@@ -40,7 +40,7 @@ def require(names: Sequence[str], key: str = "log.trackers") -> None:
     for name in names:
         if importlib.util.find_spec(name) is None:
             raise UserError(
-                f"{key}: {name!r} given, but the package {name} is not installed: pip install bandsplit[{name}]"
+                f"{key}: {name!r} given, but the package {name} is not installed: pip install -e .[{name}]"
             )
 
 

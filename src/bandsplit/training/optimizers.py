@@ -46,7 +46,7 @@ def optimizer(branch: nn.Module, config: schema.RunConfig) -> torch.optim.Optimi
             try:
                 from timm.optim import Lamb
             except ImportError as error:
-                raise UserError("optim.type: 'lamb' needs timm: pip install bandsplit[timm]") from error
+                raise UserError("optim.type: 'lamb' needs timm: pip install -e .[timm]") from error
             lamb: torch.optim.Optimizer = Lamb(groups, betas=optim.betas, eps=optim.eps, **shared)
             return lamb
 

@@ -46,7 +46,7 @@ class Model(Table):
     """The network of every branch."""
 
     source: Literal["torchvision", "timm"] = "torchvision"
-    """`torchvision`: adapted to the size of a band; `timm`: any network of timm (pip install bandsplit[timm])."""
+    """`torchvision`: adapted to the size of a band; `timm`: any network of timm (pip install -e .[timm])."""
     arch: str
     """A ResNet (resnet18 to resnet152), alexnet, vgg16, vgg16_bn, mobilenet_v2, mobilenet_v3_small, mobilenet_v3_large
     or inception_v3 without its auxiliary head; or a timm model name."""

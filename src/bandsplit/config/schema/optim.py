@@ -80,7 +80,7 @@ class RMSprop(_Optimizer):
 
 
 class Lamb(_Optimizer):
-    """timm's LAMB; needs pip install bandsplit[timm]."""
+    """timm's LAMB; needs pip install -e .[timm]."""
 
     type: Literal["lamb"] = "lamb"
     betas: Betas = (0.9, 0.999)

@@ -98,7 +98,7 @@ def build(cuda: bool | None = None) -> Path:
     if cxx is None or (cuda and nvcc is None):
         prebuilt = _cached(_stem(cuda))
         if prebuilt is None:
-            missing = "a C++ compiler (g++, or set CXX)" if cxx is None else "nvcc (pip install bandsplit[nvcc])"
+            missing = "a C++ compiler (g++, or set CXX)" if cxx is None else "nvcc (pip install -e .[nvcc])"
             raise BuildError(
                 f"building spectral_split needs {missing}, which is not installed, and the cache {_cache_folder()} "
                 "has no plugin for this machine: install it, or prebuild the plugin with "
