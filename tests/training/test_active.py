@@ -62,6 +62,12 @@ def test_a_branch_alone_that_begins_late_is_told(config_file: Path) -> None:
     assert [(active.train(0, epoch), active.count_begun(epoch)) for epoch in (0, 1)] == [(False, 0), (True, 1)]
 
 
+@pytest.mark.slow
+def test_nothing_is_validated_before_a_branch_begins(finished: Callable[..., Path]) -> None:
+    lines = metrics(finished(1, "train.start_epochs=[0, 0, 0, 1]", "split.only=[3]"))
+    assert [line["step"] for line in lines if line["event"] == "validation"] == [26]
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
