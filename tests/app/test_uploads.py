@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from bandsplit.app import uploads
 from bandsplit.errors import UserError
@@ -42,9 +43,12 @@ def tiff(mode: str) -> bytes:
         (header(20_000, 300), "image.jpg is 20,000 × 300 pixels; the longer side may be 50 times the shorter one."),
         (header(400, 300), "image.jpg is damaged or cut off, and cannot be decoded: "),
         (header(400, 300) + bytes(20 * 2**20), "image.jpg has 20.0 MiB; files of at most 20 MiB are read."),
-        (tiff("F"), "image.jpg is gray of 32 bits, whose white is not known; save it with 8 or 16 bits."),
+        (
+            tiff("I"),
+            "image.jpg is gray of 32 bits, or signed, whose white is not known; save it with 8 or 16 bits, unsigned.",
+        ),
     ],
-    ids=["empty", "text", "postscript", "100 megapixels", "bomb", "long", "cut off", "large", "float"],
+    ids=["empty", "text", "postscript", "100 megapixels", "bomb", "long", "cut off", "large", "32 bits"],
 )
 def test_what_is_refused_says_why(tmp_path: Path, content: bytes, told: str) -> None:
     path = tmp_path / "image.jpg"
@@ -53,6 +57,24 @@ def test_what_is_refused_says_why(tmp_path: Path, content: bytes, told: str) -> 
         uploads.opened(path)
     assert told in str(refused.value)
     assert str(tmp_path) not in str(refused.value)
+
+
+@pytest.mark.parametrize("error", [MemoryError, KeyError])
+def test_a_lack_of_memory_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise error
+
+    photograph(40, 30).save(tmp_path / "image.png")
+    for owner, name, told in (
+        (PngImageFile, "load", "image.png is damaged or cut off, and cannot be decoded: KeyError."),
+        (Image, "open", "image.png is not an image in a format that is read"),
+    ):
+        monkeypatch.setattr(owner, name, fail)
+        with pytest.raises(MemoryError if error is MemoryError else UserError) as raised:
+            uploads.opened(tmp_path / "image.png")
+        assert error is MemoryError or str(raised.value).startswith(told)
 
 
 def test_whatever_colors_are_read_as_predict_reads_them(tmp_path: Path, config_file: Path) -> None:
@@ -65,6 +87,7 @@ def test_whatever_colors_are_read_as_predict_reads_them(tmp_path: Path, config_f
         "cmyk.jpg": image.convert("CMYK"),
         "gray.png": image.convert("L"),
         "sixteen.png": sixteen,
+        "float.tiff": Image.fromarray(np.asarray(image.convert("L")) / np.float32(255)),
         "alpha.png": alpha,
         "palette.gif": image.quantize(16),
         "one_bit.tiff": image.convert("1"),

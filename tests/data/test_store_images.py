@@ -64,13 +64,14 @@ def test_the_shorter_side_is_at_most_what_was_asked_for(tmp_path: Path, size: tu
     assert np.abs(decoded(content) - np.asarray(expected)).mean() < 2
 
 
-@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16"])
+@pytest.mark.parametrize("mode", ["L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "F"])
 @pytest.mark.parametrize("side", [40, 80])
 def test_other_modes_become_rgb(tmp_path: Path, mode: str, side: int) -> None:
     image = photo((side, side))
-    if mode == "I;16":
-        gray = np.asarray(image.convert("L")).astype(np.uint16)
-        path = save(tmp_path / "x.png", Image.fromarray(gray * 256 + 128))
+    if mode in ("I;16", "F"):
+        gray = np.asarray(image.convert("L"))
+        values = gray.astype(np.uint16) * 257 if mode == "I;16" else gray / np.float32(255)
+        path = save(tmp_path / "x.tiff", Image.fromarray(values))
         image = image.convert("L").convert("RGB")
     else:
         converted = image.quantize() if mode == "P" else image.convert(mode)
@@ -81,6 +82,13 @@ def test_other_modes_become_rgb(tmp_path: Path, mode: str, side: int) -> None:
     assert (packed.format, packed.mode) == ("JPEG", "RGB")
     expected = image.resize((min(side, 48),) * 2, Image.Resampling.BILINEAR)
     assert np.abs(decoded(content) - np.asarray(expected)).mean() < (12 if mode == "1" else 4)
+
+
+@pytest.mark.parametrize("options", [{}, {"tiffinfo": {339: 2}}], ids=["32 bits", "signed"])
+def test_gray_without_a_known_white_is_refused(tmp_path: Path, options: dict[str, Any]) -> None:
+    image = Image.new("I;16" if options else "I", (40, 40), 1000)
+    with pytest.raises(ValueError, match="^gray of 32 bits, or signed, whose white is not known$"):
+        resized(save(tmp_path / "x.tiff", image, **options), ENCODING)
 
 
 def test_colors_are_brought_to_srgb(tmp_path: Path) -> None:

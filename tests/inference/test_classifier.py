@@ -107,10 +107,11 @@ def test_whatever_an_image_comes_as(config_file: Path, tmp_path: Path) -> None:
     (tmp_path / "twelve.pgm").write_bytes(b"P5 70 50 4095\n" + twelve)
     for each in (sixteen, tmp_path / "sixteen.pgm", tmp_path / "twelve.pgm"):
         assert model.predict(each) == of_gray
-    for mode in "IF":
-        image.convert("L").convert(mode).save(tmp_path / "image.tiff")
-        with pytest.raises(UserError, match=r"image\.tiff: cannot be read as an image: gray of 32 bits, whose white"):
-            model.predict(tmp_path / "image.tiff")
+    sixteen.save(tmp_path / "signed.tiff", tiffinfo={339: 2})
+    image.convert("L").convert("I").save(tmp_path / "long.tiff")
+    for name in ("signed", "long"):
+        with pytest.raises(UserError, match=rf"{name}\.tiff: cannot be read as an image: gray of 32 bits, or signed, "):
+            model.predict(tmp_path / f"{name}.tiff")
     shapes = np.zeros((3, 50, 70, 1)), torch.zeros(4, 5, 5)
     for wrong in (*shapes, np.zeros((50, 70, 3), dtype=np.int64), array.astype(np.float32)):
         with pytest.raises(ValueError, match="^image (of|with)"):

@@ -194,6 +194,19 @@ def test_the_most_confident_mistakes_are_shown(tmp_path: Path) -> None:
         assert float(confidence.removesuffix(" %")) == pytest.approx(100 * results.confidence[row], abs=0.1)
 
 
+@pytest.mark.parametrize(("value", "dtype"), [(100 * 257, np.uint16), (100 / 255, np.float32)])
+def test_gray_of_many_levels_is_not_clipped(tmp_path: Path, value: float, dtype: type) -> None:
+    results = Results(predictions(60, 1, 3))
+    row = np.flatnonzero(results.predicted != results.predictions.labels)[0]
+    path = (tmp_path / results.predictions.names[row]).with_suffix(".tiff")
+    path.parent.mkdir()
+    Image.fromarray(np.full((30, 40), value, dtype)).save(path)
+    path.rename(tmp_path / results.predictions.names[row])
+    figure = mistakes(results, tmp_path)
+    assert isinstance(figure, Figure)
+    assert (np.asarray(figure.axes[0].images[0].get_array()) == 100).all()
+
+
 def test_an_ensemble_without_mistakes() -> None:
     p = predictions(50, 1, 40)
     p.fused.classes[:, :, 0] = p.labels[:, None]

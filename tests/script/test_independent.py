@@ -98,3 +98,10 @@ def test_from_files(
     told = capsys.readouterr().out
     assert f"images with another top-1: {unlike.sum()} fused" in told
     assert '"step": 13,' in told
+
+
+@pytest.mark.parametrize(("value", "dtype"), [(100 * 257, np.uint16), (100 / 255, np.float32)])
+def test_gray_of_many_levels_is_not_clipped(tmp_path: Path, value: float, dtype: type) -> None:
+    Image.fromarray(np.full((40, 40), value, dtype)).save(tmp_path / "x.tiff")
+    data = {"image_size": 32, "resize_size": 36, "interpolation": "bilinear"}
+    assert (independent.prepared(tmp_path / "x.tiff", data) == 100).all()

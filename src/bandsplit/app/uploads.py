@@ -38,14 +38,19 @@ def opened(path: Path) -> Image.Image:
             image = Image.open(path, formats=FORMATS)
     except Image.DecompressionBombError:
         raise UserError(f"{name} has too many pixels; at most {_million(MOST_PIXELS)} are decoded.") from None
+    except MemoryError:
+        raise
     except Exception:  # damaged bytes can make decoders raise anything
         raise UserError(f"{name} is not an image in a format that is read: {_listed(FORMATS)}.") from None
     with image:
         _require_fitting(name, *image.size)
         try:
             image.load()
+        except MemoryError:
+            raise
         except Exception as error:
-            raise UserError(f"{name} is damaged or cut off, and cannot be decoded: {error}.") from None
+            reason = str(error) or type(error).__name__
+            raise UserError(f"{name} is damaged or cut off, and cannot be decoded: {reason}.") from None
         try:
             return preparation.rgb(image)
         except UserError as error:

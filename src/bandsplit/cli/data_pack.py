@@ -34,7 +34,8 @@ def add(commands: Any) -> None:
         "--size",
         type=options.count,
         help="bands: side in pixels of the square that is stored of a training image (default: the largest within "
-        "data.resize_size that is whole blocks); images: most pixels of the shorter side (default: data.resize_size)",
+        "data.resize_size that is whole blocks and centered on what is validated, or, if data.image_size is more, "
+        "whole blocks alone); images: most pixels of the shorter side (default: data.resize_size)",
     )
     pack.add_argument("--quality", type=_quality, default=90, help="images: JPEG quality, 1 to 100 (default: 90)")
     pack.add_argument(

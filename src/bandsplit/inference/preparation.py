@@ -24,8 +24,8 @@ Arrays and tensors are uint8 from 0 to 255, or floating point from 0 to 1.
 def pixels(image: Source) -> Tensor:
     """The image as (3, H, W), RGB; uint8, or float32 from 0 to 1.  A file is not rotated by EXIF, as in training.
 
-    Raises UserError if a file cannot be read or decoded, or has gray of 32 bits, and ValueError if an array or tensor
-    is not as in `Source`.
+    Raises UserError if a file cannot be read or decoded, or has gray of integers that are signed or have 32 bits,
+    and ValueError if an array or tensor is not as in `Source`.
     """
     if isinstance(image, str | Path):
         image = _decoded(Path(image))
@@ -70,10 +70,15 @@ def _decoded(path: Path) -> Image.Image:
 
 
 def rgb(image: Image.Image) -> Image.Image:
-    """The image with 8 bits for each color.  Raises UserError if it has gray of 32 bits."""
+    """The image with 8 bits for each color, as DALI decodes it: 1.0 is the white of floating point.
+
+    Raises UserError if it has gray of integers that are signed or have 32 bits.
+    """
     sixteen = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-    if image.mode in ("I", "F") and not sixteen:
-        raise UserError("gray of 32 bits, whose white is not known; save it with 8 or 16 bits")
-    if sixteen:  # convert would clip it
-        image = Image.fromarray((np.array(image) >> 8).astype(np.uint8))
+    if image.mode == "I" and not sixteen:
+        raise UserError("gray of 32 bits, or signed, whose white is not known; save it with 8 or 16 bits, unsigned")
+    if sixteen or image.mode == "F":  # convert would clip it
+        white = 65535 if sixteen else 1
+        gray = np.clip(np.nan_to_num(np.asarray(image, np.float32)), 0, white) * (255 / white)
+        image = Image.fromarray((gray + 0.5).astype(np.uint8))
     return image.convert("RGB")

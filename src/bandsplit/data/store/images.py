@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from bandsplit import __version__
@@ -172,8 +173,12 @@ def resized(path: Path, encoding: Encoding) -> bytes:
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB without alpha; colors of another profile are converted, where the profile can be used."""
-    if image.mode in ("I;16", "I;16B", "I"):  # 16 bits: scaled as DALI does, where Pillow would clip
-        image = image.point(lambda value: value / 256).convert("L")
+    if image.mode == "I" and image.format != "PPM":
+        raise ValueError("gray of 32 bits, or signed, whose white is not known")
+    if image.mode.startswith(("I", "F")):  # 16 bits or floating point: scaled as DALI does, where Pillow would clip
+        white = 1 if image.mode == "F" else 65535
+        gray = np.clip(np.nan_to_num(np.asarray(image, np.float32)), 0, white) * (255 / white)
+        image = Image.fromarray((gray + 0.5).astype(np.uint8))
     if profile and image.mode in ("RGB", "CMYK", "L") and not _is_srgb(profile):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
