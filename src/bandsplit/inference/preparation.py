@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from bandsplit.errors import UserError
+from bandsplit.gray import with_8_bits
 from bandsplit.inference.description import Description
 from bandsplit.inference.resizing import resized_center
 
@@ -74,11 +75,7 @@ def rgb(image: Image.Image) -> Image.Image:
 
     Raises UserError if it has gray of integers that are signed or have 32 bits.
     """
-    sixteen = image.mode.startswith("I;16") or (image.mode, image.format) == ("I", "PPM")
-    if image.mode == "I" and not sixteen:
-        raise UserError("gray of 32 bits, or signed, whose white is not known; save it with 8 or 16 bits, unsigned")
-    if sixteen or image.mode == "F":  # convert would clip it
-        white = 65535 if sixteen else 1
-        gray = np.clip(np.nan_to_num(np.asarray(image, np.float32)), 0, white) * (255 / white)
-        image = Image.fromarray((gray + 0.5).astype(np.uint8))
-    return image.convert("RGB")
+    try:
+        return with_8_bits(image).convert("RGB")
+    except ValueError as error:
+        raise UserError(str(error)) from None

@@ -39,9 +39,7 @@ def require(names: Sequence[str], key: str = "log.trackers") -> None:
     """Raises UserError for the first tracker whose package is not installed. `key`: where it was asked for."""
     for name in names:
         if importlib.util.find_spec(name) is None:
-            raise UserError(
-                f"{key}: {name!r} given, but the package {name} is not installed: pip install -e .[{name}]"
-            )
+            raise UserError(f"{key}: {name!r} given, but the package {name} is not installed: pip install -e .[{name}]")
 
 
 def opener(name: str) -> Callable[[RunDirectory], Tracker]:

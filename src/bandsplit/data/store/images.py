@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-import numpy as np
 from PIL import Image, ImageCms, UnidentifiedImageError
 
 from bandsplit import __version__
@@ -27,6 +26,7 @@ from bandsplit.data.store import packing
 from bandsplit.data.store.manifest import ImageManifest, ImagePart
 from bandsplit.data.store.packing import Chunk, Folder, Record, Source
 from bandsplit.errors import UserError
+from bandsplit.gray import with_8_bits
 
 NAME_MAX = 255
 """Bytes of a name, of most file systems."""
@@ -173,12 +173,7 @@ def resized(path: Path, encoding: Encoding) -> bytes:
 
 def _in_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     """RGB without alpha; colors of another profile are converted, where the profile can be used."""
-    if image.mode == "I" and image.format != "PPM":
-        raise ValueError("gray of 32 bits, or signed, whose white is not known")
-    if image.mode.startswith(("I", "F")):  # 16 bits or floating point: scaled as DALI does, where Pillow would clip
-        white = 1 if image.mode == "F" else 65535
-        gray = np.clip(np.nan_to_num(np.asarray(image, np.float32)), 0, white) * (255 / white)
-        image = Image.fromarray((gray + 0.5).astype(np.uint8))
+    image = with_8_bits(image)
     if profile and image.mode in ("RGB", "CMYK", "L") and not _is_srgb(profile):
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
+from bandsplit.gray import with_8_bits
 from bandsplit.reporting.figures import WIDTH
 from bandsplit.reporting.predictions.figures import Drawn, short_names
 from bandsplit.reporting.predictions.results import Results
@@ -69,15 +70,6 @@ def _thumbnail(path: Path) -> NDArray[np.uint8] | None:
     try:
         with Image.open(path) as image:
             image.draft("RGB", (SIDE, SIDE))
-            return np.asarray(ImageOps.fit(_rgb(image), (SIDE, SIDE)))
+            return np.asarray(ImageOps.fit(with_8_bits(image).convert("RGB"), (SIDE, SIDE)))
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
-
-
-def _rgb(image: Image.Image) -> Image.Image:
-    """Gray of 16 bits or floating point is scaled as DALI does, where Pillow would clip it."""
-    if image.mode.startswith(("I", "F")):
-        white = 1 if image.mode == "F" else 65535
-        gray = np.clip(np.nan_to_num(np.asarray(image, np.float32)), 0, white) * (255 / white)
-        image = Image.fromarray((gray + 0.5).astype(np.uint8))
-    return image.convert("RGB")
