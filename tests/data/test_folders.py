@@ -72,6 +72,21 @@ def test_a_header_is_known_by_its_words_or_since_it_names_no_file(tmp_path: Path
     assert listed(tmp_path / "l.csv", tmp_path).sizes.tolist() == [MISSING, 0]
 
 
+@pytest.mark.parametrize("name", ["l.csv", "l.txt"])
+@pytest.mark.parametrize("labels", ["cat dog cat", "y n y", "3 1 2", "n01 n02 n03"])
+def test_a_first_row_labeled_as_others_are_is_an_image_that_is_missing(tmp_path: Path, name: str, labels: str) -> None:
+    files, separator = ["img_0001", "a", "b"], "," if name == "l.csv" else " "
+    for file in files[1:]:
+        (tmp_path / file).touch()
+    rows = [separator.join(row) for row in zip(files, labels.split(), strict=True)]
+    (tmp_path / name).write_text("\n".join(rows))
+    found = listed(tmp_path / name, tmp_path)
+    assert (names(found), found.sizes.tolist()) == (files, [MISSING, 0, 0])
+    for header in ("image label", "id_code diagnosis", "filename class"):
+        (tmp_path / name).write_text("\n".join([header.replace(" ", separator), *rows[1:]]))
+        assert names(listed(tmp_path / name, tmp_path)) == files[1:]
+
+
 def test_an_image_whose_name_begins_like_a_comment(tmp_path: Path) -> None:
     (tmp_path / "#1.jpg").touch()
     (tmp_path / "l.txt").write_text("#1.jpg cat\n#2.jpg cat\n#\n3.jpg dog\n")

@@ -206,6 +206,26 @@ def test_a_copy_of_an_index_says_nothing_of_the_images_beside_it(copy: Path) -> 
     assert images._examined(config, ["val"])["val"].digest != place.digest
 
 
+def test_parts_of_nearly_the_same_name_have_their_own_images(copy: Path) -> None:
+    (copy / "a").mkdir()
+    (copy / "train").rename(copy / "a/b")
+    (copy / "val").rename(copy / "a_b")
+    files = images.open_here(data(copy, check="headers", train="a/b", val="a_b"))
+    assert [len(each) for each in files.values()] == [10 * TRAIN_PER_CLASS, 10 * VAL_PER_CLASS]
+    assert all(Path(file).is_file() for each in files.values() for file in each.paths)
+
+
+def test_an_index_that_is_not_the_same_any_more_is_refused(copy: Path) -> None:
+    """Changed or removed between the examination and the opening."""
+    places = images._examined(data(copy, check="headers"), ["train", "val"])
+    shutil.copy(places["train"].path, places["val"].path)
+    with pytest.raises(UserError, match=r"val\.arrow: this index of the images in .*/val cannot be read any more, or"):
+        places["val"].opened()
+    places["train"].path.unlink()
+    with pytest.raises(UserError, match=r"train\.arrow: this index .*; start again"):
+        places["train"].opened()
+
+
 def test_images_are_generated_once_where_the_config_says_how(tmp_path: Path) -> None:
     config = data(tmp_path / "made", generate={"seed": 3, "train_per_class": 2, "val_per_class": 1})
     with pytest.raises(UserError, match="no such folder"):

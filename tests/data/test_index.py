@@ -163,15 +163,31 @@ def test_a_damaged_index_is_made_anew(folder: Path, examined: list[str], damage:
 def test_an_index_lies_beside_the_data_or_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "data").mkdir()
     assert index.place(tmp_path / "data", "train", 10) == tmp_path / "data/.bandsplit/train.arrow"
-    assert index.place(tmp_path / "data", "a/b c", 10) == tmp_path / "data/.bandsplit/a_b_c.arrow"
-    odd = [index.place(tmp_path / "data", part, 10) for part in ("训练", "验证", "train+", "train=", "train_")]
-    assert len(set(odd)) == 5
-    assert odd[-1].name == "train_.arrow"
+    odd = ("训练", "验证", "train+", "train=", "a/b", "a b", "a//b", "x" * 255, "x" * 254, "a_b")
+    placed = [index.place(tmp_path / "data", part, 10) for part in odd]
+    assert len(set(placed)) == len(odd)
+    assert placed[-1].name == "a_b.arrow"
     monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
     (tmp_path / "other").write_text("no folder: nothing can be written beside it")
     places = [index.place(tmp_path / "other", part, 10) for part in ("train", "val")]
     assert [place.parent.parent for place in places] == [tmp_path / "cache/index"] * 2
     assert paths.cache_folder() == tmp_path / "cache"
+
+
+def test_data_sets_and_parts_may_have_names_of_any_length(
+    image_root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where the index is in the cache."""
+    roots = [tmp_path / name for name in ("r" * 250, os.fsdecode("🐈".encode() * 63), "r" * 251)]
+    for root in roots:
+        shutil.copytree(min((image_root / "val").iterdir()), root / ("p" * 255) / "cat")
+    monkeypatch.setenv("BANDSPLIT_CACHE", str(tmp_path / "cache"))
+    for images in (1, 10**15):
+        placed = [index.place(root, "p" * 255, images) for root in roots]
+        for root, path in zip(roots, placed, strict=True):
+            assert len(finish(index.refresh(walk(root / ("p" * 255)), path, "headers", "checking"))) == 5
+            assert path.is_file()
+        assert len(set(placed)) == 3
 
 
 def test_folders_of_a_large_set_that_have_not_changed_are_not_walked(

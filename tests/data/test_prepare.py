@@ -875,10 +875,11 @@ def test_names_of_a_list_mean_the_image_with_the_same_end(tmp_path: Path) -> Non
         "4.jpg": "4.jpg",
         "1.jpg": None,
         "3": None,
-        "cat/2.jpg": None,
-        "test/2.jpg": None,
     }.items():
         assert found.image(PurePosixPath(given)) == image, given
+    for given in ("cat/2.jpg", "test/2.jpg"):
+        with pytest.raises(KeyError):
+            found.image(PurePosixPath(given))
 
 
 def test_flat_takes_the_paths_that_find_prints(run_here: Run, flat: Path, tmp_path: Path) -> None:
@@ -896,9 +897,19 @@ def test_flat_takes_the_paths_that_find_prints(run_here: Run, flat: Path, tmp_pa
 
 def test_flat_mistakes(run_here: Run, flat: Path, tmp_path: Path) -> None:
     to = tmp_path / "to"
+    for name in ("a/twice.png", "b/twice.png"):
+        (flat / name).parent.mkdir()
+        (flat / name).write_bytes(jpeg(0))
     for listing, told in (
         ("image 0.JPEG a\nimage 99.JPEG a", "list: 1 images that are not there: image 99.JPEG"),
         ("image 99.JPEG a\nimage 0.JPEG a", "list: 1 images that are not there: image 99.JPEG"),
+        ("image 99,a\nimage 0,a", "list: 1 images that are not there: image 99\n"),
+        ("image 99,5\nimage 0,6", "list: 1 images that are not there: image 99\n"),
+        (
+            "image 0.JPEG a\ntwice a",
+            f"list: 1 names that fit several images each: twice; give them as they are in {flat}",
+        ),
+        ("twice.png a\nimage 0.JPEG b", "list: 1 names that fit several images each: twice.png"),
         ("image0.JPEG", "line 1: 'image0.JPEG', expected a name and a label"),
         ("image 0.JPEG a\nimage 0.JPEG b", "line 2: 'image 0.JPEG' has the label 'b' and 'a'"),
         ("image 0.JPEG a\n../image 0.JPEG b", "'../image 0.JPEG' in it is refused: it points outside of the folder"),

@@ -64,6 +64,25 @@ def test_torch(
     assert [each.read_bytes() for each in path.parent.iterdir()] == [before]
 
 
+def test_graphs_may_have_names_of_any_length(exported: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime", reason="the extra `onnx` is not installed")
+    (tmp_path / "out").mkdir()
+    paths = [tmp_path / "out" / f"{'x' * (255 - len(suffix))}{suffix}" for suffix in (".onnx", ".pt2")]
+    for kind, path in zip(("onnx", "torch"), paths, strict=True):
+        export.main([str(exported), "--format", kind, "--branches", "1", "--output", str(path)])
+    assert sorted((tmp_path / "out").iterdir()) == sorted(paths)
+
+
+def test_circular_links(exported: Path, tmp_path: Path) -> None:
+    """One in place of the model is named; one in place of the file is replaced."""
+    link = tmp_path / "link"
+    link.symlink_to(link)
+    with pytest.raises(UserError, match=f"{link}: no such model"):
+        export.main([str(link), "--output", str(tmp_path / "model.safetensors")])
+    export.main([str(exported), "--output", str(link)])
+    assert link.is_file()
+
+
 def test_without_output_the_file_has_the_name_of_the_run(
     exported: Path, finished: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -112,6 +112,19 @@ def test_files_that_cannot_be_read_cost_only_themselves(
     capsys.readouterr()
 
 
+def test_circular_links(config_file: Path, image_root: Path, tmp_path: Path) -> None:
+    """In place of a file to write, and of a model."""
+    path, links = tmp_path / "model.safetensors", [tmp_path / name for name in ("p.json", "p.csv", "model")]
+    weights.write(classifier(config_file), path)
+    for link in links:
+        link.symlink_to(link)
+    image, outputs = str(next((image_root / "val").glob("*/*.jpg"))), ["--json", str(links[0]), "--csv", str(links[1])]
+    predict.main([str(path), image, *outputs])
+    assert [link.is_file() for link in links] == [True, True, False]
+    with pytest.raises(UserError, match=f"{links[2]}: no such model"):
+        predict.main([str(links[2]), image, *outputs])
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

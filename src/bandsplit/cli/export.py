@@ -37,13 +37,13 @@ def main(arguments: Sequence[str] | None = None, prog: str | None = None) -> Non
         "--output", type=Path, metavar="FILE", help="the file to write, or to replace (default: RUN.safetensors, …)"
     )
     given = parser.parse_args(arguments)
-    trained = given.model.resolve()
+    trained = Path(os.path.realpath(given.model))  # Path.resolve raises for a circular link
     is_file = os.path.isfile(trained)  # noqa: PTH113  # False without permission
     path = given.output or Path((trained.stem if is_file else trained.name) + SUFFIXES[given.format])
     require_file("--output", path)
     if given.format == "torch" and path.suffix != SUFFIXES["torch"]:
         raise UserError(f"--output {path}: torch.export reads files that end in .pt2")
-    if path.resolve() == trained:
+    if os.path.realpath(path) == str(trained):
         raise UserError(f"--output {path}: this is the model itself; name another file")
 
     import torch

@@ -7,13 +7,14 @@ import errno
 import io
 import multiprocessing
 import os
+import re
 import stat
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -264,7 +265,7 @@ def listed(path: Path, root: Path, classes: Sequence[str] | None = None) -> Foun
     read; in a line without one, the label is what follows the last blank.  A line that begins with # is a comment,
     unless an image has that name.  Labels are class names or indices.  A header names path and label as in
     `_PATH_COLUMNS` and `_LABEL_COLUMNS`, in CSV among further columns; others are understood too, if the second row
-    names a file.
+    names a file and no other row `is_labeled` alike.
 
     Args:
         classes: of the training images, so that labels of a validation list mean the same; None: what the list has.
@@ -309,20 +310,19 @@ def _text_rows(path: Path, text: str, root: Path) -> Sequence[tuple[int, str, st
 
 
 def _is_header(rows: Sequence[tuple[int, str, str]], root: Path) -> bool:
-    """Whether the first of these rows has the words of a header, or names no image where the second one does."""
-    (_, name, label), *others = rows[:2]
-    words = name.lower() in _PATH_COLUMNS and label.lower() in _LABEL_COLUMNS
-    return words or (not _is_image(name, root) and any(_exists(root / other) for _, other, _ in others))
+    """Whether the first of these rows has the words of a header, or neither an image nor a label as the others do."""
+    _, name, label = rows[0]
+    if name.lower() in _PATH_COLUMNS and label.lower() in _LABEL_COLUMNS:
+        return True
+    if _is_image(name, root) or not (len(rows) > 1 and _exists(root / rows[1][1])):
+        return False
+    return not is_labeled(label, (other for *_, other in islice(rows, 1, None)))
 
 
 def _csv_rows(path: Path, text: str, root: Path) -> Iterator[tuple[int, str, str]]:
     """(line number, path, label) of each row that is neither empty nor a header."""
-    rows = _cells(path, text)
-    first = list(islice(rows, 2))
-    if not first:
-        return
-    columns = _columns(path, first, root)
-    for line, row in chain(first if columns is None else first[1:], rows):
+    columns = _columns(path, text, root)
+    for line, row in islice(_cells(path, text), 0 if columns is None else 1, None):
         image, label = columns or (0, 1)
         if len(row) <= max(image, label):
             raise UserError(f"{path}, line {line}: {','.join(row)!r} given; expected a path and a label")
@@ -343,9 +343,12 @@ def _cells(path: Path, text: str) -> Iterator[tuple[int, list[str]]]:
         raise UserError(f"{path}, line {line}: {error}; is a quote not closed?") from None
 
 
-def _columns(path: Path, first: Sequence[tuple[int, list[str]]], root: Path) -> tuple[int, int] | None:
-    """Which columns are the path and the label, where the first of these rows is a header; None: it is an image."""
-    line, row = first[0]
+def _columns(path: Path, text: str, root: Path) -> tuple[int, int] | None:
+    """Which columns are the path and the label, where the first row is a header; None: it is an image, or missing."""
+    rows = _cells(path, text)
+    (line, row), second = next(rows, (0, [])), next(rows, None)
+    if not row:
+        return None
     header = [cell.strip().lower() for cell in row]
     image, label = (next((header.index(name) for name in names if name in header), None) for names in _COLUMNS)
     if image is not None and label is not None:
@@ -357,12 +360,21 @@ def _columns(path: Path, first: Sequence[tuple[int, list[str]]], root: Path) -> 
         )
     if _is_image(row[0], root):
         return None
-    if image is None and label is None and not (len(first) == 2 and _exists(root / first[1][1][0])):
+    if image is None and label is None and not (second and _exists(root / second[1][0])):
         raise UserError(
             f"{path}, line {line}: {','.join(row)!r} given, and {root / row[0]} is no file; expected a path and a "
             "label, or a header: path,label"
         )
-    return (1, 0) if image == 1 or label == 0 else (0, 1)
+    columns = (1, 0) if image == 1 or label == 0 else (0, 1)
+    named = columns[1]
+    others = (cells[named].strip() for _, cells in islice(_cells(path, text), 1, None) if len(cells) > named)
+    return None if is_labeled(row[named].strip(), others) else columns
+
+
+def is_labeled(label: str, others: Iterable[str]) -> bool:
+    """Whether a label is one of the others, up to the numbers in it: that of an image, and not of a header."""
+    alike = {re.sub(r"\d+", "0", each) for each in {*others}}
+    return re.sub(r"\d+", "0", label) in alike
 
 
 def _classes_of(labels: Iterable[str]) -> list[str]:

@@ -152,7 +152,7 @@ def scan(data: Data) -> dict[str, Index]:
     with reading_from(root):
         parts = [part for part in ("train", "val") if (root / getattr(data, part)).exists()]
     places = _examined(data, parts or ["train"])
-    return {getattr(data, part): cast(Index, index.read(place.path)) for part, place in places.items()}
+    return {getattr(data, part): cast(Index, place.opened().index) for part, place in places.items()}
 
 
 def open_here(data: Data) -> dict[str, ImageFiles]:
@@ -191,9 +191,18 @@ class Place:
     """Of the index, by which a copy of it is known."""
 
     def opened(self) -> ImageFiles:
-        """The images, for the process that has brought the index up to date."""
+        """The images, for the process that has brought the index up to date.
+
+        Raises UserError if the index is not the same any more.
+        """
         known = index.read(self.path)
-        assert known is not None, self.path
+        if known is None or known.digest != self.digest:
+            told = UserError(
+                f"{self.path}: this index of the images in {self.folder} cannot be read any more, or another process "
+                "has changed it; start again"
+            )
+            told.one_rank = True
+            raise told
         return ImageFiles.of(known, self.folder)
 
 

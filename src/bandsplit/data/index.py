@@ -69,6 +69,9 @@ _MANY = 2_000_000
 _BYTES_PER_IMAGE = 200
 """Upper bound of the size of an index, for names of ordinary length."""
 
+_READABLE = 50
+"""Characters of a name that an index or its folder begins with; the hash of the whole name follows."""
+
 _PER_PROCESS = 128
 """Files per worker process, below which another process does not pay off."""
 
@@ -193,15 +196,16 @@ def places(root: Path, part: str) -> Iterator[Path]:
 
 
 def _beside(root: Path, part: str) -> Path:
-    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", part)
-    if name != re.sub(r"[/\s]+", "_", part):
+    name = re.sub(r"[^A-Za-z0-9_.-]+", "_", part)[:_READABLE]
+    if name != part:
         name += f"-{_hashed(part)}"
     return root / OWN_FOLDER / f"{name}.arrow"
 
 
 def _in_cache(root: Path, part: str) -> Path:
     """Raises OSError if there is no cache folder."""
-    return paths.cache_folder() / "index" / f"{root.name}-{_hashed(root.absolute())}" / _beside(root, part).name
+    folder = f"{root.name[:_READABLE]}-{_hashed(root.absolute())}"
+    return paths.cache_folder() / "index" / folder / _beside(root, part).name
 
 
 def _hashed(name: str | Path) -> str:

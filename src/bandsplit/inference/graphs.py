@@ -10,6 +10,7 @@ import importlib
 import json
 import logging
 import math
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -64,9 +65,10 @@ def write_onnx(model: Classifier, path: Path, dtype: torch.dtype, in_one_file: i
         program.save(written, external_data=weights > in_one_file)
         session = onnxruntime.InferenceSession(written, providers=["CPUExecutionProvider"])
         differs = _checked(model, lambda x: torch.from_numpy(session.run(None, {"images": x.numpy()})[0]), dtype, path)
-    if weights <= in_one_file:
+    earlier = path.with_name(f"{path.name}.data")  # of an earlier export
+    if weights <= in_one_file and os.path.lexists(earlier):  # which a name that is too long does not
         with writing_to(path):
-            path.with_name(f"{path.name}.data").unlink(missing_ok=True)  # of an earlier export
+            earlier.unlink(missing_ok=True)
     return differs
 
 
@@ -121,7 +123,7 @@ def _checked(model: Classifier, graph: Graph, dtype: torch.dtype, path: Path) ->
 @contextmanager
 def _replaced(path: Path) -> Iterator[Path]:
     """A file to write in a new folder; at the end it and what is beside it take their places, the file itself last."""
-    with writing_to(path), TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with writing_to(path), TemporaryDirectory(prefix=".", dir=path.parent) as folder:
         yield Path(folder, path.name)
         for each in sorted(Path(folder).iterdir(), key=lambda each: each.name == path.name):
             each.replace(path.parent / each.name)

@@ -44,7 +44,11 @@ class Request:
         for option, path in (("--json", self.json), ("--csv", self.csv)):
             if path is not None and path != STDOUT:
                 require_file(option, path)
-        if self.json is not None and self.csv is not None and self.json.resolve() == self.csv.resolve():
+        if (
+            self.json is not None
+            and self.csv is not None
+            and os.path.realpath(self.json) == os.path.realpath(self.csv)  # Path.resolve raises for a circular link
+        ):
             where = "standard output" if self.json == STDOUT else "one file"
             raise UserError(f"--json {self.json} --csv {self.csv}: only one of them can go to {where}")
 

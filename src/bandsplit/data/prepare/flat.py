@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
+from bandsplit.data.folders import is_labeled
 from bandsplit.data.prepare import links, summary
 from bandsplit.data.prepare.archives import is_hidden, is_image, require_safe
 from bandsplit.data.prepare.destination import Job, opened
@@ -91,12 +92,15 @@ class _Names:
         )
 
     def image(self, given: PurePosixPath) -> str | None:
-        """The only image whose path, with or without its suffix, is `given`, or ends with it, or is an end of it."""
+        """The image whose path, with or without its suffix, is `given`, or ends with it, or is an end of it.
+
+        None: several are.  Raises KeyError if none is.
+        """
         name = str(given)
         for known, key in ((self._whole, name), (self._ends, name), *((self._whole, end) for end in _ends(given))):
             if key in known:
                 return known[key]
-        return None
+        raise KeyError(name)
 
 
 def _unique(named: Iterable[tuple[str, str]]) -> dict[str, str | None]:
@@ -115,10 +119,12 @@ def _ends(path: PurePosixPath) -> list[str]:
 def _labels(listing: Path, source: Path, images: _Names) -> dict[str, str]:
     """The label of each image that is listed.
 
-    Raises UserError for a line without a label, an image that is not there, and one with two labels.
+    Raises UserError for a line without a label, an image that is not there, a name of several, and one with two labels.
     """
     labels: dict[str, str] = {}
     missing: list[str] = []
+    several: list[str] = []
+    header: tuple[str, str] | None = None
     for line, (number, row) in enumerate(_rows(listing)):
         if len(row) < 2 or not row[1]:
             raise UserError(f"{listing}, line {number}: {' '.join(row)!r}, expected a name and a label")
@@ -128,12 +134,25 @@ def _labels(listing: Path, source: Path, images: _Names) -> dict[str, str]:
         require_safe(str(path), str(listing))
         boxes = BOXES.fullmatch(label)
         label = boxes[1] if boxes else label
-        name = images.image(path)
-        if name is not None:
-            if labels.setdefault(name, label) != label:
-                raise UserError(f"{listing}, line {number}: {given!r} has the label {label!r} and {labels[name]!r}")
-        elif line or is_image(given):  # else a header
-            missing.append(given)
+        try:
+            name = images.image(path)
+        except KeyError:
+            if line or is_image(given):
+                missing.append(given)
+            else:
+                header = given, label
+            continue
+        if name is None:
+            several.append(given)
+        elif labels.setdefault(name, label) != label:
+            raise UserError(f"{listing}, line {number}: {given!r} has the label {label!r} and {labels[name]!r}")
+    if header and is_labeled(header[1], labels.values()):
+        missing.insert(0, header[0])
+    if several:
+        raise UserError(
+            f"{listing}: {len(several):,} names that fit several images each: {some(several)}; give them as they are "
+            f"in {source}, with folders and suffix"
+        )
     if missing or not labels:
         raise UserError(f"{listing}: {len(missing):,} images that are not there: {some(missing) or 'none is listed'}")
     return labels
