@@ -90,7 +90,7 @@ def _needed(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise UserError(f"--format onnx: {name} cannot be imported ({error}); pip install bandsplit[onnx]") from None
+        raise UserError(f"--format onnx: {name} cannot be imported ({error}); pip install -e .[onnx]") from None
 
 
 def _in(dtype: torch.dtype, model: Classifier) -> Classifier:
