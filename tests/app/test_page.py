@@ -55,7 +55,7 @@ def browser_test(test: Callable[..., None]) -> Callable[..., None]:
 
 def test_without_gradio_it_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "gradio", None)  # type: ignore[arg-type]
-    with pytest.raises(UserError, match=r"bandsplit app needs Gradio: pip install 'bandsplit\[app\]'"):
+    with pytest.raises(UserError, match=r"bandsplit app needs Gradio: pip install -e \.\[app\]"):
         app.main([str(tmp_path)])
 
 

@@ -70,7 +70,7 @@ def test_timm_names_all_classes_of_imagenet() -> None:
 
 def test_without_timm_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm.data", None)
-    with pytest.raises(UserError, match=r"^data\.class_names: 'timm' given.*pip install bandsplit\[timm\]"):
+    with pytest.raises(UserError, match=r"^data\.class_names: 'timm' given.*pip install -e \.\[timm\]"):
         class_names.readable(CLASSES, data_in(Path(), "timm"))
 
 

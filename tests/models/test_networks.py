@@ -373,7 +373,7 @@ def test_weights_follow_torchs_random_state() -> None:
 
 def test_without_timm_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(UserError, match=r"model.source: 'timm' given, but .*; pip install bandsplit\[timm\]"):
+    with pytest.raises(UserError, match=r"model.source: 'timm' given, but .*; pip install -e \.\[timm\]"):
         built("resnet18", source="timm")
 
 

@@ -25,8 +25,6 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image
 from PIL.JpegImagePlugin import JpegImageFile
 
-from bandsplit.gray import with_8_bits
-
 MAX_PIXELS = 2**28
 """Larger images are refused by their header: decoded they take 800 MB, and what a header promises can be a lie."""
 
@@ -452,7 +450,7 @@ def _difference(image: NDArray[np.uint8], content: bytes, known: Verdict) -> str
     if known.width * known.height > _BATCH_PIXELS:
         return ""
     try:
-        theirs = np.asarray(with_8_bits(Image.open(io.BytesIO(content), formats=_FORMATS)).convert("RGB"))
+        theirs = np.asarray(Image.open(io.BytesIO(content), formats=_FORMATS).convert("RGB"))
     except Exception:  # then there is nothing to compare with
         return ""
     if theirs.shape != image.shape:
