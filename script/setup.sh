@@ -6,7 +6,11 @@ VENV=${VENV:-.venv}
 [ -x "$VENV/bin/python" ] || "${PYTHON:-python3}" -m venv "$VENV"
 [ -x "$VENV/bin/uv" ] || "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check uv
 extras=${1:-}
-if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; then extras=${extras:+$extras,}nvcc; fi
+has_gpu=""
+if [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; then
+    # shellcheck disable=SC2034 # test.sh asks for it
+    has_gpu=yes extras=${extras:+$extras,}nvcc
+fi
 "$VENV/bin/uv" pip install --quiet --python "$VENV/bin/python" --constraint script/constraints.txt \
     --editable ".${extras:+[$extras]}"
 export PATH="$PWD/$VENV/bin:$PATH"

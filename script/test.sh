@@ -31,6 +31,6 @@ lint-imports
 mypy
 processes=$(env -u OMP_NUM_THREADS nproc) # which takes that for a limit
 python -m pytest -n "$((processes < 8 ? processes : 8))" --dist loadgroup --no-loadscope-reorder --durations=15 "${selection[@]}" "$@"
-if [[ ! ${selection[*]} && $# == 0 ]] && { [ -e /dev/nvidia0 ] || command -v nvidia-smi >/dev/null; }; then
+if [[ ${has_gpu:-} && ! ${selection[*]} && $# == 0 ]]; then
     python -m pytest -m gpu # from all others, GPUs are hidden
 fi

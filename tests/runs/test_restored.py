@@ -114,15 +114,9 @@ def test_a_distilled_run_does_not_depend_on_the_launch(
 ) -> None:
     """Mixing and teacher_logits on two ranks, for any branches per rank; killed and resumed, it is the same run."""
     teacher = [f"distillation.teacher={finished(1)}", "distillation.checkpoint=last"]
-    keys = [
-        *teacher,
-        "mix.mixup=0.4",
-        "mix.cutmix=1.0",
-        "mix.probability=0.7",
-        "model.bn_batch_size=6",
-        "split.block=4",
-    ]
-    keys += ["split.branches=[[0],[1,2]]", "train.epochs=1", "train.log_every=1", "optim.lr=0.002"]
+    keys = [*teacher, "mix.mixup=0.4", "mix.cutmix=1.0", "mix.probability=0.7", "split.block=4"]
+    keys += ["model.bn_batch_size=6", "split.branches=[[0],[1,2]]", "train.epochs=1"]
+    keys += ["train.log_every=1", "optim.lr=0.002"]
     arguments = [part for key in (*keys, f"parallel.branch_groups={groups}") for part in ("--set", key)]
     launch = Launch("train.py", config_file, "--run-dir", tmp_path / "run", *arguments, ranks=2)
     wait_for(tmp_path / "run/checkpoints/step_00000006", launch)

@@ -100,14 +100,14 @@ def _walk(folder: Path) -> Found:
     others = _PassedOver()
     classes = []
     began, top = time.time_ns(), folder.stat().st_mtime_ns
-    above = frozenset(_identity(each.stat()) for each in (folder, *folder.parents, *folder.resolve().parents))
+    above = frozenset(identity(each.stat()) for each in (folder, *folder.parents, *folder.resolve().parents))
     with os.scandir(folder) as entries:
         for entry in entries:
             if is_hidden(entry.name):
                 if entry.name != OWN_FOLDER:
                     others.add("hidden", entry.name)
             elif _is(entry.is_dir):
-                if _identity(entry.stat()) in above:
+                if identity(entry.stat()) in above:
                     others.add(_ABOVE, entry.name)
                 else:
                     classes.append(entry.name)
@@ -208,7 +208,7 @@ class _Files(NamedTuple):
 def _collect(root: bytes, folder: bytes, above: frozenset[Identity], files: _Files, others: _PassedOver) -> None:
     """Adds the images in a folder and in all folders below it."""
     here = os.stat(b"%b/%b" % (root, folder))  # noqa: PTH116  # a Path per entry would take longer than the walk
-    within = above | {_identity(here)}
+    within = above | {identity(here)}
     files.folders[os.fsdecode(folder)] = here.st_mtime_ns
     with os.scandir(b"%b/%b" % (root, folder)) as entries:
         for entry in entries:
@@ -224,7 +224,7 @@ def _collect(root: bytes, folder: bytes, above: frozenset[Identity], files: _Fil
                 else:
                     others.add(_OTHER, os.fsdecode(folder + b"/" + name))
             elif _is(entry.is_dir):
-                if _identity(entry.stat()) in within:
+                if identity(entry.stat()) in within:
                     others.add(_ABOVE, os.fsdecode(folder + b"/" + name))
                 else:
                     _collect(root, folder + b"/" + name, within, files, others)
@@ -242,7 +242,8 @@ def _is(kind: Callable[[], bool]) -> bool:
         raise
 
 
-def _identity(about: os.stat_result) -> Identity:
+def identity(about: os.stat_result) -> Identity:
+    """Of a folder, by which a link to it is known."""
     return about.st_dev, about.st_ino
 
 

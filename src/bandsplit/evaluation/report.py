@@ -104,9 +104,8 @@ def _show_branches_by_weight(evaluation: Evaluation, fitted: Fitted, numbers: Se
         print(f"{n + 1:>24}" + "".join(f"{cell:>26}" for cell in cells))
 
 
-def _corruption(corrupted: Sequence[Corrupted], runs: Joined) -> dict[str, Any]:
+def _corruption(corrupted: Sequence[Corrupted]) -> dict[str, Any]:
     return {
-        "branches": runs.branch_numbers,
         "mean_top1": np.mean([row.top1 for row in corrupted]).item(),
         "branch_mean_top1": np.mean([row.branch_top1 for row in corrupted], axis=0).tolist(),
         "results": [asdict(row) for row in corrupted],
@@ -218,7 +217,7 @@ def _as_dict(results: Results, runs: Joined) -> dict[str, Any]:
     if results.speed is not None:
         table["speed"] = asdict(results.speed)
     if results.corrupted is not None:
-        table["corruption"] = _corruption(results.corrupted, runs)
+        table["corruption"] = _corruption(results.corrupted)
     return table
 
 

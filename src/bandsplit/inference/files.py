@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from bandsplit import __version__
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
-from bandsplit.data.folders import SUFFIXES, is_hidden
+from bandsplit.data.folders import SUFFIXES, identity, is_hidden
 from bandsplit.data.images import ImageFiles
 from bandsplit.errors import UserError
 from bandsplit.inference.classifier import Classifier, Prediction
@@ -42,11 +42,11 @@ def in_folder(folder: Path) -> list[str]:
     """
     found = []
     with reading_from(folder):
-        above = {os.fspath(folder): frozenset(map(_identity, folder.resolve().parents))}
+        above = {os.fspath(folder): frozenset(identity(each.stat()) for each in folder.resolve().parents)}
         for where, folders, names in os.walk(folder, followlinks=True, onerror=_raise):
-            within = above.pop(where) | {_identity(where)}
+            within = above.pop(where) | {identity(Path(where).stat())}
             below = {name: os.path.join(where, name) for name in sorted(folders) if not is_hidden(name)}  # noqa: PTH118
-            folders[:] = [name for name, path in below.items() if _identity(path) not in within]
+            folders[:] = [name for name, path in below.items() if identity(Path(path).stat()) not in within]
             above |= {below[name]: within for name in folders}
             found += [
                 os.path.join(where, name)  # noqa: PTH118
@@ -56,11 +56,6 @@ def in_folder(folder: Path) -> list[str]:
     if not found:
         raise UserError(f"{folder}: no images in this folder ({' '.join(SUFFIXES)})")
     return found
-
-
-def _identity(folder: str | Path) -> tuple[int, int]:
-    about = os.stat(folder)  # noqa: PTH116
-    return about.st_dev, about.st_ino
 
 
 def _raise(error: OSError) -> None:

@@ -30,12 +30,11 @@ C = TypeVar("C", bound=Classifier)
 
 def write(model: Classifier, path: Path, dtype: torch.dtype = torch.float32) -> None:
     """Raises UserError if the file cannot be written, or if a value is not finite in this dtype alone."""
-    state = {
-        key: x.detach().cpu().to(dtype if x.is_floating_point() else x.dtype).contiguous()
-        for key, x in model.state_dict().items()
-    }
+    state = {}
     for key, x in model.state_dict().items():
-        if not torch.equal(state[key].isfinite(), x.cpu().isfinite()):
+        whole = x.detach().cpu()
+        state[key] = whole.to(dtype if x.is_floating_point() else x.dtype).contiguous()
+        if not torch.equal(state[key].isfinite(), whole.isfinite()):
             raise UserError(f"{path}: not written: {key}{BEYOND}")
     content = save(state, metadata={"format": "pt", KEY: model.description.to_json()})
     with replace_bytes(path) as file:

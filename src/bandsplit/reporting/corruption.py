@@ -43,7 +43,7 @@ def accuracies(table: dict[str, Any]) -> pd.DataFrame:
 
     Strength 0 is the plain evaluation, once for each kind.
     """
-    results, numbers = (table["corruption"][key] for key in ("results", "branches"))
+    results, numbers = table["corruption"]["results"], table["branches"]
     plain = [{**table, "kind": kind, "strength": 0, "value": None} for kind in {row["kind"]: None for row in results}]
     rows = [
         {
