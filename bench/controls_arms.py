@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.models.costs import costs_of
 from bandsplit.models.precision import Precision
-from bandsplit.training.memory import Memory, estimate
+from bandsplit.training.memory import Memory, estimate, of_teacher
 
 CONFIGS = Path(__file__).resolve().parent.parent / "config/controls"
 BASELINE = "rgb128"
@@ -181,8 +180,10 @@ def parameters_of(arm: str) -> int:
 
 @cache
 def memory_of(arm: str) -> Memory:
-    """Of a step of training in float32, with the weights of a teacher; batch and image size of the config."""
-    memory = estimate(config_of(arm).with_classes(CLASSES), 1, 1, Precision("fp32", torch.device("cpu")))
+    """Of a step of training in float32, with its teacher; batch and image size of the config."""
+    config, precision = config_of(arm).with_classes(CLASSES), Precision("fp32", torch.device("cpu"))
+    own = estimate(config, 1, 1, precision)
     if arm not in TEACHERS:
-        return memory
-    return replace(memory, weights=memory.weights + 4 * parameters_of(TEACHERS[arm]))
+        return own
+    teacher, data = config_of(TEACHERS[arm]).with_classes(CLASSES), config.data
+    return own.with_teacher(of_teacher(teacher, config.train.batch_size, data.image_size, data.prefetch, precision))

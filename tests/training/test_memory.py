@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import tomli_w
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
@@ -16,7 +17,9 @@ from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.models.ema import EMA
+from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
+from bandsplit.runs.directory import resolved
 from bandsplit.spectral.view import View
 from bandsplit.training import dry_run, memory
 from bandsplit.training.learner import learners_of
@@ -54,11 +57,15 @@ def of_a_step(config: RunConfig) -> tuple[Memory, int]:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, watched:
         for learner, x in zip(learners, inputs, strict=True):
             learner.step(x, labels, lr=0.01)
-    # only numbers are kept: torch frees the events with the profiler
-    changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
-    most = max(itertools.accumulate(size for _, size in sorted(changes, key=lambda change: change[0])))
+    most = peak(profiler)
     bands = memory.bytes_of_bands([each[0] for each in inputs], parts, config, FP32.device, 1)
     return watched.memory(bands), most
+
+
+def peak(profiler: profile) -> int:
+    """The most bytes at once that torch's allocator gave; torch frees the events with the profiler."""
+    changes = [(e.start_ns(), e.nbytes()) for e in profiler.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return max(itertools.accumulate(size for _, size in sorted(changes, key=lambda change: change[0])))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -69,6 +76,30 @@ def test_the_estimate_is_what_a_step_takes(config_file: Path, case: str) -> None
     for kind in ("weights", "optimizer", "gradients", "bands", "activations", "step", "total"):
         assert getattr(estimated, kind) == pytest.approx(getattr(expected, kind), rel=0.15), kind
     assert allocated == pytest.approx(expected.step, rel=0.15)
+
+
+def test_a_teacher_takes_what_its_forward_pass_takes(config_file: Path, tmp_path: Path) -> None:
+    """A teacher on the whole image makes more in its forward pass than a thin student in a step, and it has bands."""
+    teacher = loading.load(config_file, [*LARGER, "split.block=1", "model.width=0.5"]).with_classes(10)
+    ensemble = Ensemble.of(teacher).eval()
+    image = torch.randn(96, 3, 64, 64).to(memory_format=torch.channels_last)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, torch.no_grad():
+        ensemble([image])
+    found = memory.of_teacher(teacher, 96, 64, 2, FP32)
+    assert found.activations == found.step == pytest.approx(peak(profiler), rel=0.15)
+    assert found.weights == sum(x.nbytes for x in ensemble.state_dict().values())
+    assert found.bands == 3 * image.nbytes
+
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/config.toml").write_text(tomli_w.dumps(resolved(teacher)))
+    keys = [*LARGER, "data.classes=10", "model.width=0.25", "split.only=[0]", "data.prefetch=2"]
+    plain, distilled = (
+        memory.estimate(loading.load(config_file, [*keys, *more]), 1, 1, FP32)
+        for more in ([], [f"distillation.teacher={tmp_path / 'run'}"])
+    )
+    assert distilled.weights == plain.weights + found.weights
+    assert distilled.bands == plain.bands + found.bands
+    assert distilled.step == found.step > plain.step
 
 
 def test_recomputation_halves_the_activations(config_file: Path) -> None:
@@ -103,10 +134,12 @@ def test_frozen_weights_have_no_gradients_in_the_estimate(config_file: Path) -> 
     assert frozen.optimizer < whole.optimizer / 50
 
 
+@pytest.mark.parametrize("distilled", [False, True])
 def test_a_run_tells_its_memory_once_and_the_dry_run_before(
-    finished: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+    finished: Callable[..., Path], distilled: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run_dir = finished(1)
+    keys = [f"distillation.teacher={finished(1)}", "distillation.checkpoint=last", "train.epochs=1"]
+    run_dir = finished(1, *(keys if distilled else ()))
     pattern = (
         r"([\d,]+) MiB \(at most: weights (\d+), optimizer (\d+), gradients (\d+), activations (\d+), bands (\d+)\)"
     )

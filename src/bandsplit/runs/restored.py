@@ -89,6 +89,7 @@ class Teacher:
     def __init__(self, restored: Restored, precision: Precision) -> None:
         self._precision = precision
         self.name = f"{restored.config.name}, step {restored.step}, {restored.run_dir}"
+        self.config = restored.config
         self.view = View.of(restored.config)
         """Its split and normalization."""
         ensemble = restored.ensemble.to(precision.device).to(memory_format=torch.channels_last)
@@ -145,6 +146,24 @@ def digest_of(networks: nn.Module) -> str:
 
 def teachers_directory(distillation: Distillation) -> Path:
     return expanded(distillation.teacher, "distillation.teacher")
+
+
+def teachers_config(config: RunConfig) -> RunConfig | None:
+    """The config of a run's teacher; None without one, and if it is not there yet.
+
+    Raises UserError if it does not fit the images or classes of this config.
+    """
+    if config.distillation is None:
+        return None
+    directory = RunDirectory(teachers_directory(config.distillation))
+    if not directory.holds_run:
+        return None
+    try:
+        teacher = loading.load(directory.config)
+        _require_fit(teacher, config)
+    except UserError as error:
+        raise UserError(f"distillation.teacher: {error}") from error
+    return teacher
 
 
 def _require_same_networks(own: RunConfig, config: RunConfig, run_dir: Path) -> None:

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 
-from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.data import holdout, source
 from bandsplit.data.source import Listed
@@ -18,8 +17,7 @@ from bandsplit.models import batch_norm
 from bandsplit.models.costs import costs_of
 from bandsplit.models.precision import Precision
 from bandsplit.runs import initial
-from bandsplit.runs.directory import RunDirectory
-from bandsplit.runs.restored import teachers_directory
+from bandsplit.runs.restored import teachers_config, teachers_directory
 from bandsplit.training import accumulation, memory
 from bandsplit.training.memory import MIB
 
@@ -110,19 +108,13 @@ def _bands(half: bool) -> str:
 def _show_teacher(config: RunConfig) -> None:
     if config.distillation is None:
         return
-    directory = RunDirectory(teachers_directory(config.distillation))
-    if not directory.holds_run:
-        print(f"teacher   unknown: {directory.path} is not a run directory")
+    teacher, size = teachers_config(config), config.data.image_size
+    if teacher is None:
+        print(f"teacher   unknown: {teachers_directory(config.distillation)} is not a run directory")
         return
-    teacher, size = loading.load(directory.config), config.data.image_size
-    seen: dict[str, dict[str, Any]] = {
-        "data": {"image_size": size},
-        "augment": {"progressive": None},
-    }  # the images of this run
-    try:
-        costs = costs_of(teacher.with_values(seen))
-    except UserError as error:
-        raise UserError(f"distillation.teacher: {teacher.name} at {size} pixels: {error}") from error
+    # the images of this run
+    seen: dict[str, dict[str, Any]] = {"data": {"image_size": size}, "augment": {"progressive": None}}
+    costs = costs_of(teacher.with_values(seen))
     macs = sum(cost.macs[size] for cost in costs)
     weights = 4 * sum(cost.parameters for cost in costs) / MIB
     print(

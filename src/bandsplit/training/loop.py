@@ -20,7 +20,7 @@ from bandsplit.runs.metrics import Metrics, Stopwatch
 from bandsplit.runs.saver import Saver
 from bandsplit.tracking.launch import Followers
 from bandsplit.tracking.tracker import require
-from bandsplit.training import interruption, memory, schedules, state
+from bandsplit.training import interruption, schedules, state
 from bandsplit.training.active import held_out_losses
 from bandsplit.training.bad_images import BadImages
 from bandsplit.training.branches import describe
@@ -107,9 +107,8 @@ def train(config: RunConfig, run_dir: Path, resume: bool = False, own_only: bool
             for i, outcome in outcomes.items():
                 meter.note(i, outcome, step)
             if watched:
-                mesh = session.mesh
-                bands = memory.bytes_of_bands(parts[0].inputs, len(parts), config, ranks.device, mesh.replicas)
-                log_memory(watched.memory(bands), ranks.device, session.overlapping)
+                with watch.paused():
+                    log_memory(session.memory_of(watched, parts), ranks.device, session.overlapping)
             progress.advance(config.train.batch_size, plan.steps_per_epoch)
             if console:
                 console.step()

@@ -17,8 +17,10 @@ from bandsplit.config.schema import Model, RunConfig
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.models import batch_norm, networks
-from bandsplit.models.ensemble import Ensemble
+from bandsplit.models.ensemble import Ensemble, fuse
 from bandsplit.models.precision import Precision
+from bandsplit.runs.restored import teachers_config
+from bandsplit.spectral.view import View
 from bandsplit.training import capture, optimizers
 from bandsplit.training.learner import Learner
 
@@ -33,20 +35,31 @@ class Memory:
     """Bytes of the tensors of one rank: the most of each kind."""
 
     weights: int
-    """Parameters and running statistics of all branches of the rank, and their EMA."""
+    """Parameters and running statistics of all branches of the rank, of their EMA and of the teacher."""
     optimizer: int
     gradients: int
     """Of the branches that take a step at the same time; of all branches where replicas reduce them."""
     activations: int
-    """What a step makes beside gradients: kept for the backward pass, or worked with."""
+    """What a step makes beside gradients: kept for the backward pass, or worked with. Of the teacher if that is more:
+    its forward pass comes before the step."""
     bands: int
-    """The batches of a step, and those that are prefetched."""
+    """The batches of a step, and those that are prefetched; the teacher's too."""
     step: int
     """The most of gradients and activations at the same time."""
 
     @property
     def total(self) -> int:
         return self.weights + self.optimizer + self.bands + self.step
+
+    def with_teacher(self, teacher: Memory) -> Memory:
+        """The same beside a teacher (see `of_teacher`)."""
+        return replace(
+            self,
+            weights=self.weights + teacher.weights,
+            activations=max(self.activations, teacher.activations),
+            bands=self.bands + teacher.bands,
+            step=max(self.step, teacher.step),
+        )
 
     def __str__(self) -> str:
         kinds = ("weights", "optimizer", "gradients", "activations", "bands")
@@ -150,7 +163,8 @@ def bytes_of_bands(inputs: Iterable[Tensor], parts: int, config: RunConfig, devi
 def estimate(config: RunConfig, world_size: int, groups: int, precision: Precision) -> Memory:
     """Memory of the rank that needs the most, from a step of each kind of branch with tensors that hold no data.
 
-    Raises UserError if the batch cannot be divided over the ranks or into batches of batch norm.
+    The teacher counts if its run is there. Raises UserError if the batch cannot be divided over the ranks or into
+    batches of batch norm, and if the teacher does not fit.
     """
     at_once, reduced = config.rank_batch_size(world_size) * groups, world_size > groups
     norm_over = batch_norm.bn_batch_size(config, at_once, world_size // groups)
@@ -169,7 +183,12 @@ def estimate(config: RunConfig, world_size: int, groups: int, precision: Precisi
         branches = [replace(b, bands=0) if again else b for b, again in zip(branches, repeated, strict=True)]
     streams = capture.overlapping(config, precision.device, world_size // groups, count)
     ranks = [_together(branches[first : first + count], streams, reduced) for first in range(0, len(branches), count)]
-    return max(ranks, key=lambda memory: memory.total)
+    most = max(ranks, key=lambda memory: memory.total)
+    teacher = teachers_config(config)
+    if teacher is None:
+        return most
+    images, size = config.rank_batch_size(world_size), config.data.image_size
+    return most.with_teacher(of_teacher(teacher, images, size, config.data.prefetch, precision))
 
 
 def of_branch(
@@ -195,8 +214,7 @@ def of_branch(
     with FakeTensorMode():
         _hold_no_data(branch)
         batch_norm.fit(branch, norm_over, at_once, _ALONE)
-        fp32 = precision.dtype == torch.float32
-        learner = Learner(branch, own, Precision("fp32" if fp32 else "bf16", _CPU), _ALONE)
+        learner = Learner(branch, own, _without_device(precision), _ALONE)
         shape = (at_once, 3 * len(own.split.groups[0]), size, size)
         x = torch.empty(shape, memory_format=torch.channels_last)
         y = torch.zeros(at_once, dtype=torch.int64)
@@ -208,6 +226,35 @@ def of_branch(
         received = x.half() if precision.half_bands else x
         memory = watched.memory(bytes_of_bands([received], accumulated, config, precision.device, 1 + reduced))
     return replace(memory, weights=(1 + (config.train.ema_decay is not None)) * memory.weights)
+
+
+def of_teacher(teacher: RunConfig, images: int, size: int, prefetch: int, precision: Precision) -> Memory:
+    """Memory of a teacher, from a forward pass with tensors that hold no data.
+
+    Args:
+        teacher: config of the teacher.
+        images: of a rank in one forward pass.
+        size: of these images, in pixels.
+        prefetch: batches that are prepared ahead.
+        precision: of the run; bf16 stands for fp16.
+    """
+    view, side = View.of(teacher), size // teacher.split.block
+    with torch.device("meta"):
+        ensemble = Ensemble.of(teacher).eval().requires_grad_(False)
+    with FakeTensorMode():
+        _hold_no_data(ensemble)
+        shapes = [(images, 3 * len(group), side, side) for group in view.inputs]
+        inputs = [torch.empty(shape, memory_format=torch.channels_last) for shape in shapes]
+        watched = StepMemory(ensemble, (), reduced=False)
+        with watched, torch.no_grad(), _without_device(precision).autocast():
+            fuse(ensemble(view.of_branches(inputs)))
+        received = [x.half() if precision.half_bands else x for x in inputs]
+        return watched.memory(_bytes(received) * (1 + prefetch))
+
+
+def _without_device(precision: Precision) -> Precision:
+    """The precision on the CPU, where bf16 stands for fp16."""
+    return Precision("fp32" if precision.dtype == torch.float32 else "bf16", _CPU)
 
 
 def _hold_no_data(module: nn.Module) -> None:

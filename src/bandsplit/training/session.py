@@ -26,10 +26,10 @@ from bandsplit.models.precision import Precision
 from bandsplit.models.pretrained import Initial
 from bandsplit.runs.initial import initial_weights, tell_what_has_seen_held_out
 from bandsplit.runs.restored import Teacher
-from bandsplit.training import accumulation, capture
+from bandsplit.training import accumulation, capture, memory
 from bandsplit.training.active import ActiveBranches
 from bandsplit.training.learner import Outcome, learners_of
-from bandsplit.training.memory import StepMemory
+from bandsplit.training.memory import Memory, StepMemory
 from bandsplit.training.steps import steps_of
 
 
@@ -171,6 +171,16 @@ class Session:
         """Context that measures the memory of a step of all learners; None for compiled code, which it cannot see."""
         reduced = self.mesh.replicas > 1
         return None if self.config.train.compile else StepMemory(self.networks, self.learners, reduced)
+
+    def memory_of(self, watched: StepMemory, parts: Sequence[Batch]) -> Memory:
+        """Memory by kind, after a watched step on these parts of a batch, and after the teacher's forward pass."""
+        config, mesh, teacher = self.config, self.mesh, self.plan.teacher
+        bands = memory.bytes_of_bands(parts[0].inputs, len(parts), config, mesh.ranks.device, mesh.replicas)
+        measured = watched.memory(bands)
+        if teacher is None:
+            return measured
+        images, size, prefetch = self.streams.batch_size, self.loader.size, config.data.prefetch
+        return measured.with_teacher(memory.of_teacher(teacher.config, images, size, prefetch, self.plan.precision))
 
     @property
     def overlapping(self) -> int:
