@@ -75,9 +75,22 @@ def test_compute_units() -> None:
     assert figures.axis_unit("macs", 5.0) == (1e9, "Training compute (GMACs)")
 
 
-@pytest.mark.parametrize("text", ["", "[1]", '{"branches": [], "band_energy": []}', '{"branches": [{"macs": 1}]}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "[1]",
+        '{"branches": [], "band_energy": []}',
+        '{"branches": [{"macs": 1}]}',
+        '{"branches": [{"parameters": 1, "macs": {}}], "band_energy": [1]}',
+        '{"branches": [{"parameters": 1, "macs": {"64": 1}}, {"parameters": 1, "macs": {"32": 1}}], "band_energy": []}',
+        '{"branches": [{"parameters": 1, "macs": {"128": 1}}], "band_energy": [1]}',
+    ],
+)
 def test_a_damaged_file_leaves_out_what_it_says(tmp_path: Path, text: str) -> None:
     folder = with_branches(write_run(tmp_path / "run", growing()), text)
+    config = (folder / "config.toml").read_text()
+    (folder / "config.toml").write_text(config.replace('branches = "each"', 'branches = "each"\nonly = [0, 1]'))
     (group,) = groups_of(folder)
     told = f"{folder / 'branches.json'}: damaged; figures and columns of costs and energies are left out"
     assert group.runs[0].remarks == [told]

@@ -99,7 +99,10 @@ def read_run(folder: Path) -> Run:
     )
     if train.empty and validation.empty:
         raise UserError(f"{folder / 'metrics.jsonl'}: no training or validation events yet; try again in a minute")
-    add_macs(train, validation, branches, settings)
+    try:
+        add_macs(train, validation, branches, settings)
+    except (ValueError, IndexError):  # not as many branches as elsewhere in the run
+        branches, damage = None, [damaged(folder / "branches.json")]
     last = events[-1]
     return Run(
         folder,
@@ -127,10 +130,16 @@ def read_branches(path: Path) -> tuple[Branches | None, list[str]]:
         if not each:
             raise ValueError
         macs = [{int(size): int(count) for size, count in branch["macs"].items()} for branch in each]
+        if not macs[0] or any(of_size.keys() != macs[0].keys() for of_size in macs):
+            raise ValueError
         energy = [math.nan if value is None else float(value) for value in table["band_energy"]]
         return Branches(sum(branch["parameters"] for branch in each), macs, energy), []
     except (ValueError, KeyError, TypeError, IndexError, AttributeError):
-        return None, [f"{path}: damaged; figures and columns of costs and energies are left out"]
+        return None, [damaged(path)]
+
+
+def damaged(path: Path) -> str:
+    return f"{path}: damaged; figures and columns of costs and energies are left out"
 
 
 def add_macs(
@@ -140,7 +149,7 @@ def add_macs(
 
     3 times the images times the forward pass, at the size of these images, of the branches that trained: a backward
     pass takes two products of the size of a forward pass, one for gradients of the weights and one for those of the
-    inputs.
+    inputs. Raises ValueError or IndexError if the branches are not those of the run.
     """
     for frame in (train, validation):
         frame["macs"] = math.nan
