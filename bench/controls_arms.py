@@ -182,7 +182,8 @@ def parameters_of(arm: str) -> int:
 def memory_of(arm: str) -> Memory:
     """Of a step of training in float32, with its teacher; batch and image size of the config."""
     config, precision = config_of(arm).with_classes(CLASSES), Precision("fp32", torch.device("cpu"))
-    own = estimate(config, 1, 1, precision)
+    alone = config.model_copy(update={"distillation": None})  # the teacher's run need not be there
+    own = estimate(alone, 1, 1, precision)
     if arm not in TEACHERS:
         return own
     teacher, data = config_of(TEACHERS[arm]).with_classes(CLASSES), config.data
