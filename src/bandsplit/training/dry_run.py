@@ -114,7 +114,10 @@ def _show_teacher(config: RunConfig) -> None:
         return
     # the images of this run
     seen: dict[str, dict[str, Any]] = {"data": {"image_size": size}, "augment": {"progressive": None}}
-    costs = costs_of(teacher.with_values(seen))
+    try:
+        costs = costs_of(teacher.with_values(seen))
+    except UserError as error:
+        raise UserError(f"distillation.teacher: {teacher.name} at {size} pixels: {error}") from error
     macs = sum(cost.macs[size] for cost in costs)
     weights = 4 * sum(cost.parameters for cost in costs) / MIB
     print(
