@@ -34,6 +34,13 @@ def arguments(description: str, output: str) -> argparse.ArgumentParser:
     return parser
 
 
+def positive(text: str) -> int:
+    """The type of an option that takes a positive whole number."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a positive whole number")
+    return int(text)
+
+
 def jpeg_files(folder: Path | None, count: int) -> list[Path]:
     """`count` JPEG files below a folder, in a random but fixed order; files repeat if there are fewer.
 
