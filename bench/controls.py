@@ -9,8 +9,8 @@ epochs; each arm trains for as many epochs as its own time per step allows. doc/
 
 FOLDER: class folders; several are pooled. --work holds everything: links to the images in folds, times, runs, and a
 result of each finished run; what is there is not repeated, so the same command continues. The report writes all results
-into one file, which --results takes on another machine with the same images. On a cluster, script/slurm/controls.sh
-runs --shard I/N in each task of an array.
+into one file, which --results takes on another machine with the same images. --arms, --folds and --budgets do not limit
+the report. On a cluster, script/slurm/controls.sh runs --shard I/N in each task of an array.
 """
 
 from __future__ import annotations
@@ -23,16 +23,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
+from queue import SimpleQueue
 from typing import Any
 
+import common
 import numpy as np
 import pandas as pd
 import step
+import tomli
 import torch
 from controls_arms import (
     ACCUMULATED,
@@ -50,7 +53,8 @@ from controls_arms import (
     seconds_of,
 )
 from controls_report import report
-from controls_results import CPU_TIMES, TIMES, require_images, unpack
+from controls_results import CPU_TIMES, DEVICE, IMAGES, TIMES, require, unpack
+from filelock import FileLock
 from loguru import logger
 from scipy.special import softmax
 from tqdm import tqdm
@@ -90,6 +94,12 @@ class Task:
 
 
 def main() -> None:
+    arguments = parsed()
+    entry.run(lambda: run(arguments))
+
+
+def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options, of the command line by default."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", type=Path, nargs="+", default=[], metavar="FOLDER", help="folders of class folders")
     parser.add_argument("--work", type=Path, default=Path("runs/controls"))
@@ -98,12 +108,11 @@ def main() -> None:
     parser.add_argument(
         "--budgets", type=budgets_of, default="1,2", help="multiples of the time of the baseline (default: 1,2)"
     )
-    parser.add_argument("--seeds", type=int, default=1)
+    parser.add_argument("--seeds", type=common.positive, default=1)
     parser.add_argument(
         "--jobs",
-        type=int,
-        default=available_cpus(),
-        help="runs at once, one thread each, with the other CPUs to decode",
+        type=common.positive,
+        help="runs at once, one thread each, with the other CPUs to decode (default: one for each GPU, or CPU)",
     )
     parser.add_argument(
         "--shard", type=part_of, default="1/1", metavar="I/N", help="only every N-th run, from the I-th (default: 1/1)"
@@ -111,9 +120,8 @@ def main() -> None:
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="results of earlier runs: controls.parquet of a report"
     )
-    parser.add_argument("--only", choices=["prepare", "time", "train", "report"], help="one of the stages")
-    arguments = parser.parse_args()
-    entry.run(lambda: run(arguments))
+    parser.add_argument("--only", choices=["prepare", "time", "rates", "train", "report"], help="one of the stages")
+    return parser.parse_args(words)
 
 
 def budgets_of(text: str) -> list[float]:
@@ -151,19 +159,33 @@ def run(arguments: argparse.Namespace) -> None:
         raise UserError(f"--arms {' '.join(sorted(unknown))}: no such arms; there are {', '.join(known)}")
     arms = sorted({*arms, BASELINE, *(TEACHERS[arm] for arm in arms if arm in TEACHERS)})
     work.mkdir(parents=True, exist_ok=True)
-    if arguments.results:
-        unpack(arguments.results, work)
-    if only in (None, "prepare"):
-        prepare(arguments.images, work, arguments.folds)
-    threads = max(1, available_cpus() // arguments.jobs - 1)
-    if only in (None, "time"):
-        measure(arms, work, threads)
+    gpus = visible_gpus()
+    jobs = arguments.jobs or len(gpus) or available_cpus()
+    place = Place(work, jobs, max(1, available_cpus() // jobs - 1), gpus, arguments.shard)
+    with FileLock(work / ".lock"):  # tasks of an array start at once
+        if arguments.results:
+            unpack(arguments.results, work)
+        if only in (None, "prepare"):
+            prepare(arguments.images, work, arguments.folds)
+        if only in (None, "time", "rates", "train"):
+            require(work, DEVICE, torch.cuda.get_device_name() if gpus else "cpu")
+        if only in (None, "time"):
+            measure(arms, work, place.threads)
+    trained = [arm for arm in arms if arm != ACCUMULATED]
+    if only in (None, "rates", "train"):
+        times_of(work, trained)
+    if only in (None, "rates"):
+        try_rates(trained, place)
     if only in (None, "train"):
-        trained = [arm for arm in arms if arm != ACCUMULATED]
-        place = Place(work, arguments.jobs, threads, arguments.shard)
         train(trained, place, arguments.folds, arguments.budgets, range(arguments.seeds))
     if only in (None, "report"):
         report(work)
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs of this machine or job, as CUDA_VISIBLE_DEVICES names them."""
+    count = torch.cuda.device_count()
+    return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
 
 # ---------------------------------------------------------------------------------------------------- images
@@ -182,7 +204,7 @@ def prepare(roots: Sequence[Path], work: Path, folds: Sequence[int]) -> None:
         frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, encoding_errors="surrogateescape")
     elif roots:
         frame = listed(roots)
-        require_images(work, digest_of(frame))
+        require(work, IMAGES, digest_of(frame))
         frame.to_csv(path, index=False, errors="surrogateescape")
     else:
         raise UserError(f"--images: not given, and {work} holds no images yet")
@@ -243,11 +265,12 @@ def measure(arms: Sequence[str], work: Path, threads: int) -> None:
 
     Writes times.json, wall-clock time with DALI's threads on other cores where there are some, and cpu_times.json, CPU
     time with DALI's threads. An arm of growing images is timed at each of its sizes; a distilled one with the forward
-    pass of its teacher. Arms that are new are timed beside the baseline, and brought to its earlier time.
+    pass of its teacher. Arms that are new are timed beside the baseline, and brought to its earlier time. As in the
+    runs, cuDNN does not try its algorithms for growing images.
 
     `threads`: of DALI, as in the runs.
     """
-    known = times_of(work) if (work / TIMES).exists() else {}
+    known = times_of(work, [])
     new = set(arms) - set(known)
     if not new:
         return
@@ -262,7 +285,10 @@ def measure(arms: Sequence[str], work: Path, threads: int) -> None:
             for size in sizes[arm]:
                 plain = config.with_values({"data": {"image_size": size}, "augment": {"progressive": None}})
                 plain = plain.model_copy(update={"name": f"{arm} {size}", "distillation": None})
-                subjects.append(step.of_config(plain, ranks, synthetic=False))
+                subject = step.of_config(plain, ranks, synthetic=False)
+                if config.augment.progressive:
+                    subject.parts.update({name: partial(untried, part) for name, part in subject.parts.items()})
+                subjects.append(subject)
         seconds, cpu_seconds, _ = step.timed(subjects, 7, 5, ranks.device)
     for subject in subjects:
         waiting = float(np.median(subject.waited) / np.median(seconds[subject.name]["step"]))
@@ -286,11 +312,18 @@ def measure(arms: Sequence[str], work: Path, threads: int) -> None:
         replace_text(work / file, json.dumps(times | before, indent=2, sort_keys=True) + "\n")
 
 
-def times_of(work: Path) -> Times:
+def untried(part: Callable[[], object]) -> None:
+    """Calls it with cuDNN as it is without `cudnn.benchmark`, which sessions of one image size set."""
+    torch.backends.cudnn.benchmark = False
+    part()
+    torch.backends.cudnn.benchmark = True
+
+
+def times_of(work: Path, arms: Collection[str]) -> Times:
     path = work / TIMES
-    if not path.exists():
-        raise UserError(f"{path}: not there yet; --only time writes it")
-    times: Times = json.loads(path.read_text())
+    times: Times = json.loads(path.read_text()) if path.exists() else {}
+    if missing := set(arms) - set(times):
+        raise UserError(f"{path}: no times of {', '.join(sorted(missing))}; --only time with --arms measures them")
     return times
 
 
@@ -328,28 +361,33 @@ class Place:
     """Runs at once."""
     threads: int
     """Of DALI, in each run."""
+    gpus: Sequence[str] = ()
+    """Shared by the runs at once."""
     shard: tuple[int, int] = (0, 1)
     """Number, counted from 0, of the part that is done here, and number of parts."""
+
+
+def try_rates(arms: Sequence[str], place: Place) -> None:
+    """Trains and evaluates every arm with each of LRS, where it has no results yet."""
+    run_all([Task(arm, "lr", 0.5, lr, 0) for arm in arms for lr in LRS], place)
 
 
 def train(
     arms: Sequence[str], place: Place, folds: Sequence[int], budgets: Sequence[float], seeds: Sequence[int]
 ) -> None:
-    """Trains and evaluates what has no results yet, several runs at once: learning rates first, then fold by fold."""
-    run_all([Task(arm, "lr", 0.5, lr, 0) for arm in arms for lr in LRS], place)
-    rates = {arm: best_lr(arm, place.work) for arm in arms}
-    missing = [arm for arm, lr in rates.items() if lr is None]
-    if missing:
-        logger.warning("{}: other shards choose their learning rates; start the same command again after them",
-                       ", ".join(missing))  # fmt: skip
-        return
+    """Trains and evaluates what has no results yet, several runs at once, fold by fold.
+
+    Raises UserError if the learning rate of an arm has not been chosen.
+    """
+    rates = {arm: lr for arm in arms if (lr := best_lr(arm, place.work)) is not None}
+    if missing := set(arms) - set(rates):
+        raise UserError(f"no learning rates yet: {', '.join(sorted(missing))}; --only rates tries them, in all shards")
     tasks = [
         Task(arm, str(fold), budget, rate, seed)
         for budget in budgets
         for seed in seeds
         for fold in folds
         for arm, rate in rates.items()
-        if rate is not None
     ]
     run_all(tasks, place)
 
@@ -393,11 +431,18 @@ def groups_of(tasks: Sequence[Task]) -> list[list[Task]]:
 def run_each(tasks: Sequence[Task], place: Place) -> None:
     """Trains runs, several at once. Raises UserError for those that have failed, when all have ended."""
 
+    free: SimpleQueue[str] = SimpleQueue()
+    for number in range(place.jobs):
+        free.put(place.gpus[number % len(place.gpus)] if place.gpus else "")
+
     def error_of(task: Task) -> str:
+        gpu = free.get()
         try:
-            run_one(task, place)
+            run_one(task, place, gpu)
         except UserError as error:
             return str(error)
+        finally:
+            free.put(gpu)
         return ""
 
     with ThreadPoolExecutor(place.jobs) as pool:
@@ -410,21 +455,23 @@ def result_of(task: Task, work: Path) -> Path:
     return work / "results" / f"{task.name.replace('/', '-')}.json"
 
 
-def run_one(task: Task, place: Place) -> None:
+def run_one(task: Task, place: Place, gpu: str) -> None:
     """Trains a run, or goes on with it, evaluates its last checkpoint, and writes its result."""
     work, teacher = place.work, teacher_of(task)
-    times, root = times_of(work), (work / "folds" / task.fold).absolute()
+    times = times_of(work, {task.arm, BASELINE} | ({teacher.arm} if teacher else set()))
+    root = (work / "folds" / task.fold).absolute()
     images = images_in(root / "train")
     config = config_of(task.arm)
     epochs = epochs_of(task.arm, task.budget, images, times)
     run_dir = work / "runs" / task.name
     keys = [*grown(task.arm, epochs), f"optim.lr={task.lr}", f"seed={task.seed}"]
     keys += [f"data.root={root}", f"data.threads={place.threads}"]
-    env = {"CONTROLS": str(root), "TEACHER": ""}
+    env = {"CONTROLS": str(root), "TEACHER": ""} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     if teacher:
         env["TEACHER"] = str((work / "runs" / teacher.name).absolute())
     if (run_dir / "config.toml").exists():
         call("train.py", "--resume", "--run-dir", run_dir, env=env)
+        epochs = tomli.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["train"]["epochs"]
     else:
         call("train.py", CONFIGS / f"{task.arm}.toml", "--run-dir", run_dir, *sets(keys), env=env)
     runs = [Path(env["TEACHER"]), run_dir] if task.arm in TOGETHER else [run_dir]

@@ -142,7 +142,7 @@ def grown(arm: str, epochs: int) -> list[str]:
     """Overrides that set the number of epochs, three quarters of which growing images take to reach their size."""
     sets = [f"train.epochs={epochs}"]
     if config_of(arm).augment.progressive:
-        sets.append(f"augment.progressive.ramp_end={max(1, round(0.75 * epochs))}")
+        sets.append(f"augment.progressive.ramp_end={min(epochs - 1, max(1, round(0.75 * epochs)))}")
     return sets
 
 

@@ -30,11 +30,11 @@ APART = 0.3
 """Points by which an accuracy has to be above the last one for its name to be on the same side of its point."""
 
 
-def draw(curves: Sequence[Curve]) -> Figure:
+def draw(curves: Sequence[Curve], where: str) -> Figure:
     """Above: top-1 above the best network on RGB, a panel for each budget of several arms, and one at equal CPU time.
 
     Below, for the largest budget at which most arms were trained: top-1 by MACs of a prediction, and by memory of
-    training. Of two fusions the better is shown.
+    training. Of two fusions the better is shown. `where`: device of the times.
     """
     base = next(curve for curve in curves if curve.label == BASELINE)
     counts = {budget: sum(budget in curve.budgets for curve in curves) for budget in base.budgets}
@@ -42,7 +42,10 @@ def draw(curves: Sequence[Curve]) -> Figure:
     budgets = [budget for budget, count in counts.items() if 4 * count > counts[most]]
     rising = sorted((c for c in curves if most in c.budgets and c.is_plain), key=lambda curve: curve.top1(most))
     shown = sorted({curve.arm: curve for curve in rising}.values(), key=lambda curve: curve.top1(most))
-    panels = {_minutes(base, budget): {c: c.at(budget) for c in shown if budget in c.budgets} for budget in budgets}
+    panels = {
+        f"{_minutes(base, budget)}\n{where}": {c: c.at(budget) for c in shown if budget in c.budgets}
+        for budget in budgets
+    }
     at = base.cpu_seconds[-1]
     by_cpu = {curve: correct for curve in shown if (correct := at_cpu_time(curve, at)) is not None}
     if len(by_cpu) > 1:
@@ -64,15 +67,15 @@ def draw(curves: Sequence[Curve]) -> Figure:
     _draw_cost(memory, [(memory_of(curve.arm).total / MIB, curve) for curve in shown], most, named)
     memory.plot(memory_of(ACCUMULATED).total / MIB, base.top1(most), "x", markersize=4.5, color=COLORS[RGB])
     macs.set_ylim(bottom=base.top1(most) - COSTS_BELOW)
-    macs.set_title(_minutes(base, most).replace("\n", " "), fontsize=9)
+    macs.set_title(f"{_minutes(base, most)} {where}", fontsize=9)
     macs.set(xlabel="MACs of a prediction (millions)", ylabel="Top-1 (%)")
-    memory.set(xlabel="Memory of a training step (MiB)")
+    memory.set(xlabel="Memory of a training step in float32 (MiB)")
     figure.legend(handles=_legend(), loc="outside lower center", ncols=3, fontsize=7, handlelength=1)
     return figure
 
 
 def _minutes(base: Curve, budget: float) -> str:
-    return f"{base.seconds[base.budgets.index(budget)] / 60:.1f} minutes\nof one thread"
+    return f"{base.seconds[base.budgets.index(budget)] / 60:.1f} minutes"
 
 
 def _draw_time(axes: Axes, shown: Sequence[Curve], results: dict[Curve, Correct]) -> None:

@@ -13,7 +13,7 @@ import pandas as pd
 from controls_arms import BASELINE, CASCADES, FAMILIES, PAIRS, RGB, Times, macs_of, memory_of, parameters_of
 from controls_curves import Correct, Curve, at_cpu_time, best_control, difference, time_ratio, time_to
 from controls_figure import draw
-from controls_results import chosen, collected, read
+from controls_results import chosen, collected, compared, device_of, read
 
 from bandsplit.errors import UserError
 from bandsplit.reporting.compare import difference_over_images
@@ -35,11 +35,13 @@ def report(work: Path) -> None:
     results.to_parquet(folder / "controls.parquet", compression="zstd", index=False)
     frame = table(curves)
     frame.to_csv(folder / "controls.csv", index=False)
-    text = markdown(frame) + pairs(curves) + by_cpu_time(curves) + not_continued(curves) + cascades(chosen(results))
+    where = device_of(results)
+    text = markdown(frame, where) + incomplete(results)
+    text += pairs(curves) + by_cpu_time(curves) + not_continued(curves) + cascades(chosen(results))
     text += costs(results.attrs.get("times", {}), results.attrs.get("cpu_times", {}))
     (folder / "controls.md").write_text(text, encoding="utf-8")
     with mpl.rc_context(STYLE):
-        figure = draw(curves)
+        figure = draw(curves, where)
         for suffix in ("png", "svg", "pdf"):
             figure.savefig(folder / f"controls.{suffix}")
     print(text)
@@ -84,14 +86,14 @@ def points(mean: float, interval: tuple[float, float]) -> str:
     return "{:+.2f} ({:+.2f} to {:+.2f})".format(mean, *interval)
 
 
-def markdown(frame: pd.DataFrame) -> str:
-    """The table by budget, best first."""
+def markdown(frame: pd.DataFrame, where: str) -> str:
+    """The table by budget, best first. `where`: `device_of` the results."""
     parts = []
     for budget, rows in frame.groupby("budget"):
         rows = rows.sort_values(["top1", "arm"], ascending=[False, True])
         control = rows["control"].dropna().unique()
         lines = [
-            f"Budget {budget:g}: {rows['seconds'].median() / 60:.1f} minutes of one thread",
+            f"Budget {budget:g}: {rows['seconds'].median() / 60:.1f} minutes {where}",
             "",
             f"| arm | runs | images | MMACs | MiB | top-1 | above {BASELINE} (95 %) | "
             f"above {'/'.join(control) or 'the best on RGB'} (95 %) | "
@@ -116,6 +118,14 @@ def markdown(frame: pd.DataFrame) -> str:
             lines.append(f"| {' | '.join(map(str, cells))} |")
         parts.append("\n".join(lines))
     return "\n\n".join(parts) + "\n"
+
+
+def incomplete(frame: pd.DataFrame) -> str:
+    """A line that names what is left out of the tables: without a run of each fold and seed of the baseline."""
+    rows = compared(frame)
+    missing = rows[~rows["complete"]].groupby(["budget", "arm"]).size().index
+    names = ", ".join(f"{arm} at {budget:g}" for budget, arm in missing)
+    return f"\nLeft out, as their folds and seeds are not those of {BASELINE}: {names}\n" if names else ""
 
 
 def pairs(curves: Sequence[Curve]) -> str:
@@ -213,8 +223,9 @@ def cascades(frame: pd.DataFrame) -> str:
         if one == two:
             alone = max(alone, own)
         for budget, runs in pairs.groupby("budget"):
-            found = [halves(run, LOSS / 100) for run in runs.itertuples()]
-            right, other, passed = (np.concatenate(each) for each in zip(*found, strict=True))
+            found = [pd.DataFrame(halves(run, LOSS / 100), columns=run.image) for run in runs.itertuples()]
+            shares = pd.concat(found, axis=1).T.groupby(level=0).mean()  # of the seeds
+            right, other, passed = (shares[k].to_numpy() for k in range(3))
             mean, (low, high) = difference_over_images(right, other)
             rest = alone - own if one == two else alone
             cost = (own + passed.mean() * rest) / alone
@@ -227,11 +238,11 @@ def cascades(frame: pd.DataFrame) -> str:
 
 
 def costs(times: Times, cpu_times: Times) -> str:
-    """Table of the arms that were timed: a step of training with one thread, a prediction, and memory by kind."""
+    """Table of the arms that were timed: a step of training, a prediction, and memory by kind."""
     kinds = ("weights", "optimizer", "gradients", "activations", "bands")
     lines = [
         "",
-        "| arm | step, ms | CPU time, ms | a prediction, MMACs | parameters, M | memory of a step, MiB | "
+        "| arm | step, ms | CPU time, ms | a prediction, MMACs | parameters, M | memory of a step, float32, MiB | "
         f"{' | '.join(kinds)} |",
         f"|---|{'--:|' * (5 + len(kinds))}",
     ]

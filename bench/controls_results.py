@@ -9,15 +9,15 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 from controls_arms import BASELINE, TEACHER_LR, TEACHERS, seconds_of
 from controls_curves import Correct, Curve
 
 from bandsplit.errors import UserError
 from bandsplit.runs.files import reading, replace_text
 
-TIMES, CPU_TIMES, IMAGES = "times.json", "cpu_times.json", "images.json"
-"""In a work folder: what a step of each arm takes, and the digest of the images."""
-IMAGES_KEY = Path(IMAGES).stem
+TIMES, CPU_TIMES, IMAGES, DEVICE = "times.json", "cpu_times.json", "images.json", "device.json"
+"""In a work folder: what a step of each arm takes, the digest of the images, and the device, "cpu" or a GPU's name."""
 
 RUN_COLUMNS = ("arm", "fold", "budget", "lr", "seed", "epochs", "steps", "seconds")
 SCORE_COLUMNS = ("weights", "top1", "loss", "correct", "confidence")
@@ -34,7 +34,7 @@ def collected(work: Path) -> pd.DataFrame:
             for fusion, scores in evaluation["fusions"].items():
                 rows.append({"file": path.name, **about, **shared, "fusion": fusion, **scores})
     frame = pd.DataFrame(rows)
-    for file in (TIMES, CPU_TIMES, IMAGES):
+    for file in (TIMES, CPU_TIMES, IMAGES, DEVICE):
         if (work / file).exists():
             frame.attrs[Path(file).stem] = json.loads((work / file).read_text())
     return frame
@@ -43,16 +43,22 @@ def collected(work: Path) -> pd.DataFrame:
 def unpack(file: Path, work: Path) -> None:
     """Writes the results and times of a report into WORK where they are missing there.
 
-    Raises UserError if the images of WORK are not those of the report.
+    Raises UserError if the file holds no results, or those of other images or of another device than those of WORK.
     """
-    with reading(file):
-        frame = pd.read_parquet(file)
+    try:
+        with reading(file):
+            frame = pd.read_parquet(file)
+    except pa.ArrowInvalid:
+        frame = pd.DataFrame()
+    if not {"file", "variant", "fusion", *RUN_COLUMNS, *SCORE_COLUMNS} <= set(frame.columns):
+        raise UserError(f"--results {file}: no results; expected controls.parquet of a report")
     (work / "results").mkdir(parents=True, exist_ok=True)
-    if IMAGES_KEY in frame.attrs:
-        require_images(work, frame.attrs[IMAGES_KEY])
+    for name in (IMAGES, DEVICE):
+        if Path(name).stem in frame.attrs:
+            require(work, name, frame.attrs[Path(name).stem])
     for name in (TIMES, CPU_TIMES):
         if Path(name).stem in frame.attrs and not (work / name).exists():
-            (work / name).write_text(json.dumps(frame.attrs[Path(name).stem], indent=2) + "\n")
+            replace_text(work / name, json.dumps(frame.attrs[Path(name).stem], indent=2) + "\n")
     for name, rows in frame.groupby("file"):
         path = work / "results" / str(name)
         if path.exists():
@@ -66,13 +72,23 @@ def unpack(file: Path, work: Path) -> None:
         replace_text(path, json.dumps(run, default=lambda value: value.tolist()) + "\n")
 
 
-def require_images(work: Path, digest: str) -> None:
-    """Notes the images of WORK by their digest. Raises UserError if it has noted others."""
-    path = work / IMAGES
+def require(work: Path, file: str, value: str) -> None:
+    """Notes what the times and results of WORK are of: images by their digest, device by its name.
+
+    Raises UserError if it has noted others.
+    """
+    path = work / file
     if not path.exists():
-        path.write_text(json.dumps(digest) + "\n")
-    elif json.loads(path.read_text()) != digest:
-        raise UserError(f"{work}: its results are those of other images; use another --work")
+        replace_text(path, json.dumps(value) + "\n")
+    elif (noted := json.loads(path.read_text())) != value:
+        what = "of other images" if file == IMAGES else f"of the device {noted}, not {value}"
+        raise UserError(f"{work}: its results are those {what}; use another --work")
+
+
+def device_of(frame: pd.DataFrame) -> str:
+    """Where training time was measured, as words after "minutes"."""
+    device = frame.attrs.get("device", "cpu")
+    return "of one thread" if device == "cpu" else f"on {device}"
 
 
 def chosen(frame: pd.DataFrame) -> pd.DataFrame:
@@ -81,6 +97,12 @@ def chosen(frame: pd.DataFrame) -> pd.DataFrame:
     A column `other_rate` is true for runs with another learning rate than that of their arm, which were trained to see
     what the choice costs. Those that only served as teachers are left out.
     """
+    rows = compared(frame)
+    return rows[rows["complete"]]
+
+
+def compared(frame: pd.DataFrame) -> pd.DataFrame:
+    """What `chosen` chooses from: a column `complete` is true for what it takes."""
     tried = frame[(frame["fold"] == "lr") & (frame["budget"] == 0.5) & (frame["variant"] == "")]
     tried = tried[tried["fusion"] == "mean"]
     best = tried.sort_values(["top1", "lr"], ascending=[False, True]).groupby("arm")["lr"].first()
@@ -95,7 +117,7 @@ def chosen(frame: pd.DataFrame) -> pd.DataFrame:
         budget: folds[arm, budget, lr] for arm, budget, lr in folds if arm == BASELINE and lr == best.get(arm, lr)
     }
     keys = zip(rows["arm"], rows["budget"], rows["lr"], strict=True)
-    return rows[[folds[key] == of_baseline.get(key[1]) for key in keys]]
+    return rows.assign(complete=[folds[key] == of_baseline.get(key[1]) for key in keys])
 
 
 def read(frame: pd.DataFrame) -> list[Curve]:

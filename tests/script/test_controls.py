@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,11 @@ import controls_report
 import controls_results
 
 ARMS = sorted(path.stem for path in controls_arms.CONFIGS.glob("*.toml") if path.stem != "base")
+
+
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.endswith("_growing")])
+def test_images_grow_within_the_fewest_epochs(arm: str) -> None:
+    assert controls_arms.config_of(arm, controls.grown(arm, 2)).train.epochs == 2
 
 
 @pytest.mark.parametrize("arm", ARMS)
@@ -120,7 +127,7 @@ def trained(monkeypatch: pytest.MonkeyPatch) -> list[controls.Task]:
     """Runs in the order in which they end, which they do at once."""
     runs: list[controls.Task] = []
 
-    def train(task: controls.Task, place: controls.Place) -> None:
+    def train(task: controls.Task, place: controls.Place, gpu: str) -> None:
         teacher = controls.teacher_of(task)
         assert teacher is None or Metrics(place.work / "runs" / teacher.name / "metrics.jsonl").ended
         Metrics(begun(task, place.work)).write("end", step=1)
@@ -164,7 +171,7 @@ def test_a_teacher_whose_run_is_elsewhere_or_was_stopped_is_trained(
 def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = []
 
-    def train(task: controls.Task, place: controls.Place) -> None:
+    def train(task: controls.Task, place: controls.Place, gpu: str) -> None:
         if task.arm == "low":
             raise UserError(f"{task.name} failed")
         done.append(task)
@@ -173,6 +180,63 @@ def test_a_run_that_fails_does_not_stop_the_others(tmp_path: Path, monkeypatch: 
     with pytest.raises(UserError, match="^low/fold0-x1-lr0.05-seed0 failed\nlow/fold1-x1-lr0.05-seed0 failed$"):
         controls.run_each(TASKS[:10], controls.Place(tmp_path, 2, 1))
     assert len(done) == 8
+
+
+def test_runs_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four jobs on two GPUs: each has two of four runs at once."""
+    together, used = threading.Barrier(4), []
+
+    def train(task: controls.Task, place: controls.Place, gpu: str) -> None:
+        together.wait(10)
+        used.append(gpu)
+
+    monkeypatch.setattr(controls, "run_one", train)
+    controls.run_each(TASKS[:4], controls.Place(tmp_path, 4, 1, ("2", "3")))
+    assert sorted(used) == ["2", "2", "3", "3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--jobs", "0"], "argument --jobs: '0' given, expected a positive whole number"),
+        (["--results", "{folder}/times.json"], "times.json: no results; expected controls.parquet of a report"),
+        (["--only", "train"], "no learning rates yet: rgb128; --only rates tries them, in all shards"),
+        (["--only", "rates", "--arms", "low"], "times.json: no times of low; --only time with --arms measures them"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_mistakes_have_one_message(
+    tmp_path: Path,
+    options: list[str],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "times.json").write_text('{"rgb128": {"128": 0.3}}')
+    words = [option.format(folder=tmp_path) for option in options]
+    monkeypatch.setattr(sys, "argv", ["controls.py", "--work", str(tmp_path), "--arms", "rgb128", *words])
+    with pytest.raises(SystemExit) as ended:
+        controls.main()
+    assert ended.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)
+
+
+def test_results_of_another_device_are_refused(tmp_path: Path) -> None:
+    controls_results.require(tmp_path, controls_results.DEVICE, "cpu")
+    controls_results.require(tmp_path, controls_results.DEVICE, "cpu")
+    with pytest.raises(UserError, match="of the device cpu, not NVIDIA H100; use another --work"):
+        controls_results.require(tmp_path, controls_results.DEVICE, "NVIDIA H100")
+
+
+def test_tasks_of_an_array_unpack_the_same_results(tmp_path: Path) -> None:
+    """At once, into the same folder."""
+    results = REPOSITORY / "doc/controls/longer.parquet"
+    options = controls.parsed(["--work", str(tmp_path), "--results", str(results), "--only", "train", "--arms", "low"])
+    with ThreadPoolExecutor() as pool:
+        for task in [pool.submit(controls.run, options) for _ in range(4)]:
+            assert "no learning rates yet: low, rgb128;" in str(task.exception())
+    assert len([*tmp_path.glob("results/*.json")]) == 4
+    assert json.loads((tmp_path / "times.json").read_text()).keys() >= {"rgb128"}
 
 
 def test_pairs_are_of_arms() -> None:
@@ -251,6 +315,11 @@ def test_results_are_compared_image_by_image(tmp_path: Path, monkeypatch: pytest
     left_out = text.partition("| not continued |")[2].partition("\n\n")[0].splitlines()[2:]
     (line,) = left_out  # rgb64 is worse and costs less, rgb128 is the baseline
     assert line.startswith("| rgb128_deep | coarse2 | +")
+    assert "not those of rgb128: coarse2 at 4, rgb128_deep at 4, rgb64 at 4\n" in text
+    runs = controls_results.chosen(controls_results.collected(tmp_path))
+    cascade = controls_report.cascades(runs)
+    assert cascade.count("| rgb64 → rgb128 |") == 2
+    assert controls_report.cascades(pd.concat([runs, runs.assign(seed=1)])) == cascade, "no more images than before"
     (tmp_path / "cpu_times.json").write_text('{"rgb128": {"128": 1.0}, "coarse2": {"128": 1.5}}')
     curves = controls_results.read(controls_results.collected(tmp_path))
     assert {curve.arm: curve.cpu_seconds for curve in curves}["coarse2"] == pytest.approx([13.5, 13.5])

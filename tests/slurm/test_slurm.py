@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from bandsplit.data import demo
 from tests.compare import assert_same_run, metrics
 from tests.conftest import DATA_TOML, REPOSITORY, TRAIN_TOML, run
 from tests.slurm.conftest import Slurm
@@ -172,6 +173,36 @@ def test_a_mistake_is_reported_and_a_failure_fails_the_job(
     assert text.startswith("error: ")
     assert "did you mean optim.lr?" in text
     assert len(text.splitlines()) == 1
+
+
+@pytest.mark.long
+def test_stages_of_the_controls_follow_each_other(slurm: Slurm, tmp_path: Path) -> None:
+    """A task of an array without learning rates fails, and says why."""
+    demo.generate(tmp_path / "images", train_per_class=16, val_per_class=1)
+    line = (SCRIPTS / "controls.sh", "--work", "work", "--arms", "rgb64", "--folds", "0", "--budgets", "0.2")
+
+    def submitted(tasks: str, *words: object) -> str:
+        return slurm.sbatch(f"--array={tasks}", *line, *words, cwd=tmp_path)
+
+    for tasks, words in (
+        ("1", ("--images", "images/train", "--only", "prepare")),
+        ("1", ("--only", "time")),
+        ("1-2", ("--only", "train")),
+        ("1-2", ("--only", "rates")),
+        ("1-2", ()),
+        ("1", ("--only", "report")),
+    ):
+        job = submitted(tasks, *words)
+        told = slurm.until(job, "COMPLETED", "FAILED", seconds=600)
+        text = (tmp_path / f"slurm-{job}_1.out").read_text()
+        if words == ("--only", "train"):
+            assert (told["JobState"], told["ExitCode"]) == ("FAILED", "2:0")
+            assert text.endswith("no learning rates yet: rgb128, rgb64; --only rates tries them, in all shards\n")
+        else:
+            assert told["JobState"] == "COMPLETED", text
+    results = [path.name for path in (tmp_path / "work/results").iterdir()]
+    assert (sum("foldlr" in name for name in results), sum("fold0" in name for name in results)) == (4, 2)
+    assert "| rgb64 |" in (tmp_path / "work/report/controls.md").read_text()
 
 
 def test_one_task_of_an_array_is_requeued_alone(slurm: Slurm, folder: Path, container: dict[str, str]) -> None:
