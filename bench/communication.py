@@ -3,8 +3,9 @@
     python bench/communication.py [CONFIG] [--set KEY=VALUE …] [--world-size 8] [--processes 2,4]
 
 The first table is computed from the config alone, for GPUs. For the second, each number of local processes trains the
-config for a few steps with a smaller batch of gray images. The bytes sent over the loopback interface, headers
-included, are compared with the formula. Other traffic on that interface is counted too, so use an idle machine.
+config for a few steps on CPUs, with a smaller batch of gray images and plain SGD, since optimizers send nothing. The
+bytes sent over the loopback interface, headers included, are compared with the formula. Other traffic on that interface
+is counted too, so use an idle machine.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ from typing import Any
 import common
 import torch
 
+from bandsplit.cli import entry
 from bandsplit.config import loading
-from bandsplit.config.schema import RunConfig
-from bandsplit.distributed.ranks import joined
+from bandsplit.config.schema import SGD, RunConfig
+from bandsplit.distributed.ranks import Ranks, joined
 from bandsplit.distributed.traffic import Traffic, possible_groups, step_traffic
+from bandsplit.errors import ReportedElsewhere, UserError
 from bandsplit.models.ensemble import parameters_of_branches
 from bandsplit.models.precision import Precision
 from bandsplit.training.session import Plan, Session
@@ -36,12 +39,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=Path("config/train/resnet34_sub16.toml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--world-size", type=int, default=8, help="number of ranks in the computed table")
-    parser.add_argument("--processes", default="2,4", help="numbers of processes to measure, comma-separated")
-    parser.add_argument("--images", type=int, default=8, help="global batch size of the measurement")
-    parser.add_argument("--steps", type=int, default=2, help="number of measured steps")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/communication.json"))
+    parser.add_argument("--world-size", type=common.positive, default=8, help="number of ranks in the computed table")
+    parser.add_argument(
+        "--processes", type=several, default=[2, 4], help="numbers of processes to measure, comma-separated"
+    )
+    parser.add_argument("--images", type=common.positive, default=8, help="global batch size of the measurement")
+    parser.add_argument("--steps", type=common.positive, default=2, help="number of measured steps")
+    common.add_output(parser, "bench/results/communication.json")
     arguments = parser.parse_args()
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks that see GPUs take NCCL, and one GPU each
 
     config = loading.load(arguments.config, [*DEFAULT, *arguments.set])
     parameters, trained = parameters_of_branches(config)
@@ -69,13 +75,13 @@ def main() -> None:
     measured = []
     with tempfile.TemporaryDirectory() as folder:
         common.gray_images(Path(folder), config, arguments.images)
-        for processes in map(int, arguments.processes.split(",")):
+        for processes in arguments.processes:
             for groups in possible_groups(config, processes):
                 small = loading.load(
                     arguments.config,
                     [*DEFAULT, *arguments.set, f"data.root={folder}", f"train.batch_size={arguments.images}",
-                     "optim.momentum=0", "train.precision=fp32", f"parallel.branch_groups={groups}"],
-                )  # fmt: skip
+                     "train.precision=fp32", f"parallel.branch_groups={groups}"],
+                ).model_copy(update={"optim": SGD(lr=1e-3, momentum=0)})  # fmt: skip
                 sent = step_traffic(small, processes, groups, trained, half=False)
                 found = _measure(small, processes, arguments.steps)
                 measured.append({"processes": processes, "computed": _as_dict(sent), "measured": found})
@@ -88,12 +94,19 @@ def main() -> None:
     common.write(arguments.output, settings, {"computed": list(map(_as_dict, computed)), "measured": measured})
 
 
+def several(text: str) -> list[int]:
+    found = [common.positive(count) for count in text.split(",")]
+    if min(found) < 2:
+        raise argparse.ArgumentTypeError(f"{min(found)} given; at least 2 processes exchange something")
+    return found
+
+
 def _as_dict(sent: Traffic) -> dict[str, Any]:
     return {**vars(sent), "bytes": sent.bytes}
 
 
 def _measure(config: RunConfig, processes: int, steps: int) -> float:
-    """Mean number of bytes that one process sends per step."""
+    """Mean number of bytes that one process sends per step. Raises the UserError of a rank."""
     with socket.socket() as any_port:
         any_port.bind(("127.0.0.1", 0))
         port = any_port.getsockname()[1]
@@ -106,9 +119,11 @@ def _measure(config: RunConfig, processes: int, steps: int) -> float:
         process.start()
     for process in ranks:
         process.join()
-        if process.exitcode:
-            raise SystemExit(f"error: a rank exited with code {process.exitcode}")
-    found: float = results.get()
+    if results.empty():
+        raise UserError("the ranks have failed, with the message above")
+    found: int | UserError = results.get()
+    if isinstance(found, UserError):
+        raise found
     return found / processes / steps
 
 
@@ -117,24 +132,34 @@ def _train(config: RunConfig, processes: int, steps: int, port: int, results: An
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({key: str(value) for key, value in place.items()}, GLOO_SOCKET_IFNAME="lo")
     torch.set_num_threads(1)
-    with joined() as ranks:
-        session = Session(Plan.of(config, ranks))
+    try:
+        with joined() as ranks:
+            sent = _sent(config, ranks, steps)
+        if rank == 0:
+            results.put(sent)
+    except UserError as error:
+        results.put(error)
+    except ReportedElsewhere:
+        pass
 
-        def step(ahead: bool) -> None:
-            parts = session.feed.take(session.streams.parts, ahead)
-            labels, teacher_logits = [part.labels for part in parts], [part.teacher_logits for part in parts]
-            for i, learner in enumerate(session.learners):
-                learner.step([part.inputs[i] for part in parts], labels, lr=1e-3, teacher_logits=teacher_logits)
 
-        step(ahead=False)  # DDP sends its bucket assignment in the first step
-        ranks.wait()
-        before = _loopback_bytes()
-        for n in range(steps):
-            step(ahead=n + 1 < steps)
-        ranks.wait()
-        if ranks.is_first:
-            results.put(_loopback_bytes() - before)
-        ranks.wait()
+def _sent(config: RunConfig, ranks: Ranks, steps: int) -> int:
+    """Bytes that all ranks send in so many steps."""
+    session = Session(Plan.of(config, ranks))
+
+    def step(ahead: bool) -> None:
+        parts = session.feed.take(session.streams.parts, ahead)
+        session.step(range(len(session.learners)), parts, 0, lr=1e-3)
+
+    step(ahead=False)  # DDP sends its bucket assignment in the first step
+    ranks.wait()
+    before = _loopback_bytes()
+    for n in range(steps):
+        step(ahead=n + 1 < steps)
+    ranks.wait()
+    sent = _loopback_bytes() - before
+    ranks.wait()
+    return sent
 
 
 def _loopback_bytes() -> int:
@@ -142,4 +167,4 @@ def _loopback_bytes() -> int:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -408,6 +408,8 @@ class Found:
 
 
 def bench(arguments: argparse.Namespace) -> None:
+    if arguments.batch % arguments.ranks:
+        raise UserError(f"--batch: {arguments.batch} given, expected a multiple of --ranks = {arguments.ranks}")
     require()
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     carries = carried([*arguments.rates, UNLIMITED])
@@ -553,14 +555,17 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, choices=(2, 4), default=2)
     parser.add_argument("--rates", type=rates, default=[100, 1000, 10_000], help="of links, in Mbit/s, comma-separated")
-    parser.add_argument("--batch", type=int, default=16, help="images per step, on all ranks together")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--seconds", type=float, default=2, help="of each measurement, and of a stay of a rank")
-    parser.add_argument("--threads", type=int, help="per rank (default: the CPUs, divided by the ranks)")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/network.json"))
+    parser.add_argument("--batch", type=common.positive, default=16, help="images per step, on all ranks together")
+    parser.add_argument("--rounds", type=common.positive, default=5)
+    parser.add_argument(
+        "--seconds", type=common.positive_number, default=2, help="of each measurement, and of a stay of a rank"
+    )
+    parser.add_argument("--threads", type=common.positive, help="per rank (default: the CPUs, divided by the ranks)")
+    common.add_output(parser, "bench/results/network.json")
     arguments = parser.parse_args()
     arguments.threads = arguments.threads or max(1, available_cpus() // arguments.ranks)
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # the addresses of the ranks have no names
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks that see GPUs take NCCL, which needs one GPU each
     entry.run(lambda: bench(arguments))
 
 
@@ -572,7 +577,7 @@ def archs(text: str) -> list[str]:
 
 
 def rates(text: str) -> list[int]:
-    found = sorted(int(rate) for rate in text.split(","))
+    found = sorted({int(rate) for rate in text.split(",")})
     if found[0] < 1:
         raise argparse.ArgumentTypeError(f"{found[0]} given; rates are at least 1 Mbit/s")
     return found

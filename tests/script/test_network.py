@@ -155,6 +155,10 @@ def test_computed_rate_is_the_measured_one_of_links_as_the_model_has_them(overla
         (["--archs", "resnet35"], "'resnet35' given; allowed: alexnet, vgg16, resnet34"),
         (["--rates", "0,100"], "0 given; rates are at least 1 Mbit/s"),
         (["--ranks", "3"], "invalid choice: 3 (choose from 2, 4)"),
+        (["--threads", "0"], "'0' given, expected a positive whole number"),
+        (["--rounds", "0"], "'0' given, expected a positive whole number"),
+        (["--seconds", "0"], "'0' given, expected a positive number"),
+        (["--batch", "15"], "error: --batch: 15 given, expected a multiple of --ranks = 2"),
     ],
 )
 def test_wrong_options(
@@ -171,6 +175,15 @@ def test_without_rights_or_programs(monkeypatch: pytest.MonkeyPatch, capsys: pyt
     monkeypatch.setattr(os, "geteuid", lambda: 0)
     monkeypatch.setenv("PATH", "")
     assert refusal([], monkeypatch, capsys) == "error: ip and tc not found: apt-get install iproute2\n"
+
+
+def test_ranks_see_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.setattr(network, "bench", lambda arguments: seen.append(os.environ["CUDA_VISIBLE_DEVICES"]))
+    monkeypatch.setattr(sys, "argv", ["network.py", "--rates", "100,10,100"])
+    network.main()
+    assert seen == [""]
 
 
 def refusal(options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> str:
