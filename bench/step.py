@@ -41,12 +41,13 @@ from torchvision.transforms import v2
 from tqdm import tqdm
 
 from bandsplit.cli import entry
-from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks, joined
+from bandsplit.errors import UserError
+from bandsplit.models import networks
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
 from bandsplit.paths import expanded
@@ -63,6 +64,25 @@ Product = tuple[int, int, int]
 
 PARTS = ("forward", "forward and backward", "step")
 
+PLAIN: dict[str, object] = {
+    "model.width": 1.0,
+    "model.stem": "standard",
+    "model.tweaks": ("b",),
+    "model.drop_path": 0.0,
+    "model.dropout": None,
+    "model.bn_batch_size": "rank",
+    "train.freeze": (),
+    "train.activation_checkpointing": False,
+    "train.compile": False,
+    "train.clip_norm": None,
+    "train.ema_decay": None,
+    "optim.type": "sgd",
+}
+"""Keys that torchvision's and timm's step do not follow, and the values that they have."""
+
+OF_FOLDERS: dict[str, object] = {"data.kind": "images", "data.layout": "folders"}
+"""The same for torchvision's ImageFolder."""
+
 
 @dataclass(frozen=True)
 class Subject:
@@ -78,37 +98,42 @@ class Subject:
     """Takes a batch without training."""
     waited: list[float]
     """Seconds that each whole step waited for its images."""
+    precision: Precision
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", type=Path, default=CONFIGS)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--batch", type=int, default=32, help="images per step (default: 32)")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--batch", type=common.positive, default=32, help="images per step (default: 32)")
+    parser.add_argument("--rounds", type=common.positive, default=5)
     parser.add_argument(
-        "--steps", type=int, help="steps per measurement (default: 1, with --images 5; on a GPU use more)"
+        "--steps", type=common.positive, help="steps per measurement (default: 1, with --images 5; on a GPU use more)"
     )
     parser.add_argument(
         "--images", type=Path, metavar="DATA", help="data config of JPEG files, instead of random inputs"
     )
     parser.add_argument("--no-peers", action="store_true", help="leave out torchvision's and timm's step")
-    parser.add_argument("--output", type=Path, default=Path("bench/results/step.json"))
+    common.add_output(parser, "bench/results/step.json")
     arguments = parser.parse_args()
     entry.run(lambda: bench(arguments))
 
 
 def bench(arguments: argparse.Namespace) -> None:
     sets, synthetic = [*arguments.set, f"train.batch_size={arguments.batch}"], arguments.images is None
-    configs = [loading.load(path, sets, arguments.images) for path in arguments.config]
+    configs = common.loaded(arguments.config, sets, arguments.images)
+    for config in configs:
+        if (parts := config.train.grad_accum_steps) != 1:
+            raise UserError(f"train.grad_accum_steps: {parts!r} given by {config.name}; allowed: 1, a batch at once")
+    if not arguments.no_peers:
+        require_plain(configs[0], synthetic)
     with joined() as ranks:
         subjects = [of_config(config, ranks, synthetic) for config in configs]
         if not arguments.no_peers:
             subjects += peers(configs[0], ranks.device, synthetic)
         steps = arguments.steps or (1 if synthetic else 5)
         seconds, _, peaks = timed(subjects, arguments.rounds, steps, ranks.device)
-        precision = Precision(configs[0].train.precision, ranks.device)
-        gemm = {subject.name: 3 * seconds_of(subject.products, precision) for subject in subjects}
+        gemm = {subject.name: 3 * seconds_of(subject.products, subject.precision) for subject in subjects}
     show(subjects, seconds, gemm, peaks, arguments.batch)
     waits = {subject.name: subject.waited for subject in subjects}
     results = {"seconds": seconds, "waits": waits, "peak_bytes": peaks, "gemm_seconds": gemm}
@@ -127,7 +152,7 @@ def of_config(config: RunConfig, ranks: Ranks, synthetic: bool) -> Subject:
         mesh = Mesh(ranks, len(config.split.groups))
         _, learners = learners_of(config, config.train.batch_size, precision, mesh)
         torch.backends.cudnn.benchmark = True
-        batches: Iterator[Batch] = repeat(random_batch(config, precision, ranks.device))
+        batches: Iterator[Batch] = repeat(common.random_batch(config, config.train.batch_size, precision, ranks.device))
     else:
         session = Session(Plan.of(config, ranks))
         config, precision, learners, mesh = session.config, session.plan.precision, session.learners, session.mesh
@@ -164,24 +189,44 @@ def of_config(config: RunConfig, ranks: Ranks, synthetic: bool) -> Subject:
     )
     parts = {"step": step} if captured else dict(zip(PARTS, (forward, forward_and_backward, step), strict=True))
     prepared = 0 if synthetic else config.data.prefetch + 1  # one is on its way to the device
-    return Subject(config.name, parts, products, prepared, partial(next, batches), waited)
+    return Subject(config.name, parts, products, prepared, partial(next, batches), waited, precision)
 
 
-def random_batch(config: RunConfig, precision: Precision, device: torch.device) -> Batch:
-    """A batch of normally distributed bands, as the loader would hand it over."""
-    size, count = config.data.image_size // config.split.block, config.train.batch_size
-    shapes = [(count, 3 * len(group), size, size) for group in config.split.groups]
-    dtype = torch.float16 if precision.half_bands else torch.float32
-    inputs = [torch.randn(shape, device=device, dtype=dtype).to(memory_format=torch.channels_last) for shape in shapes]
-    return Batch(inputs, torch.randint(config.classes, (count,), device=device))
+def require_plain(config: RunConfig, synthetic: bool) -> None:
+    """Raises UserError if torchvision's and timm's step would not have the network and the step of a config."""
+    without = f"--no-peers leaves out torchvision's and timm's step, which cannot be compared with {config.name}"
+    for name, value in {**PLAIN, **({} if synthetic else OF_FOLDERS)}.items():
+        table, key = name.split(".")
+        if (given := getattr(getattr(config, table), key)) != value:
+            raise UserError(f"{name}: {given!r} given, allowed: {value!r}; {without}")
+    if any(config.model_of(number) != config.model for number in config.split.numbers):
+        raise UserError(f"[[branch]]: networks unlike [model] given; {without}")
+    arch, size = config.model.arch, config.data.image_size
+    for name, known in (("torchvision", torchvision.models.list_models()), ("timm", timm.list_models())):
+        if arch not in known:
+            raise UserError(f"model.arch: {arch!r} given, which {name} does not have; {without}")
+    shape = config.train.batch_size, 3, size, size
+    with torch.device("meta"):
+        own = products_of(networks.build(config.model, 3, config.classes, size), shape)
+        for name, net in nets_of_peers(config).items():
+            try:
+                same = products_of(net, shape) == own
+            except RuntimeError:  # it does not take such small images
+                same = False
+            if not same:
+                raise UserError(f"model.arch: {arch!r} at {size} pixels is another network than {name}'s; {without}")
+
+
+def nets_of_peers(config: RunConfig) -> dict[str, nn.Module]:
+    return {
+        "torchvision": torchvision.models.get_model(config.model.arch, num_classes=config.classes),
+        "timm": timm.create_model(config.model.arch, num_classes=config.classes),
+    }
 
 
 def peers(config: RunConfig, device: torch.device, synthetic: bool) -> list[Subject]:
     """The network of a config on whole images, trained with the means of torchvision and of timm alone."""
-    nets: dict[str, nn.Module] = {
-        "torchvision": torchvision.models.get_model(config.model.arch, num_classes=config.classes),
-        "timm": timm.create_model(config.model.arch, num_classes=config.classes),
-    }
+    nets = nets_of_peers(config)
     sgd = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 1e-4}
     optimizers = {
         "torchvision": torch.optim.SGD(nets["torchvision"].parameters(), **sgd),
@@ -232,7 +277,8 @@ def plain(
 
     parts = dict(zip(PARTS, (forward, forward_and_backward, step), strict=True))
     prepared = 0 if synthetic else 2 * available_cpus()  # by the workers of a DataLoader
-    return Subject(f"{name}'s step", parts, products_of(net, x.shape), prepared, partial(next, batches), waited)
+    products = products_of(net, x.shape)
+    return Subject(f"{name}'s step", parts, products, prepared, partial(next, batches), waited, precision)
 
 
 def image_folder(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
@@ -315,15 +361,12 @@ def timed(
     """
     peaks = {}
     for subject in subjects:  # warm-up: memory, cuDNN's choice of algorithms, compilation, CUDA graphs
-        before = reserved(device)
+        before = common.held_bytes(device)
         for _ in range(3):
             for part in subject.parts.values():
                 part()
         if device.type == "cuda":
-            kept, allocated = reserved(device) - before, torch.cuda.memory_allocated(device)
-            torch.cuda.reset_peak_memory_stats(device)
-            subject.parts["step"]()
-            peaks[subject.name] = kept + torch.cuda.max_memory_allocated(device) - allocated
+            peaks[subject.name] = common.peak_bytes(subject.parts["step"], device) - before
         subject.waited.clear()
     seconds = {subject.name: {part: [] for part in subject.parts} for subject in subjects}
     cpu_seconds: dict[str, list[float]] = {subject.name: [] for subject in subjects}
@@ -342,15 +385,6 @@ def timed(
             if part == "step":
                 cpu_seconds[subject.name].append((time.process_time() - before) / steps)
     return seconds, cpu_seconds, peaks
-
-
-def reserved(device: torch.device) -> int:
-    """Bytes of GPU memory that tensors and CUDA graphs hold."""
-    if device.type == "cpu":
-        return 0
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    return torch.cuda.memory_reserved(device)
 
 
 def show(subjects: Sequence[Subject], seconds: Any, gemm: dict[str, float], peaks: dict[str, int], count: int) -> None:
