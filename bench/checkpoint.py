@@ -9,7 +9,6 @@ blocks the training loop (the copy to the host) and the part in the background (
 from __future__ import annotations
 
 import argparse
-import shutil
 import tempfile
 import time
 from pathlib import Path
@@ -18,12 +17,16 @@ import common
 import numpy as np
 import torch
 
+from bandsplit.cli import entry
 from bandsplit.config import loading
+from bandsplit.config.schema import RunConfig
 from bandsplit.distributed.mesh import Mesh
 from bandsplit.distributed.ranks import Ranks
 from bandsplit.models.ensemble import Ensemble
 from bandsplit.models.precision import Precision
+from bandsplit.paths import writing_to
 from bandsplit.runs import checkpoint, saver
+from bandsplit.training import optimizers
 from bandsplit.training.learner import Learner
 
 
@@ -31,47 +34,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=Path("config/train/resnet34_sub16.toml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=common.positive, default=5)
     parser.add_argument(
         "--folder", type=Path, default=Path("bench/results"), help="where to write, in a folder that is removed again"
     )
-    parser.add_argument("--output", type=Path, default=Path("bench/results/checkpoint.json"))
+    common.add_output(parser, "bench/results/checkpoint.json")
     arguments = parser.parse_args()
 
     config = loading.load(arguments.config, arguments.set)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mesh = Mesh(Ranks(0, 1, 0, 1, device), len(config.split.groups))
-    ensemble = Ensemble.of(config).to(device)
-    learners = [Learner(branch, config, Precision("fp32", device), mesh) for branch in ensemble.branches]
-    size = config.data.image_size // config.split.block
-    for learner, group in zip(learners, config.split.groups, strict=True):
-        x = torch.randn(2, 3 * len(group), size, size, device=device)
-        learner.step([x], [torch.zeros(2, dtype=torch.int64, device=device)], lr=1e-3)
-
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(dir=arguments.folder))
-    writer = saver.Writer(folder, leads=True, keep=1)
-    run = {"format": checkpoint.FORMAT, "branches": [], "streams": 0}
-    copied, written = [], []
-    for n in range(arguments.rounds + 1):  # the first round is a warm-up
-        began = time.perf_counter()
-        files = {checkpoint.branch_file(k): learner.state_dict() for k, learner in enumerate(learners)}
-        files = checkpoint.on_host({**files, checkpoint.RUN: {**run, "progress": {"best_step": n}}})
-        middle = time.perf_counter()
-        writer.start(n, files, list(files))
-        while writer.busy:
-            time.sleep(0.005)
-        assert writer.error is None, writer.error
-        if n:
-            copied.append(middle - began)
-            written.append(time.perf_counter() - middle)
-        del files
-    last = checkpoint.find(folder, "last")
-    mib = sum(path.stat().st_size for path in last.iterdir()) / 2**20
-    shutil.rmtree(folder)
+    learners = trained(config, device)
+    with writing_to(arguments.folder):
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        folder = tempfile.TemporaryDirectory(dir=arguments.folder)
+    with folder as name:
+        copied, written, mib = timed(learners, arguments.rounds, Path(name))
     print(f"\n{config.name}: {mib:,.0f} MiB on {device}, one rank, n = {arguments.rounds}, median (min .. max)")
-    for name, seconds in (("in the loop", copied), ("background", written)):
-        print(f"{name:>12}  {np.median(seconds):6.2f} s ({min(seconds):.2f} .. {max(seconds):.2f})")
+    for part, seconds in (("in the loop", copied), ("background", written)):
+        print(f"{part:>12}  {np.median(seconds):6.2f} s ({min(seconds):.2f} .. {max(seconds):.2f})")
     share = float(np.median(copied)) / float(np.median(written) + np.median(copied))
     minutes = float(np.median(copied)) / 0.02 / 60
     print(f"training pauses for {100 * share:.0f} % of the time that a synchronous write would take,")
@@ -80,5 +60,40 @@ def main() -> None:
     common.write(arguments.output, settings, {"in_the_loop": copied, "beside_it": written})
 
 
+def trained(config: RunConfig, device: torch.device) -> list[Learner]:
+    """The branches of a config with their EMA, after a step on two random images."""
+    mesh, precision = Mesh(Ranks(0, 1, 0, 1, device), len(config.split.groups)), Precision("fp32", device)
+    branches = Ensemble.of(config).to(device).branches
+    learners = [Learner(each, config, precision, mesh, optimizers.make_ema(each, config)) for each in branches]
+    size = config.data.image_size // config.split.block
+    for learner, group in zip(learners, config.split.groups, strict=True):
+        x = torch.randn(2, 3 * len(group), size, size, device=device)
+        learner.step([x], [torch.zeros(2, dtype=torch.int64, device=device)], lr=1e-3)
+    return learners
+
+
+def timed(learners: list[Learner], rounds: int, folder: Path) -> tuple[list[float], list[float], float]:
+    """Seconds of the copy and of writing in each round, and the MiB of a checkpoint."""
+    writer = saver.Writer(folder, leads=True, keep=1)
+    run = {"format": checkpoint.FORMAT, "branches": [], "streams": 0}
+    copied, written = [], []
+    for n in range(rounds + 1):  # the first round is a warm-up
+        began = time.perf_counter()
+        files = {checkpoint.branch_file(k): learner.state_dict() for k, learner in enumerate(learners)}
+        files = checkpoint.on_host({**files, checkpoint.RUN: {**run, "progress": {"best_step": n}}})
+        middle = time.perf_counter()
+        writer.start(n, files, list(files))
+        while writer.busy:
+            time.sleep(0.005)
+        if writer.error is not None:
+            raise writer.error
+        if n:
+            copied.append(middle - began)
+            written.append(time.perf_counter() - middle)
+        del files
+    last = checkpoint.find(folder, "last")
+    return copied, written, sum(path.stat().st_size for path in last.iterdir()) / 2**20
+
+
 if __name__ == "__main__":
-    main()
+    entry.run(main)

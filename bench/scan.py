@@ -14,6 +14,7 @@ from typing import Any
 import common
 from nvidia.dali import fn, pipeline_def, types
 
+from bandsplit.cli import entry
 from bandsplit.data import check
 
 Subject = Callable[[], int]
@@ -42,8 +43,8 @@ def decoding(files: list[Path], threads: int) -> Subject:
 
 
 def main() -> None:
-    parser = common.arguments(__doc__ or "", "bench/scan.json")
-    parser.add_argument("--count", type=int, default=2048, help="number of different files (default: 2048)")
+    parser = common.arguments(__doc__ or "", "bench/results/scan.json")
+    parser.add_argument("--count", type=common.positive, default=2048, help="number of different files (default: 2048)")
     arguments = parser.parse_args()
     files = common.jpeg_files(arguments.images, arguments.count)
     rates = common.interleaved(
@@ -62,4 +63,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -13,9 +13,15 @@ import shutil
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import common
+
+from bandsplit.cli import entry
+from bandsplit.errors import UserError
+from bandsplit.paths import writing_to
 
 OPEN = """
 import json, sys, time
@@ -62,33 +68,44 @@ check = "off"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--images", type=int, default=1_281_167, help="number of files (default: ImageNet-1K's)")
-    parser.add_argument("--classes", type=int, default=1000, help="number of class folders (default: 1000)")
+    parser.add_argument(
+        "--images", type=common.positive, default=1_281_167, help="number of files (default: ImageNet-1K's)"
+    )
+    parser.add_argument("--classes", type=common.positive, default=1000, help="number of class folders (default: 1000)")
     parser.add_argument("--folder", type=Path, default=Path("data/startup"), help="where the files are made")
     parser.add_argument("--keep", action="store_true", help="keep the files")
-    parser.add_argument("--output", type=Path, default=Path("bench/startup.json"), help="JSON file")
+    common.add_output(parser, "bench/results/startup.json")
     arguments = parser.parse_args()
+    if arguments.images < arguments.classes:
+        raise UserError(f"--images: {arguments.images} given, expected at least --classes = {arguments.classes}")
     if arguments.folder.exists():
-        raise SystemExit(f"error: {arguments.folder}: already exists")
-    began = time.perf_counter()
-    make(arguments.folder / "train", arguments.images, arguments.classes)
-    print(f"{arguments.images:,} files made in {time.perf_counter() - began:,.0f} s")
-    config = arguments.folder / "config.toml"
-    config.write_text(CONFIG.format(root=arguments.folder.absolute()))
+        raise UserError(f"--folder: {arguments.folder} given, which already exists; allowed: a new folder")
+    with ExitStack() as at_the_end:
+        if not arguments.keep:
+            at_the_end.callback(shutil.rmtree, arguments.folder, ignore_errors=True)
+        began = time.perf_counter()
+        with writing_to(arguments.folder):
+            make(arguments.folder / "train", arguments.images, arguments.classes)
+            (arguments.folder / "config.toml").write_text(CONFIG.format(root=arguments.folder.absolute()))
+        print(f"{arguments.images:,} files made in {time.perf_counter() - began:,.0f} s")
+        results = opened(arguments.folder / "config.toml")
+    common.write(arguments.output, {"images": arguments.images, "classes": arguments.classes}, results)
+
+
+def opened(config: Path) -> dict[str, Any]:
+    """Seconds and memory of each way to open the images."""
     results = {}
     for name, role in (("no index", "rank 0"), ("index", "rank 0"), ("index, other rank", "rank 1")):
         done = subprocess.run([sys.executable, "-c", OPEN, config, role], capture_output=True, text=True)
         if done.returncode:
-            raise SystemExit(done.stderr)
+            raise UserError(f"the images cannot be opened: {done.stderr.strip()}")
         results[name] = json.loads(done.stdout.splitlines()[-1])
         one = results[name]
         print(
             f"{name:<18} imports {one['imports_s']:5.1f} s  opened in {one['open_s']:6.1f} s  "
             f"memory {one['peak_gib']:5.2f} GiB, of which {one['anonymous_gib']:5.2f} GiB are not shared"
         )
-    common.write(arguments.output, {"images": arguments.images, "classes": arguments.classes}, results)
-    if not arguments.keep:
-        shutil.rmtree(arguments.folder)
+    return results
 
 
 def make(folder: Path, images: int, classes: int) -> None:
@@ -102,4 +119,4 @@ def make(folder: Path, images: int, classes: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)
