@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
@@ -29,7 +30,13 @@ PASSES = 200
 
 
 def add_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ffcv-python", type=Path, help=f"interpreter that has FFCV ({HOW})")
+    parser.add_argument("--ffcv-python", type=_program, help=f"interpreter that has FFCV ({HOW})")
+
+
+def _program(text: str) -> Path:
+    if shutil.which(text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} given, expected a program that can be run")
+    return Path(text)
 
 
 class Peer:
@@ -58,7 +65,9 @@ class Peer:
             self._process.stdin.flush()
             return int(self._process.stdout.readline())
         except (OSError, ValueError):
-            raise SystemExit("error: --ffcv-python: FFCV has failed, with the message above") from None
+            from bandsplit.errors import UserError  # late: FFCV's Python, which runs this file too, does not have it
+
+            raise UserError("--ffcv-python: FFCV has failed, with the message above") from None
 
     def close(self) -> None:
         self._process.kill()

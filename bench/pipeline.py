@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+from bandsplit.cli import entry
 from bandsplit.config import schema
 from bandsplit.data import pipeline
 from bandsplit.data.images import ImageFiles
@@ -180,16 +181,18 @@ def on_cpu(files: list[Path], options: Namespace) -> dict[str, dict[str, list[fl
 
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/pipeline.json")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--batch", type=common.positive, default=64)
+    parser.add_argument("--files", type=common.positive, default=2000)
     parser.add_argument("--gpu", action="store_true", help="decode and split on the first GPU")
     ffcv_peer.add_option(parser)
     options = parser.parse_args()
-    files = common.jpeg_files(options.images, options.files)
+    if options.gpu:
+        common.require_gpu()
+    files = common.files_of(options)
     results = on_gpu(files, options) if options.gpu else on_cpu(files, options)
     settings = {"batch": options.batch, "threads": options.threads, "rounds": options.rounds, "files": len(files)}
     common.write(options.output, settings, results)
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

@@ -22,6 +22,7 @@ from einops import rearrange
 from nvidia.dali import fn, pipeline_def, types
 from torch.profiler import ProfilerActivity, profile
 
+from bandsplit.cli import entry
 from bandsplit.spectral import native, transforms
 
 MEAN, STD = [123.675, 116.28, 103.53], [58.395, 57.12, 57.375]
@@ -175,9 +176,11 @@ def on_gpu(images: common.Images, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/spectral_split.json")
-    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--batch", type=common.positive, default=64)
     parser.add_argument("--gpu", action="store_true", help="the kernel on the first GPU")
     options = parser.parse_args()
+    if options.gpu:
+        common.require_gpu()
     torch.set_num_threads(options.threads)
     native.load()
     images = common.decoded(common.jpeg_files(options.images, options.batch), SIDE)
@@ -208,4 +211,4 @@ def on_cpu(images: common.Images, options: Namespace) -> dict[str, dict[str, lis
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)

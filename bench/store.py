@@ -24,6 +24,7 @@ import numpy as np
 import pipeline as peers
 import torch
 
+from bandsplit.cli import entry
 from bandsplit.config import schema
 from bandsplit.data.images import ImageFiles
 from bandsplit.data.loader import TrainingLoader
@@ -142,11 +143,12 @@ def mean_bytes(paths: list[str]) -> float:
 
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/store.json")
-    parser.add_argument("--batch", type=int, default=512)
-    parser.add_argument("--files", type=int, default=2000)
+    parser.add_argument("--batch", type=common.positive, default=512)
+    parser.add_argument("--files", type=common.positive, default=2000)
     ffcv_peer.add_option(parser)
     options = parser.parse_args()
-    files = common.jpeg_files(options.images, options.files)
+    torch.set_num_threads(options.threads)
+    files = common.files_of(options)
     listed = ImageFiles([*map(str, files)], [0] * len(files), ["all"])
     share = Shard(0, 1, options.batch, options.threads, None)
     whole, cropped = config(224, 4, 224), config(224, 4, 256)
@@ -219,4 +221,4 @@ def on_disk(found: StoredImages) -> float:
 
 
 if __name__ == "__main__":
-    main()
+    entry.run(main)
