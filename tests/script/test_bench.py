@@ -131,7 +131,7 @@ def test_ranks_of_communication_see_no_gpu_and_take_any_optimizer(
     assert len(json.loads((tmp_path / "found.json").read_text())["results"]["computed"]) == 3  # on 8 ranks
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_mistake_that_ranks_find_is_told_once(config_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "bench/communication.py", str(config_file), "--processes", "2", "--images", "3"]
     done = subprocess.run([*command, "--output", str(tmp_path / "x")], cwd=REPOSITORY, capture_output=True, text=True)
