@@ -84,7 +84,9 @@ def loaded(paths: Sequence[Path], overrides: Sequence[str], data: Path | None = 
     configs = [loading.load(path, overrides, data) for path in paths]
     names = [config.name for config in configs]
     if twice := [name for name in names if names.count(name) > 1]:
-        raise UserError(f"CONFIG: {len(twice)} configs are named {twice[0]!r}; allowed: configs with different names")
+        raise UserError(
+            f"CONFIG: {names.count(twice[0])} configs are named {twice[0]!r}; allowed: configs with different names"
+        )
     return configs
 
 
@@ -123,15 +125,21 @@ def gray_images(root: Path, config: RunConfig, batch_size: int) -> None:
                 (folder / f"{n}.jpg").hardlink_to(file)
 
 
+def require_no_teacher(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError with distillation, since random images pass no teacher."""
+    for config in configs:
+        if config.distillation is not None:
+            raise UserError(f"distillation: given by {config.name}, but random images pass no teacher; allowed: unset")
+
+
 def random_batch(config: RunConfig, count: int, precision: Precision, device: torch.device) -> Batch:
     """Normally distributed bands of `count` images, as the loader would hand them over.
 
-    Raises UserError with distillation, since random images pass no teacher.
+    Raises UserError with distillation.
     """
     from bandsplit.data.loader import Batch  # late: DALI is not needed by most benchmarks
 
-    if config.distillation is not None:
-        raise UserError(f"distillation: given by {config.name}, but random images pass no teacher; allowed: unset")
+    require_no_teacher([config])
     size, view = config.data.image_size // config.split.block, View.of(config)
     shapes = [(count, 3 * len(group), size, size) for group in view.inputs]
     dtype = torch.float16 if precision.half_bands else torch.float32

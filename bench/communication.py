@@ -120,7 +120,8 @@ def _measure(config: RunConfig, processes: int, steps: int) -> float:
     for process in ranks:
         process.join()
     if results.empty():
-        raise UserError("the ranks have failed, with the message above")
+        codes = ", ".join(str(process.exitcode) for process in ranks)
+        raise UserError(f"the ranks have ended with exit codes {codes}, with what they have printed above")
     found: int | UserError = results.get()
     if isinstance(found, UserError):
         raise found

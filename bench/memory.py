@@ -45,6 +45,8 @@ def main() -> None:
     common.add_output(parser, "bench/results/memory.json")
     arguments = parser.parse_args()
     configs = common.loaded(arguments.configs, [*arguments.set, "train.grad_accum_steps=1"])
+    if arguments.measure:
+        common.require_no_teacher(configs)
     limit = int(arguments.gib * 2**30)
     with joined() as ranks:
         fitting = [with_largest_batch(config, ranks.device, limit) for config in configs]
@@ -119,7 +121,7 @@ def measure(config: RunConfig, ranks: Ranks) -> dict[str, int]:
     before = common.held_bytes(device)
     mesh = Mesh(ranks, len(config.split.groups))
     ensemble, learners = learners_of(config, at_once, precision, mesh)
-    take = partial(steps_of(learners, config, mesh, seed=lambda i, number: None), range(len(learners)))
+    take = partial(steps_of(learners, config, mesh, seed=lambda i, number: torch.manual_seed(0)), range(len(learners)))
     if device.type == "cuda":
         batches = [common.random_batch(config, at_once, precision, device) for _ in range(parts + config.data.prefetch)]
         step = partial(take, batches[:parts], 0, lr=0.01)

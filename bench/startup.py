@@ -98,7 +98,7 @@ def opened(config: Path) -> dict[str, Any]:
     for name, role in (("no index", "rank 0"), ("index", "rank 0"), ("index, other rank", "rank 1")):
         done = subprocess.run([sys.executable, "-c", OPEN, config, role], capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"the images cannot be opened: {done.stderr.strip()}")
+            raise UserError(f"the images cannot be opened: {done.stderr.splitlines()[-1]}")
         results[name] = json.loads(done.stdout.splitlines()[-1])
         one = results[name]
         print(

@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import chain, repeat
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,8 @@ from tqdm import tqdm
 
 from bandsplit.cli import entry
 from bandsplit.config.schema import RunConfig
+from bandsplit.config.schema.augment import Augment
+from bandsplit.config.schema.loss import Mix
 from bandsplit.cpus import available_cpus
 from bandsplit.data.loader import Batch
 from bandsplit.distributed.mesh import Mesh
@@ -65,6 +68,8 @@ Product = tuple[int, int, int]
 PARTS = ("forward", "forward and backward", "step")
 
 PLAIN: dict[str, object] = {
+    "split.block": 1,
+    "loss.type": "cross_entropy",
     "model.width": 1.0,
     "model.stem": "standard",
     "model.tweaks": ("b",),
@@ -81,7 +86,7 @@ PLAIN: dict[str, object] = {
 """Keys that torchvision's and timm's step do not follow, and the values that they have."""
 
 OF_FOLDERS: dict[str, object] = {"data.kind": "images", "data.layout": "folders"}
-"""The same for torchvision's ImageFolder."""
+"""The same for torchvision's ImageFolder with a DataLoader."""
 
 
 @dataclass(frozen=True)
@@ -196,11 +201,13 @@ def require_plain(config: RunConfig, synthetic: bool) -> None:
     """Raises UserError if torchvision's and timm's step would not have the network and the step of a config."""
     without = f"--no-peers leaves out torchvision's and timm's step, which cannot be compared with {config.name}"
     for name, value in {**PLAIN, **({} if synthetic else OF_FOLDERS)}.items():
-        table, key = name.split(".")
-        if (given := getattr(getattr(config, table), key)) != value:
+        if (given := attrgetter(name)(config)) != value:
             raise UserError(f"{name}: {given!r} given, allowed: {value!r}; {without}")
-    if any(config.model_of(number) != config.model for number in config.split.numbers):
-        raise UserError(f"[[branch]]: networks unlike [model] given; {without}")
+    for name, table in () if synthetic else (("augment", Augment()), ("mix", Mix())):
+        if getattr(config, name) != table:
+            raise UserError(f"[{name}]: given, allowed: none of its keys; {without}")
+    if [config.model_of(number) for number in config.split.numbers] != [config.model]:
+        raise UserError(f"[[branch]] or split.branches: given, allowed: one network, that of [model]; {without}")
     arch, size = config.model.arch, config.data.image_size
     for name, known in (("torchvision", torchvision.models.list_models()), ("timm", timm.list_models())):
         if arch not in known:

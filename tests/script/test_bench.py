@@ -201,7 +201,10 @@ def test_random_images_pass_no_teacher(config_file: Path) -> None:
         (["model.arch=alexnet"], "model.arch: 'alexnet' given, which timm does not have"),
         (["model.arch=inception_v3"], "model.arch: 'inception_v3' at 224 pixels is another network than torchvision's"),
         (["model.arch=vgg16", "data.image_size=64"], "model.arch: 'vgg16' at 64 pixels is another network"),
-        (['branch=[{bands = [0]}, {bands = [0], arch = "resnet18"}]'], r"\[\[branch\]\]: networks unlike \[model\]"),
+        (['branch=[{bands = [0]}, {bands = [0], arch = "resnet18"}]'], r"one network, that of \[model\]"),
+        (["split.branches=[[0], [0]]"], r"one network, that of \[model\]"),
+        (["split.block=2"], "split.block: 2 given, allowed: 1"),
+        (["loss.type=bce"], "loss.type: 'bce' given"),
     ],
 )
 def test_peers_have_the_network_and_the_step_of_the_config(keys: list[str], message: str | None) -> None:
@@ -213,10 +216,18 @@ def test_peers_have_the_network_and_the_step_of_the_config(keys: list[str], mess
             step.require_plain(config, synthetic=True)
 
 
-def test_torchvision_reads_folders_alone() -> None:
-    config = loading.load("resnet34_baseline", ["train.batch_size=2", "data.layout=list"])
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("data.layout=list", "data.layout: 'list' given, allowed: 'folders'; --no-peers"),
+        ("mix.mixup=0.2", r"^\[mix\]: given, allowed: none of its keys"),
+        ("augment.pca_noise=0.1", r"^\[augment\]: given"),
+    ],
+)
+def test_torchvision_reads_folders_and_crops_and_flips(key: str, message: str) -> None:
+    config = loading.load("resnet34_baseline", ["train.batch_size=2", key])
     step.require_plain(config, synthetic=True)
-    with pytest.raises(UserError, match="data.layout: 'list' given, allowed: 'folders'; --no-peers"):
+    with pytest.raises(UserError, match=message):
         step.require_plain(config, synthetic=False)
 
 
