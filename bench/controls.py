@@ -23,8 +23,9 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -54,7 +55,7 @@ from controls_arms import (
 )
 from controls_report import report
 from controls_results import CPU_TIMES, DEVICE, IMAGES, TIMES, require, unpack
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from loguru import logger
 from scipy.special import softmax
 from tqdm import tqdm
@@ -65,6 +66,7 @@ from bandsplit.cpus import available_cpus
 from bandsplit.data import folders
 from bandsplit.distributed.ranks import joined
 from bandsplit.errors import UserError
+from bandsplit.paths import writing_to
 from bandsplit.runs.files import replace_text
 from bandsplit.runs.metrics import Metrics
 from bandsplit.runs.predictions import Predictions
@@ -162,13 +164,13 @@ def run(arguments: argparse.Namespace) -> None:
     gpus = visible_gpus()
     jobs = arguments.jobs or len(gpus) or available_cpus()
     place = Place(work, jobs, max(1, available_cpus() // jobs - 1), gpus, arguments.shard)
-    with FileLock(work / ".lock"):  # tasks of an array start at once
+    with locked(work / ".lock"):
+        if only in (None, "time", "rates", "train"):
+            require(work, DEVICE, device_of(gpus), "this machine")
         if arguments.results:
             unpack(arguments.results, work)
         if only in (None, "prepare"):
             prepare(arguments.images, work, arguments.folds)
-        if only in (None, "time", "rates", "train"):
-            require(work, DEVICE, torch.cuda.get_device_name() if gpus else "cpu")
         if only in (None, "time"):
             measure(arms, work, place.threads)
     trained = [arm for arm in arms if arm != ACCUMULATED]
@@ -188,6 +190,30 @@ def visible_gpus() -> list[str]:
     return os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count)))).split(",")[:count]
 
 
+def device_of(gpus: Sequence[str]) -> str:
+    """The name of these GPUs, or "cpu" without any. Raises UserError if they are of several kinds."""
+    names = sorted({torch.cuda.get_device_name(number) for number in range(len(gpus))})
+    if len(names) > 1:
+        raise UserError(f"GPUs of several kinds: {', '.join(names)}; CUDA_VISIBLE_DEVICES chooses those of one kind")
+    return names[0] if names else "cpu"
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Context of one process at a time: tasks of an array start at once. Raises UserError if it cannot be written."""
+    lock = FileLock(path)
+    with writing_to(path):
+        try:
+            lock.acquire(timeout=1)
+        except Timeout:
+            logger.info("waiting for another process, which prepares {} or measures times in it", path.parent)
+            lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 # ---------------------------------------------------------------------------------------------------- images
 
 
@@ -204,7 +230,7 @@ def prepare(roots: Sequence[Path], work: Path, folds: Sequence[int]) -> None:
         frame = pd.read_csv(path, dtype=kinds, keep_default_na=False, encoding_errors="surrogateescape")
     elif roots:
         frame = listed(roots)
-        require(work, IMAGES, digest_of(frame))
+        require(work, IMAGES, digest_of(frame), "--images")
         frame.to_csv(path, index=False, errors="surrogateescape")
     else:
         raise UserError(f"--images: not given, and {work} holds no images yet")
@@ -462,16 +488,18 @@ def run_one(task: Task, place: Place, gpu: str) -> None:
     root = (work / "folds" / task.fold).absolute()
     images = images_in(root / "train")
     config = config_of(task.arm)
-    epochs = epochs_of(task.arm, task.budget, images, times)
     run_dir = work / "runs" / task.name
-    keys = [*grown(task.arm, epochs), f"optim.lr={task.lr}", f"seed={task.seed}"]
+    keys = [
+        *grown(task.arm, epochs_of(task.arm, task.budget, images, times)),
+        f"optim.lr={task.lr}",
+        f"seed={task.seed}",
+    ]
     keys += [f"data.root={root}", f"data.threads={place.threads}"]
     env = {"CONTROLS": str(root), "TEACHER": ""} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     if teacher:
         env["TEACHER"] = str((work / "runs" / teacher.name).absolute())
     if (run_dir / "config.toml").exists():
         call("train.py", "--resume", "--run-dir", run_dir, env=env)
-        epochs = tomli.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["train"]["epochs"]
     else:
         call("train.py", CONFIGS / f"{task.arm}.toml", "--run-dir", run_dir, *sets(keys), env=env)
     runs = [Path(env["TEACHER"]), run_dir] if task.arm in TOGETHER else [run_dir]
@@ -479,15 +507,21 @@ def run_one(task: Task, place: Place, gpu: str) -> None:
         variant: evaluated(runs, config, task, overrides, env)
         for variant, overrides in {"": [], **VARIANTS.get(task.arm, {})}.items()
     }
-    steps = steps_of(task.arm, images)
+    steps, epochs = steps_of(task.arm, images), epochs_in(run_dir)
     seconds = seconds_of(task.arm, epochs, steps, times)
     if teacher:
-        before = epochs_of(teacher.arm, teacher.budget, images, times)
+        before = epochs_in(work / "runs" / teacher.name)
         seconds += seconds_of(teacher.arm, before, steps_of(teacher.arm, images), times)
     table = {**asdict(task), "epochs": epochs, "steps": epochs * steps, "seconds": seconds, "evaluations": evaluations}
     result = result_of(task, work)
     result.parent.mkdir(exist_ok=True)
     replace_text(result, json.dumps(table) + "\n")
+
+
+def epochs_in(run_dir: Path) -> int:
+    """For how many epochs a run has trained, which began perhaps with other times."""
+    epochs: int = tomli.loads((run_dir / "config.toml").read_text(encoding="utf-8"))["train"]["epochs"]
+    return epochs
 
 
 def evaluated(

@@ -123,8 +123,8 @@ def markdown(frame: pd.DataFrame, where: str) -> str:
 def incomplete(frame: pd.DataFrame) -> str:
     """A line that names what is left out of the tables: without a run of each fold and seed of the baseline."""
     rows = compared(frame)
-    missing = rows[~rows["complete"]].groupby(["budget", "arm"]).size().index
-    names = ", ".join(f"{arm} at {budget:g}" for budget, arm in missing)
+    missing = rows[~rows["complete"]].groupby(["budget", "arm", "other_rate", "lr"]).size().index
+    names = ", ".join(f"{arm}{f' lr {lr:g}' * other} at {budget:g}" for budget, arm, other, lr in missing)
     return f"\nLeft out, as their folds and seeds are not those of {BASELINE}: {names}\n" if names else ""
 
 

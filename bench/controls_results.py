@@ -53,9 +53,10 @@ def unpack(file: Path, work: Path) -> None:
     if not {"file", "variant", "fusion", *RUN_COLUMNS, *SCORE_COLUMNS} <= set(frame.columns):
         raise UserError(f"--results {file}: no results; expected controls.parquet of a report")
     (work / "results").mkdir(parents=True, exist_ok=True)
-    for name in (IMAGES, DEVICE):
-        if Path(name).stem in frame.attrs:
-            require(work, name, frame.attrs[Path(name).stem])
+    source = f"--results {file}"
+    require(work, DEVICE, frame.attrs.get(Path(DEVICE).stem, "cpu"), source)  # the first reports did not say it
+    if Path(IMAGES).stem in frame.attrs:
+        require(work, IMAGES, frame.attrs[Path(IMAGES).stem], source)
     for name in (TIMES, CPU_TIMES):
         if Path(name).stem in frame.attrs and not (work / name).exists():
             replace_text(work / name, json.dumps(frame.attrs[Path(name).stem], indent=2) + "\n")
@@ -72,17 +73,19 @@ def unpack(file: Path, work: Path) -> None:
         replace_text(path, json.dumps(run, default=lambda value: value.tolist()) + "\n")
 
 
-def require(work: Path, file: str, value: str) -> None:
+def require(work: Path, file: str, value: str, source: str) -> None:
     """Notes what the times and results of WORK are of: images by their digest, device by its name.
 
-    Raises UserError if it has noted others.
+    Raises UserError if it has noted others than those of `source`.
     """
     path = work / file
     if not path.exists():
         replace_text(path, json.dumps(value) + "\n")
     elif (noted := json.loads(path.read_text())) != value:
-        what = "of other images" if file == IMAGES else f"of the device {noted}, not {value}"
-        raise UserError(f"{work}: its results are those {what}; use another --work")
+        if file == IMAGES:
+            raise UserError(f"{source}: other images than those of {work}; use another --work")
+        ways = "use another --work, without --results, or hide GPUs (CUDA_VISIBLE_DEVICES=)"
+        raise UserError(f"{source}: device {value}, but times and results in {work} are of device {noted}; {ways}")
 
 
 def device_of(frame: pd.DataFrame) -> str:
@@ -138,9 +141,9 @@ def read(frame: pd.DataFrame) -> list[Curve]:
 
 
 def cpu_seconds_of(run: Any, frame: pd.DataFrame) -> float:
-    """CPU time of a run, with its teacher's; NaN where it was not measured."""
+    """CPU time of a run, with its teacher's; NaN where it was not measured, and for runs on a GPU."""
     times = frame.attrs.get("cpu_times", {})
-    if run.arm not in times:
+    if run.arm not in times or frame.attrs.get("device", "cpu") != "cpu":
         return math.nan
     own = seconds_of(run.arm, run.epochs, run.steps // run.epochs, times)
     if run.arm not in TEACHERS:

@@ -86,7 +86,7 @@ def test_numbers_and_folds_do_not_depend_on_where_the_images_are(tmp_path: Path)
     assert noted[0] == noted[1]
     (tmp_path / "results").mkdir()
     (tmp_path / "results/images.json").write_text(noted[0])
-    with pytest.raises(UserError, match="those of other images"):
+    with pytest.raises(UserError, match="--images: other images than those of"):
         controls.prepare([tmp_path / "a/second"], tmp_path / "results", [0])
 
 
@@ -222,10 +222,50 @@ def test_mistakes_have_one_message(
 
 
 def test_results_of_another_device_are_refused(tmp_path: Path) -> None:
-    controls_results.require(tmp_path, controls_results.DEVICE, "cpu")
-    controls_results.require(tmp_path, controls_results.DEVICE, "cpu")
-    with pytest.raises(UserError, match="of the device cpu, not NVIDIA H100; use another --work"):
-        controls_results.require(tmp_path, controls_results.DEVICE, "NVIDIA H100")
+    for _ in range(2):
+        controls_results.require(tmp_path, controls_results.DEVICE, "NVIDIA H100", "this machine")
+    results = REPOSITORY / "doc/controls/drawn.parquet"  # which does not name its device
+    with pytest.raises(UserError, match=r"drawn.parquet: device cpu, but .* are of device NVIDIA H100; use another"):
+        controls_results.unpack(results, tmp_path)
+    assert sorted(path.name for path in tmp_path.rglob("*.json")) == ["device.json"]
+
+
+@pytest.mark.parametrize(
+    ("visible", "count", "expected"),
+    [
+        (None, 0, []),
+        (None, 2, ["0", "1"]),
+        ("", 0, []),
+        ("2,3", 2, ["2", "3"]),
+        ("3,9,1", 1, ["3"]),  # CUDA stops at the first that is not there
+        ("MIG-3f2a", 1, ["MIG-3f2a"]),
+    ],
+)
+def test_gpus_have_the_names_of_the_job(
+    visible: str | None, count: int, expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    if visible is not None:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    monkeypatch.setattr(controls.torch.cuda, "device_count", lambda: count)
+    assert controls.visible_gpus() == expected
+
+
+@pytest.mark.parametrize("gpu", ["", "3"])
+def test_a_run_sees_its_gpu_and_has_its_own_epochs(gpu: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It began with other times, of which 15 epochs were right."""
+    task, seen = controls.Task("rgb64", "0", 1.0, 0.05, 0), []
+    (tmp_path / "times.json").write_text('{"rgb128": {"128": 1.0}, "rgb64": {"64": 0.5}}')
+    (tmp_path / "folds/0/train").mkdir(parents=True)
+    for number in range(64):
+        (tmp_path / f"folds/0/train/{number}.jpg").touch()
+    begun(task, tmp_path).with_name("config.toml").write_text("[train]\nepochs = 15\n")
+    monkeypatch.setattr(controls, "call", lambda *_, env: seen.append(env.get("CUDA_VISIBLE_DEVICES")))
+    monkeypatch.setattr(controls, "evaluated", lambda *_: {})
+    controls.run_one(task, controls.Place(tmp_path, 1, 1), gpu)
+    assert seen == [gpu or None]
+    found = json.loads(controls.result_of(task, tmp_path).read_text())
+    assert (found["epochs"], found["steps"], found["seconds"]) == (15, 15, 7.5)
 
 
 def test_tasks_of_an_array_unpack_the_same_results(tmp_path: Path) -> None:
