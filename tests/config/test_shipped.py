@@ -208,7 +208,6 @@ FAMILIES: dict[str, tuple[str, ...]] = {
     "resnet50d": SMALL,
     "resnet50d_distilled": (*RESNET18, "distillation.teacher=TEACHER"),
     "resnet50_rsb_a1": RESNET18,
-    "resnet50_rsb_a3": RESNET18,
     "resnet34_sub4_rsb": RESNET18,
     "alexnet_sub4": ("train.batch_size=12", "data.image_size=128", "data.resize_size=128", "split.only=[0]"),
     "vgg16_bn_sub4": ("train.batch_size=12", "optim.lr=0.001", "split.only=[0]"),
@@ -223,6 +222,7 @@ ARCHITECTURES = {
 }
 CASES = [
     *(pytest.param(f"{name}.toml", keys, id=name) for name, keys in FAMILIES.items()),
+    pytest.param("resnet50_rsb_a3.toml", RESNET18, id="resnet50_rsb_a3", marks=pytest.mark.long),  # a1 has more
     *(
         pytest.param(
             "resnet34_sub4_channels_coarse.toml", (f"model.arch={arch}", *keys), id=arch, marks=pytest.mark.long

@@ -263,7 +263,7 @@ def test_imagenet1k_killed_at_three_moments(run_here: Run, archives: Path, tmp_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["winter21_whole.tar.gz", "fall11_whole.tar"])
+@pytest.mark.parametrize("name", ["winter21_whole.tar.gz", pytest.param("fall11_whole.tar", marks=pytest.mark.long)])
 def test_imagenet21k_killed_at_three_moments(run_here: Run, tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(whole(gzipped=name.endswith("gz")))
     sizes = ("--min-images", 10, "--val-images", 3)

@@ -171,7 +171,7 @@ def test_the_range_of_eight_bits_has_the_least_error() -> None:
     assert error(*chosen) < error(-8, 8) / 20
 
 
-@pytest.mark.slow
+@pytest.mark.long  # also test_a_killed_pack_continues, on two processes
 def test_two_packs_are_identical_also_on_several_processes(config_file: Path, packed: Packed, tmp_path: Path) -> None:
     pack(loading.load(config_file), tmp_path / "again", "uint8", workers=2)
     assert files_of(tmp_path / "again") == files_of(packed("uint8"))
