@@ -34,7 +34,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=Path("config/train/resnet34_sub16.toml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rounds", type=common.positive, default=5)
+    parser.add_argument("--rounds", type=common.count, default=5)
     parser.add_argument(
         "--folder", type=Path, default=Path("bench/results"), help="where to write, in a folder that is removed again"
     )

@@ -19,6 +19,7 @@ import numpy.typing as npt
 import torch
 from PIL import Image
 
+from bandsplit.cli.options import count
 from bandsplit.config import loading
 from bandsplit.config.schema import RunConfig
 from bandsplit.cpus import available_cpus
@@ -33,13 +34,6 @@ if TYPE_CHECKING:
     from bandsplit.data.loader import Batch
 
 Images = npt.NDArray[np.uint8]
-
-
-def positive(text: str) -> int:
-    """The type of an option that takes a positive whole number."""
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} given, expected a positive whole number")
-    return int(text)
 
 
 def positive_number(text: str) -> float:
@@ -67,8 +61,8 @@ def add_output(parser: argparse.ArgumentParser, default: str) -> None:
 def arguments(description: str, output: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--images", type=Path, help="folder of JPEG files, searched recursively (default: demo images)")
-    parser.add_argument("--rounds", type=positive, default=9, help="timed rounds; each round times every subject once")
-    parser.add_argument("--threads", type=positive, default=available_cpus(), help="threads per subject")
+    parser.add_argument("--rounds", type=count, default=9, help="timed rounds; each round times every subject once")
+    parser.add_argument("--threads", type=count, default=available_cpus(), help="threads per subject")
     add_output(parser, output)
     return parser
 

@@ -39,12 +39,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="?", type=Path, default=Path("config/train/resnet34_sub16.toml"))
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--world-size", type=common.positive, default=8, help="number of ranks in the computed table")
+    parser.add_argument("--world-size", type=common.count, default=8, help="number of ranks in the computed table")
     parser.add_argument(
         "--processes", type=several, default=[2, 4], help="numbers of processes to measure, comma-separated"
     )
-    parser.add_argument("--images", type=common.positive, default=8, help="global batch size of the measurement")
-    parser.add_argument("--steps", type=common.positive, default=2, help="number of measured steps")
+    parser.add_argument("--images", type=common.count, default=8, help="global batch size of the measurement")
+    parser.add_argument("--steps", type=common.count, default=2, help="number of measured steps")
     common.add_output(parser, "bench/results/communication.json")
     arguments = parser.parse_args()
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ranks that see GPUs take NCCL, and one GPU each
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def several(text: str) -> list[int]:
-    found = [common.positive(count) for count in text.split(",")]
+    found = [common.count(each) for each in text.split(",")]
     if min(found) < 2:
         raise argparse.ArgumentTypeError(f"{min(found)} given; at least 2 processes exchange something")
     return found

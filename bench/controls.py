@@ -72,6 +72,7 @@ from bandsplit.runs.metrics import Metrics
 from bandsplit.runs.predictions import Predictions
 
 REPOSITORY = Path(__file__).resolve().parent.parent
+STAGES = ("prepare", "time", "rates", "train", "report")
 EPOCHS = 10
 """Of the baseline in budget 1."""
 FOLDS = 5
@@ -110,10 +111,10 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--budgets", type=budgets_of, default="1,2", help="multiples of the time of the baseline (default: 1,2)"
     )
-    parser.add_argument("--seeds", type=common.positive, default=1)
+    parser.add_argument("--seeds", type=common.count, default=1)
     parser.add_argument(
         "--jobs",
-        type=common.positive,
+        type=common.count,
         help="runs at once, one thread each, with the other CPUs to decode (default: one for each GPU, or CPU)",
     )
     parser.add_argument(
@@ -122,7 +123,7 @@ def parsed(words: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--results", type=Path, metavar="FILE", help="results of earlier runs: controls.parquet of a report"
     )
-    parser.add_argument("--only", choices=["prepare", "time", "rates", "train", "report"], help="one of the stages")
+    parser.add_argument("--only", choices=STAGES, help="one of the stages")
     return parser.parse_args(words)
 
 
@@ -154,7 +155,7 @@ def part_of(text: str) -> tuple[int, int]:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    work, only = arguments.work, arguments.only
+    work, stages = arguments.work, [arguments.only] if arguments.only else STAGES
     known = sorted(path.stem for path in CONFIGS.glob("*.toml") if path.stem != "base")
     arms = arguments.arms or known
     if unknown := set(arms) - set(known):
@@ -165,22 +166,22 @@ def run(arguments: argparse.Namespace) -> None:
     jobs = arguments.jobs or len(gpus) or available_cpus()
     place = Place(work, jobs, max(1, available_cpus() // jobs - 1), gpus, arguments.shard)
     with locked(work / ".lock"):
-        if only in (None, "time", "rates", "train"):
+        if {"time", "rates", "train"} & set(stages):
             require(work, DEVICE, device_of(gpus), "this machine")
         if arguments.results:
             unpack(arguments.results, work)
-        if only in (None, "prepare"):
+        if "prepare" in stages:
             prepare(arguments.images, work, arguments.folds)
-        if only in (None, "time"):
+        if "time" in stages:
             measure(arms, work, place.threads)
     trained = [arm for arm in arms if arm != ACCUMULATED]
-    if only in (None, "rates", "train"):
-        times_of(work, trained)
-    if only in (None, "rates"):
+    if {"rates", "train"} & set(stages):
+        times_of(work, trained)  # before runs that would miss them
+    if "rates" in stages:
         try_rates(trained, place)
-    if only in (None, "train"):
+    if "train" in stages:
         train(trained, place, arguments.folds, arguments.budgets, range(arguments.seeds))
-    if only in (None, "report"):
+    if "report" in stages:
         report(work)
 
 
@@ -489,11 +490,8 @@ def run_one(task: Task, place: Place, gpu: str) -> None:
     images = images_in(root / "train")
     config = config_of(task.arm)
     run_dir = work / "runs" / task.name
-    keys = [
-        *grown(task.arm, epochs_of(task.arm, task.budget, images, times)),
-        f"optim.lr={task.lr}",
-        f"seed={task.seed}",
-    ]
+    planned = epochs_of(task.arm, task.budget, images, times)
+    keys = [*grown(task.arm, planned), f"optim.lr={task.lr}", f"seed={task.seed}"]
     keys += [f"data.root={root}", f"data.threads={place.threads}"]
     env = {"CONTROLS": str(root), "TEACHER": ""} | ({"CUDA_VISIBLE_DEVICES": gpu} if gpu else {})
     if teacher:

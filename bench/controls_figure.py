@@ -34,7 +34,7 @@ def draw(curves: Sequence[Curve], where: str) -> Figure:
     """Above: top-1 above the best network on RGB, a panel for each budget of several arms, and one at equal CPU time.
 
     Below, for the largest budget at which most arms were trained: top-1 by MACs of a prediction, and by memory of
-    training. Of two fusions the better is shown. `where`: device of the times.
+    training. Of two fusions the better is shown. `where`: `timed_on` of the results.
     """
     base = next(curve for curve in curves if curve.label == BASELINE)
     counts = {budget: sum(budget in curve.budgets for curve in curves) for budget in base.budgets}

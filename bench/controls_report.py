@@ -13,7 +13,7 @@ import pandas as pd
 from controls_arms import BASELINE, CASCADES, FAMILIES, PAIRS, RGB, Times, macs_of, memory_of, parameters_of
 from controls_curves import Correct, Curve, at_cpu_time, best_control, difference, time_ratio, time_to
 from controls_figure import draw
-from controls_results import chosen, collected, compared, device_of, read
+from controls_results import chosen, collected, compared, read, timed_on
 
 from bandsplit.errors import UserError
 from bandsplit.reporting.compare import difference_over_images
@@ -35,7 +35,7 @@ def report(work: Path) -> None:
     results.to_parquet(folder / "controls.parquet", compression="zstd", index=False)
     frame = table(curves)
     frame.to_csv(folder / "controls.csv", index=False)
-    where = device_of(results)
+    where = timed_on(results)
     text = markdown(frame, where) + incomplete(results)
     text += pairs(curves) + by_cpu_time(curves) + not_continued(curves) + cascades(chosen(results))
     text += costs(results.attrs.get("times", {}), results.attrs.get("cpu_times", {}))
@@ -87,7 +87,7 @@ def points(mean: float, interval: tuple[float, float]) -> str:
 
 
 def markdown(frame: pd.DataFrame, where: str) -> str:
-    """The table by budget, best first. `where`: `device_of` the results."""
+    """The table by budget, best first. `where`: `timed_on` of the results."""
     parts = []
     for budget, rows in frame.groupby("budget"):
         rows = rows.sort_values(["top1", "arm"], ascending=[False, True])

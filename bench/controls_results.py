@@ -54,7 +54,7 @@ def unpack(file: Path, work: Path) -> None:
         raise UserError(f"--results {file}: no results; expected controls.parquet of a report")
     (work / "results").mkdir(parents=True, exist_ok=True)
     source = f"--results {file}"
-    require(work, DEVICE, frame.attrs.get(Path(DEVICE).stem, "cpu"), source)  # the first reports did not say it
+    require(work, DEVICE, device_in(frame), source)
     if Path(IMAGES).stem in frame.attrs:
         require(work, IMAGES, frame.attrs[Path(IMAGES).stem], source)
     for name in (TIMES, CPU_TIMES):
@@ -88,9 +88,15 @@ def require(work: Path, file: str, value: str, source: str) -> None:
         raise UserError(f"{source}: device {value}, but times and results in {work} are of device {noted}; {ways}")
 
 
-def device_of(frame: pd.DataFrame) -> str:
+def device_in(frame: pd.DataFrame) -> str:
+    """The device of times and results; the first reports, all of CPUs, did not note it."""
+    device: str = frame.attrs.get(Path(DEVICE).stem, "cpu")
+    return device
+
+
+def timed_on(frame: pd.DataFrame) -> str:
     """Where training time was measured, as words after "minutes"."""
-    device = frame.attrs.get("device", "cpu")
+    device = device_in(frame)
     return "of one thread" if device == "cpu" else f"on {device}"
 
 
@@ -143,7 +149,7 @@ def read(frame: pd.DataFrame) -> list[Curve]:
 def cpu_seconds_of(run: Any, frame: pd.DataFrame) -> float:
     """CPU time of a run, with its teacher's; NaN where it was not measured, and for runs on a GPU."""
     times = frame.attrs.get("cpu_times", {})
-    if run.arm not in times or frame.attrs.get("device", "cpu") != "cpu":
+    if run.arm not in times or device_in(frame) != "cpu":
         return math.nan
     own = seconds_of(run.arm, run.epochs, run.steps // run.epochs, times)
     if run.arm not in TEACHERS:

@@ -555,12 +555,12 @@ def main() -> None:
     )
     parser.add_argument("--ranks", type=int, choices=(2, 4), default=2)
     parser.add_argument("--rates", type=rates, default=[100, 1000, 10_000], help="of links, in Mbit/s, comma-separated")
-    parser.add_argument("--batch", type=common.positive, default=16, help="images per step, on all ranks together")
-    parser.add_argument("--rounds", type=common.positive, default=5)
+    parser.add_argument("--batch", type=common.count, default=16, help="images per step, on all ranks together")
+    parser.add_argument("--rounds", type=common.count, default=5)
     parser.add_argument(
         "--seconds", type=common.positive_number, default=2, help="of each measurement, and of a stay of a rank"
     )
-    parser.add_argument("--threads", type=common.positive, help="per rank (default: the CPUs, divided by the ranks)")
+    parser.add_argument("--threads", type=common.count, help="per rank (default: the CPUs, divided by the ranks)")
     common.add_output(parser, "bench/results/network.json")
     arguments = parser.parse_args()
     arguments.threads = arguments.threads or max(1, available_cpus() // arguments.ranks)

@@ -181,8 +181,8 @@ def on_cpu(files: list[Path], options: Namespace) -> dict[str, dict[str, list[fl
 
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/pipeline.json")
-    parser.add_argument("--batch", type=common.positive, default=64)
-    parser.add_argument("--files", type=common.positive, default=2000)
+    parser.add_argument("--batch", type=common.count, default=64)
+    parser.add_argument("--files", type=common.count, default=2000)
     parser.add_argument("--gpu", action="store_true", help="decode and split on the first GPU")
     ffcv_peer.add_option(parser)
     options = parser.parse_args()

@@ -44,7 +44,7 @@ def decoding(files: list[Path], threads: int) -> Subject:
 
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/scan.json")
-    parser.add_argument("--count", type=common.positive, default=2048, help="number of different files (default: 2048)")
+    parser.add_argument("--count", type=common.count, default=2048, help="number of different files (default: 2048)")
     arguments = parser.parse_args()
     files = common.jpeg_files(arguments.images, arguments.count)
     rates = common.interleaved(

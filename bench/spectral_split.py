@@ -176,7 +176,7 @@ def on_gpu(images: common.Images, rounds: int) -> dict[str, dict[str, float]]:
 
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/spectral_split.json")
-    parser.add_argument("--batch", type=common.positive, default=64)
+    parser.add_argument("--batch", type=common.count, default=64)
     parser.add_argument("--gpu", action="store_true", help="the kernel on the first GPU")
     options = parser.parse_args()
     if options.gpu:

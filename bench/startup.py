@@ -69,9 +69,9 @@ check = "off"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--images", type=common.positive, default=1_281_167, help="number of files (default: ImageNet-1K's)"
+        "--images", type=common.count, default=1_281_167, help="number of files (default: ImageNet-1K's)"
     )
-    parser.add_argument("--classes", type=common.positive, default=1000, help="number of class folders (default: 1000)")
+    parser.add_argument("--classes", type=common.count, default=1000, help="number of class folders (default: 1000)")
     parser.add_argument("--folder", type=Path, default=Path("data/startup"), help="where the files are made")
     parser.add_argument("--keep", action="store_true", help="keep the files")
     common.add_output(parser, "bench/results/startup.json")

@@ -110,10 +110,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", nargs="*", type=Path, default=CONFIGS)
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--batch", type=common.positive, default=32, help="images per step (default: 32)")
-    parser.add_argument("--rounds", type=common.positive, default=5)
+    parser.add_argument("--batch", type=common.count, default=32, help="images per step (default: 32)")
+    parser.add_argument("--rounds", type=common.count, default=5)
     parser.add_argument(
-        "--steps", type=common.positive, help="steps per measurement (default: 1, with --images 5; on a GPU use more)"
+        "--steps", type=common.count, help="steps per measurement (default: 1, with --images 5; on a GPU use more)"
     )
     parser.add_argument(
         "--images", type=Path, metavar="DATA", help="data config of JPEG files, instead of random inputs"

@@ -143,8 +143,8 @@ def mean_bytes(paths: list[str]) -> float:
 
 def main() -> None:
     parser = common.arguments(__doc__ or "", "bench/results/store.json")
-    parser.add_argument("--batch", type=common.positive, default=512)
-    parser.add_argument("--files", type=common.positive, default=2000)
+    parser.add_argument("--batch", type=common.count, default=512)
+    parser.add_argument("--files", type=common.count, default=2000)
     ffcv_peer.add_option(parser)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

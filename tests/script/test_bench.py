@@ -37,7 +37,7 @@ ALONE = Ranks(0, 1, 0, 1, CPU)
 NAMES = (
     "checkpoint", "communication", "memory", "network", "pipeline", "scan", "spectral_split", "startup", "step", "store"
 )  # fmt: skip
-WHOLE = "expected a positive whole number"
+WHOLE = "expected a positive integer"
 
 
 def started(bench: ModuleType, options: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -198,7 +198,7 @@ def test_runs_share_the_gpus(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--jobs", "0"], "argument --jobs: '0' given, expected a positive whole number"),
+        (["--jobs", "0"], "argument --jobs: '0' given, expected a positive integer"),
         (["--results", "{folder}/times.json"], "times.json: no results; expected controls.parquet of a report"),
         (["--only", "train"], "no learning rates yet: rgb128; --only rates tries them, in all shards"),
         (["--only", "rates", "--arms", "low"], "times.json: no times of low; --only time with --arms measures them"),

@@ -180,10 +180,6 @@ def test_stages_of_the_controls_follow_each_other(slurm: Slurm, tmp_path: Path) 
     """A task of an array without learning rates fails, and says why."""
     demo.generate(tmp_path / "images", train_per_class=16, val_per_class=1)
     line = (SCRIPTS / "controls.sh", "--work", "work", "--arms", "rgb64", "--folds", "0", "--budgets", "0.2")
-
-    def submitted(tasks: str, *words: object) -> str:
-        return slurm.sbatch(f"--array={tasks}", *line, *words, cwd=tmp_path)
-
     for tasks, words in (
         ("1", ("--images", "images/train", "--only", "prepare")),
         ("1", ("--only", "time")),
@@ -192,7 +188,7 @@ def test_stages_of_the_controls_follow_each_other(slurm: Slurm, tmp_path: Path) 
         ("1-2", ()),
         ("1", ("--only", "report")),
     ):
-        job = submitted(tasks, *words)
+        job = slurm.sbatch(f"--array={tasks}", *line, *words, cwd=tmp_path)
         told = slurm.until(job, "COMPLETED", "FAILED", seconds=600)
         text = (tmp_path / f"slurm-{job}_1.out").read_text()
         if words == ("--only", "train"):
